@@ -1,0 +1,1 @@
+"""Gradient estimators of the further-training gold standard, a file each over shared operators."""

@@ -1,0 +1,1 @@
+"""The sweep: spec, plan, store, driver, reduction, scores and the command line."""

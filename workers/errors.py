@@ -1,0 +1,37 @@
+"""fimo's exceptions: each message is one line that names the mistake and the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FimoError(Exception):
+    """Base of everything that fimo raises on purpose; the CLI prints it in one line and exits 1."""
+
+    exit_code = 1
+
+
+class UsageError(FimoError):
+    """What the user wrote (a spec, an argument) is wrong; exit 2."""
+
+    exit_code = 2
+
+
+class WorkloadError(FimoError):
+    """The workload, its data or its final model does not keep the contract."""
+
+
+class StoreError(FimoError):
+    """The store cannot be reached, read or written, or holds something foreign."""
+
+
+class DivergedError(FimoError):
+    """A number that must be finite is not."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the nearest known name, or the list of known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(names)})"

@@ -1,0 +1,123 @@
+"""Random access to a workload's examples, whatever they are kept in.
+
+A *batch* is what the workload's ``outputs`` and ``loss`` receive: any pytree of tensors whose first
+dimension runs over examples, most often a dict. This module does not know about models or devices'
+kernels; it only fetches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from workers.errors import WorkloadError
+
+Batch = Any
+"""A pytree of tensors; Mappings that torch does not know (``BatchEncoding``) are turned into dicts."""
+
+
+class Dataset(Protocol):
+    """A map-style dataset: ``len`` and integer indexing."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def as_batch(value: Any) -> Batch:
+    """``value`` with every Mapping a plain dict, so that torch's pytree functions see its tensors."""
+    if isinstance(value, Mapping):
+        return {str(k): as_batch(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(as_batch(v) for v in value)
+    return value
+
+
+def to(batch: Batch, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
+    """``batch`` moved to ``device``, its floating-point tensors cast to ``dtype``; integers keep theirs."""
+
+    def move(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+
+    return pytree.tree_map(move, batch)
+
+
+def shapes(batch: Batch) -> tuple[Any, ...]:
+    """The shapes of a batch's leaves: batches with equal shapes can be stacked."""
+    return tuple(tuple(t.shape) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(batch))
+
+
+def stack(batches: Sequence[Batch]) -> Batch:
+    """Batches of equal shapes stacked along a new first dimension (tensors only)."""
+    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *batches)
+
+
+class Examples:
+    """Examples that can be fetched by index.
+
+    Args:
+        source: a mapping of equally long tensors, or a map-style dataset.
+        collate: for a dataset, turns a list of its items into a batch; default: the dataset's own
+            ``collate`` attribute, else stacking of mappings of tensors by torch's ``default_collate``.
+        device, dtype: where batches go, and what floating-point tensors become.
+
+    Raises:
+        WorkloadError: the tensors are not equally long, or the source is neither kind.
+    """
+
+    def __init__(
+        self,
+        source: Mapping[str, Tensor] | Dataset,
+        collate: Callable[[list[Any]], Any] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self._tensors: Batch | None = None
+        if isinstance(source, Mapping):
+            lengths = {str(k): len(v) for k, v in source.items()}
+            if len(set(lengths.values())) != 1:
+                raise WorkloadError(f"examples given as tensors must be equally long, got lengths {lengths}")
+            self._length = next(iter(lengths.values()))
+            self._tensors = to(as_batch(source), self.device, dtype)
+        elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+            self._source: Dataset = source
+            self._length = len(source)
+            own = getattr(source, "collate", None)
+            self._collate: Callable[[list[Any]], Any] = collate or own or torch.utils.data.default_collate
+        else:
+            raise WorkloadError(
+                f"examples must be a mapping of tensors or a map-style dataset, not {type(source).__name__}"
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def tensors(self) -> Batch | None:
+        """All examples as one batch on the device where they are kept as tensors, else None."""
+        return self._tensors
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
+        """The examples at ``indices`` (k,), in that order, as one batch on the device.
+
+        With tensors as the source, ``indices`` may have any shape; it becomes the leading shape.
+        """
+        if self._tensors is not None:
+            index = torch.as_tensor(indices, dtype=torch.long, device=self.device)
+            return pytree.tree_map(lambda t: t[index], self._tensors)
+        items = [self._source[int(i)] for i in indices]
+        return to(as_batch(self._collate(items)), self.device, self.dtype)
+
+    def batches(self, size: int, indices: Sequence[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
+        """Consecutive blocks of at most ``size`` examples, in order, the last one ragged."""
+        chosen = list(range(len(self))) if indices is None else list(indices)
+        for start in range(0, len(chosen), size):
+            block = chosen[start : start + size]
+            yield block, self.batch(block)

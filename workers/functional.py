@@ -1,0 +1,145 @@
+"""θ ↦ outputs, loss, measure as pure functions of the parameters; the user's model is never touched.
+
+The model is copied once and its parameters are passed in on every call (``torch.func.functional_call``), so that the
+same code serves one replica, a ``vmap`` over stacked replicas, and derivatives.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any, Iterator, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from workers.errors import WorkloadError
+from workers.examples import Batch, to
+from workers.workload import Workload
+
+Tensors = dict[str, Tensor]
+"""Parameters or buffers by the model's own dotted names."""
+
+
+class _Outputs(nn.Module):
+    """The workload's ``outputs`` as a module's forward, so that ``functional_call`` can substitute parameters."""
+
+    def __init__(self, model: nn.Module, workload: Workload) -> None:
+        super().__init__()
+        self.model = model
+        self._outputs = workload.outputs
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._outputs(self.model, batch)
+
+
+class FunctionalModel:
+    """A workload's model as functions of its trainable parameters.
+
+    Attributes:
+        params: the trainable parameters (``requires_grad``) at θᶠ, each once however often it is tied.
+        fixed: everything else that the forward reads: frozen parameters and buffers.
+
+    Args:
+        workload: the model and its functions; the model is deep-copied.
+        state: θᶠ as a state dict; None = the parameters the model carries. See ``workers.final_model``.
+        device, dtype: where and in which floating-point type the copy lives.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        state: Mapping[str, Tensor] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        model = copy.deepcopy(workload.model)
+        if state is not None:
+            model.load_state_dict(dict(state), strict=False)
+        self.device, self.dtype = torch.device(device), dtype
+        self._loss = workload.loss
+        self._measure = workload.measure or workload.loss
+        self._module = _Outputs(model.to(device=self.device, dtype=dtype), workload)
+        named = {n.removeprefix("model."): p for n, p in self._module.named_parameters()}
+        self.params: Tensors = {n: p.detach().clone() for n, p in named.items() if p.requires_grad}
+        frozen = {n: p.detach().clone() for n, p in named.items() if not p.requires_grad}
+        buffers = {n.removeprefix("model."): b.detach().clone() for n, b in self._module.named_buffers()}
+        self.fixed: Tensors = {**frozen, **buffers}
+        for parameter in self._module.parameters():
+            parameter.requires_grad_(False)
+        if not self.params:
+            raise WorkloadError("the model has no trainable parameter (every requires_grad is False)")
+
+    @property
+    def module(self) -> nn.Module:
+        """The copied model, for looking at its layers; its own parameters are those of θᶠ."""
+        return self._module.model
+
+    @contextmanager
+    def mode(self, mode: Literal["train", "eval"], norm: Literal["train", "eval"] | None = None) -> Iterator[None]:
+        """Run the body with the copy in train or eval mode; ``norm`` sets batch-norm modules apart."""
+        was = {m: m.training for m in self._module.modules()}
+        self._module.train(mode == "train")
+        if norm is not None:
+            for m in self._module.modules():
+                if isinstance(m, nn.modules.batchnorm._NormBase):
+                    m.train(norm == "train")
+        try:
+            yield
+        finally:
+            for m, training in was.items():
+                m.training = training
+
+    def outputs(self, params: Tensors, batch: Batch, fixed: Tensors | None = None) -> Tensor:
+        """``outputs(model(θ), batch)``, shape (B, …). Buffers in ``fixed`` are updated in place in train mode."""
+        values = {f"model.{n}": t for n, t in {**(self.fixed if fixed is None else fixed), **params}.items()}
+        out: Tensor = functional_call(self._module, values, (batch,))
+        return out
+
+    def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The workload's per-example loss of given outputs, shape (B,)."""
+        return self._loss(outputs, batch)
+
+    def loss(self, params: Tensors, batch: Batch, fixed: Tensors | None = None) -> Tensor:
+        """Per-example training losses ℓ_i(θ), shape (B,)."""
+        return self._loss(self.outputs(params, batch, fixed), batch)
+
+    def measure(self, params: Tensors, batch: Batch, fixed: Tensors | None = None) -> Tensor:
+        """g(z, θ) per evaluation example, shape (B,), float64: the outputs are cast before the measure.
+
+        A float32 loss near 1e-8 loses the differences that are the product (DESIGN.md section 5).
+        """
+        out = self.outputs(params, batch, fixed)
+        wide = out.to(torch.float64) if out.is_floating_point() else out
+        return self._measure(wide, to(batch, dtype=torch.float64))
+
+    def measure_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The workload's measure of given outputs, shape (B,), in the outputs' own dtype."""
+        return self._measure(outputs, batch)
+
+
+def check(model: FunctionalModel, batch: Batch, size: int) -> None:
+    """Refuse a loss or measure that is not one number an example.
+
+    Args:
+        batch: ``size`` examples, at least 2, so that a mean cannot pass for a per-example loss.
+
+    Raises:
+        WorkloadError: in one line, what is wrong and what to return instead.
+    """
+    functions: dict[str, Any] = {"loss": model.loss, "measure": model.measure}
+    for name, function in functions.items():
+        try:
+            with torch.no_grad(), model.mode("eval"):
+                values = function(model.params, batch)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise WorkloadError(f"the workload's {name} fails on a batch: {type(error).__name__}: {first}") from error
+        if not isinstance(values, Tensor) or tuple(values.shape) != (size,):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise WorkloadError(
+                f"the workload's {name} must return one value per example, shape ({size},), got {got}: "
+                "use reduction='none' and drop trailing dimensions"
+            )

@@ -1,0 +1,108 @@
+"""The workload contract: what a user writes to bring a model.
+
+Does not train, schedule or read a store. A workload module is the user's code and is run as such; everything
+else that fimo reads (specs, parts, tables, final models) is data alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from workers.errors import UsageError, WorkloadError, nearest
+from workers.examples import Batch, Dataset
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model architecture with its data and its per-example loss and measure.
+
+    Attributes:
+        model: any torch module, carrying the final model's parameters unless the spec names a file.
+        train: training examples 𝒟: a mapping of equally long tensors, or a map-style dataset.
+        evals: evaluation examples z, the same kinds.
+        outputs: ``outputs(model, batch) -> Tensor (B, …)``.
+        loss: ``loss(outputs, batch) -> Tensor (B,)``, unreduced: the per-example training loss ℓ_i.
+        measure: ``measure(outputs, batch) -> Tensor (B,)``, the evaluation function g; default the loss.
+        collate: for datasets, list of items -> batch; default the dataset's own ``collate``.
+    """
+
+    model: nn.Module
+    train: Mapping[str, Tensor] | Dataset
+    evals: Mapping[str, Tensor] | Dataset
+    outputs: Callable[[nn.Module, Batch], Tensor]
+    loss: Callable[[Tensor, Batch], Tensor]
+    measure: Callable[[Tensor, Batch], Tensor] | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+
+
+def find_module(reference: str, beside: Path) -> tuple[str, str, Path | None]:
+    """Split ``module:function`` and find the module's file beside the spec, if it is there.
+
+    Returns:
+        (module, function, path), path None where the module is an installed one (such as
+        ``workers.workloads.tabular``).
+
+    Raises:
+        UsageError: the reference is not of the form ``module:function``.
+    """
+    module, separator, function = reference.partition(":")
+    if not separator or not module or not function.isidentifier():
+        raise UsageError(f"workload '{reference}' is not of the form module:function")
+    stem = beside.joinpath(*module.split("."))
+    for path in (stem.with_suffix(".py"), stem / "__init__.py"):
+        if path.is_file():
+            return module, function, path
+    return module, function, None
+
+
+def _import(module: str, path: Path | None, beside: Path) -> ModuleType:
+    if path is not None:
+        loaded = sys.modules.get(module)
+        if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() != path.resolve():
+            del sys.modules[module]
+        if str(beside) not in sys.path:
+            sys.path.insert(0, str(beside))
+        importlib.invalidate_caches()
+    return importlib.import_module(module)
+
+
+def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) -> Workload:
+    """Import ``module:function``, the module being looked for in ``beside`` first, and call the function.
+
+    Raises:
+        UsageError: no such module or function, or arguments that it does not take.
+        WorkloadError: the function raised, or returned something else than a Workload.
+    """
+    module, function, path = find_module(reference, beside)
+    try:
+        loaded = _import(module, path, beside)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(error.name + ".")):
+            raise UsageError(f"workload module '{module}' not found beside the spec or installed") from error
+        raise WorkloadError(f"workload module '{module}' needs '{error.name}', which is not installed") from error
+    except Exception as error:
+        raise WorkloadError(f"workload module '{module}' failed to import: {_line(error)}") from error
+    make = getattr(loaded, function, None)
+    if not callable(make):
+        names = [n for n, v in vars(loaded).items() if callable(v) and not n.startswith("_")]
+        raise UsageError(f"workload module '{module}' has no function '{function}'{nearest(function, names)}")
+    try:
+        workload = make(**arguments)
+    except Exception as error:
+        raise WorkloadError(f"workload {reference} failed: {_line(error)}") from error
+    if not isinstance(workload, Workload):
+        raise WorkloadError(f"workload {reference} returned {type(workload).__name__}, not a workers.workload.Workload")
+    return workload
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
