@@ -54,7 +54,8 @@ def regression_outputs(model: nn.Module, batch: Batch) -> Tensor:
 
 def squared_error(outputs: Tensor, batch: Batch) -> Tensor:
     """Squared error per example (B,), as ``nn.MSELoss(reduction='none')``."""
-    return (outputs - batch["y"]) ** 2
+    error: Tensor = outputs - batch["y"]
+    return error**2
 
 
 def regression(table: NDArray[np.float64], model: nn.Module) -> Workload:

@@ -1,0 +1,192 @@
+"""Which examples each replica trains on at each step, and with which weights: DESIGN.md section 5, as data.
+
+The batch order is torch's ``RandomSampler`` under the seed, carried on over the epochs, batched in order, the
+ragged last batch kept. Removal modes change nothing but the indices and weights given here:
+
+* **drop** takes the removed indices out of the epoch's permutation and re-batches, so later examples slide forward;
+* **mask** keeps every batch and takes the removed indices out of the mean of the batch they are in;
+* **reweight** keeps every batch whole; the loop subtracts Σ_{i∈removal} ℓ_i / n from every step's loss.
+
+This module knows nothing of models: it is arithmetic on indices, and the estimators that follow a
+trajectory read it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import RandomSampler
+
+from workers.settings import FurtherTraining
+
+Removal = tuple[int, ...]
+"""Training indices left out; empty = the baseline."""
+
+BASELINE: Removal = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Replicas that take this step on batches of one size.
+
+    Attributes:
+        lanes: the replicas' places in the stack.
+        indices: training indices, (b,) where all lanes share the batch, else (len(lanes), b).
+        weights: what each example's loss is multiplied by, float64, the shape of ``indices`` or (len(lanes), b).
+    """
+
+    lanes: tuple[int, ...]
+    indices: Tensor
+    weights: Tensor
+
+
+def orders(n: int, seed: int) -> Iterator[Tensor]:
+    """The epochs' permutations of ``range(n)``, int64 (n,): exactly what a seeded ``RandomSampler`` yields."""
+    sampler = RandomSampler(range(n), generator=torch.Generator().manual_seed(seed))
+    while True:
+        # The sampler is iterated rather than imitated: it also draws a permutation for its empty remainder.
+        yield torch.tensor(list(sampler), dtype=torch.long)
+
+
+def size_of(n: int, removal: Removal, settings: FurtherTraining) -> int:
+    """How many examples one epoch of the cell has: fewer than ``n`` in drop mode alone."""
+    return n - len(removal) if settings.removal_mode == "drop" else n
+
+
+def epoch_steps(n: int, removal: Removal, settings: FurtherTraining) -> int:
+    """Optimizer steps in one epoch of the cell (the ragged last batch counts)."""
+    return -(-size_of(n, removal, settings) // settings.batch_size)
+
+
+def amounts(n: int, removal: Removal, settings: FurtherTraining) -> list[tuple[int, int]]:
+    """When g is evaluated: pairs (the cell's own step, the step it is recorded under), ascending.
+
+    The two differ only in drop mode, for an evaluation by epochs, when leaving the removal out shortens the
+    epoch by a whole batch: the cell is then evaluated at the end of *its* epoch, as the paper does, and
+    recorded under the baseline's step of that epoch.
+    """
+    base, own = epoch_steps(n, BASELINE, settings), epoch_steps(n, removal, settings)
+    every = settings.evaluate
+    last = settings.steps if settings.steps is not None else (settings.epochs or 0) * base
+    if every.every_epochs is not None:
+        pairs = [(e * own, e * base) for e in range(every.every_epochs, last // base + 1, every.every_epochs)]
+        whole_epochs = settings.epochs is not None
+        pairs.append(((settings.epochs or 0) * own, last) if whole_epochs else (last, last))
+    elif every.every_steps is not None:
+        pairs = [(s, s) for s in range(every.every_steps, last + 1, every.every_steps)] + [(last, last)]
+    else:
+        pairs = [(s, s) for s in every.at_steps or () if s <= last] + [(last, last)]
+    return sorted({step: (own_step, step) for own_step, step in pairs}.values())
+
+
+def steps_recorded(n: int, settings: FurtherTraining) -> list[int]:
+    """The steps under which results are recorded, ascending; the same for every cell."""
+    return [step for _, step in amounts(n, BASELINE, settings)]
+
+
+def first_difference(n: int, removal: Removal, settings: FurtherTraining, seed: int) -> int | None:
+    """The first step whose loss differs from the baseline's, None = never.
+
+    Before it the cell *is* the baseline, so its results are the baseline's by definition and its effect exactly 0.
+    """
+    if not removal:
+        return None
+    if settings.removal_mode == "reweight":
+        return 1
+    order = next(orders(n, seed))
+    first = int(torch.isin(order, torch.tensor(removal)).nonzero()[0, 0])
+    return first // settings.batch_size + 1
+
+
+def schedule(
+    n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int, coupled: bool = False
+) -> Iterator[list[Block]]:
+    """The blocks of every step, without end; stop when the last evaluation is done.
+
+    Args:
+        n: the number of training examples |𝒟|.
+        lanes: the replicas' removals, in the order of the stack.
+        coupled: the model's training forward mixes the examples of a batch (batch norm), so that a masked
+            example must leave the batch rather than get weight 0.
+    """
+    if settings.removal_mode == "drop":
+        return _dropped(n, lanes, settings, seed)
+    if settings.removal_mode == "mask" and any(lanes):
+        return _masked(n, lanes, settings, seed, coupled)
+    return _whole(n, lanes, settings, seed)
+
+
+def _whole(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[list[Block]]:
+    every = tuple(range(len(lanes)))
+    for order in orders(n, seed):
+        for indices in order.split(settings.batch_size):
+            weights = torch.full((len(indices),), 1.0 / len(indices), dtype=torch.float64)
+            yield [Block(every, indices, weights)]
+
+
+def _masked(
+    n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int, coupled: bool
+) -> Iterator[list[Block]]:
+    removed = torch.zeros(len(lanes), n, dtype=torch.bool)
+    for lane, removal in enumerate(lanes):
+        removed[lane, list(removal)] = True
+    for order in orders(n, seed):
+        for indices in order.split(settings.batch_size):
+            stays = ~removed[:, indices]
+            if coupled:
+                yield _by_size([indices[row] for row in stays])
+            else:
+                # A batch of which nothing stays has loss 0: its weights are all 0, not 0/0.
+                weights = stays / stays.sum(dim=1, keepdim=True).clamp(min=1).to(torch.float64)
+                yield [Block(tuple(range(len(lanes))), indices, weights)]
+
+
+def _by_size(batches: Sequence[Tensor]) -> list[Block]:
+    """One block for each batch size among the lanes' own ``batches``; lanes without examples are in none."""
+    sizes: dict[int, list[int]] = {}
+    for lane, indices in enumerate(batches):
+        if len(indices):
+            sizes.setdefault(len(indices), []).append(lane)
+    return [
+        Block(tuple(lanes), torch.stack([batches[i] for i in lanes]), _mean_weights(len(lanes), size))
+        for size, lanes in sizes.items()
+    ]
+
+
+def _mean_weights(lanes: int, size: int) -> Tensor:
+    return torch.full((lanes, size), 1.0 / size, dtype=torch.float64)
+
+
+def _dropped(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[list[Block]]:
+    # Lanes whose epochs are equally long step through one matrix of permutations.
+    groups: dict[int, list[int]] = {}
+    for lane, removal in enumerate(lanes):
+        groups.setdefault(n - len(removal), []).append(lane)
+    streams = [(members, _dropped_group(n, [lanes[i] for i in members], settings, seed)) for members in groups.values()]
+    while True:
+        sizes: dict[int, list[tuple[list[int], Tensor]]] = {}
+        for members, stream in streams:
+            indices = next(stream)
+            sizes.setdefault(indices.shape[1], []).append((members, indices))
+        yield [
+            Block(
+                tuple(lane for members, _ in parts for lane in members),
+                torch.cat([indices for _, indices in parts]),
+                _mean_weights(sum(len(members) for members, _ in parts), size),
+            )
+            for size, parts in sizes.items()
+        ]
+
+
+def _dropped_group(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[Tensor]:
+    """Index matrices (len(lanes), b) of lanes whose removals are equally large."""
+    removed = torch.zeros(len(lanes), n, dtype=torch.bool)
+    for lane, removal in enumerate(lanes):
+        removed[lane, list(removal)] = True
+    for order in orders(n, seed):
+        stays = ~removed[:, order]
+        kept = order.expand(len(lanes), n)[stays].view(len(lanes), -1)
+        yield from kept.split(settings.batch_size, dim=1)

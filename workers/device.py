@@ -1,0 +1,70 @@
+"""Devices and determinism: what a gold-standard run must fix before it computes anything."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.deterministic
+
+
+torch_deterministic: Any = torch.utils.deterministic
+
+
+def pick_device(gpus: float) -> torch.device:
+    """CUDA where the task was given a GPU and there is one, else the CPU."""
+    return torch.device("cuda", 0) if gpus > 0 and torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The device type a result depends on: the GPU's name, or the CPU's with the number of threads."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{_cpu_name()} ({torch.get_num_threads()} threads)"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or "CPU"
+
+
+def prepare_environment() -> None:
+    """Set what CUDA reads once, when it starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[dict[str, object]]:
+    """Deterministic algorithms, no TF32, no autotuning and a private random state inside the body; restored after.
+
+    Yields:
+        The flags as recorded in a part's provenance.
+    """
+    prepare_environment()
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    precision = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    fill = torch_deterministic.fill_uninitialized_memory
+    devices = [device.index or 0] if device.type == "cuda" else []
+    try:
+        torch.use_deterministic_algorithms(True)
+        # Filling fresh memory guards against reads of it; it costs a write of every tensor and changes no result.
+        torch_deterministic.fill_uninitialized_memory = False
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        with torch.random.fork_rng(devices=devices):
+            yield {"deterministic_algorithms": True, "tf32": False, "cudnn_benchmark": False}
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch_deterministic.fill_uninitialized_memory = fill
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cudnn

@@ -1,0 +1,51 @@
+"""θᶠ from a ``.safetensors`` state dict, held against the model; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from workers.errors import WorkloadError
+
+
+def read_final_model(data: bytes, name: str) -> dict[str, Tensor]:
+    """Parse safetensors bytes.
+
+    Raises:
+        WorkloadError: the bytes are something else (a pickle renamed, a torn download).
+    """
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, OverflowError, KeyError) as error:
+        raise WorkloadError(f"final model {name} is not a valid safetensors file; save it with safetensors") from error
+
+
+def check_fits(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Refuse a θᶠ whose names or shapes are not the model's; tied parameters may be given once.
+
+    Raises:
+        WorkloadError: names the first missing, unexpected or misshapen parameter.
+    """
+    own = model.state_dict(keep_vars=True)
+    unexpected = sorted(set(state) - set(own))
+    if unexpected:
+        raise WorkloadError(f"final model {name} does not fit: the model has no '{unexpected[0]}'{_more(unexpected)}")
+    given = {id(own[key]) for key in state}
+    missing = sorted(key for key, tensor in own.items() if key not in state and id(tensor) not in given)
+    if missing:
+        raise WorkloadError(f"final model {name} does not fit: it lacks '{missing[0]}'{_more(missing)}")
+    for key, tensor in state.items():
+        if tensor.shape != own[key].shape:
+            shapes = f"{tuple(tensor.shape)}, the model's is {tuple(own[key].shape)}"
+            raise WorkloadError(f"final model {name} does not fit: '{key}' has shape {shapes}")
+        if tensor.is_floating_point() != own[key].is_floating_point():
+            raise WorkloadError(f"final model {name} does not fit: '{key}' is {tensor.dtype}, not {own[key].dtype}")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise WorkloadError(f"final model {name} has values in '{key}' that are not finite")
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

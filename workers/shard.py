@@ -1,0 +1,150 @@
+"""One shard: the cells of one seed with their baseline, trained together in stacks of a chosen size.
+
+The stack size changes how fast a shard runs and nothing else: which cells it holds, their order and the rows
+that result are fixed by the removals and the seed.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.batches import BASELINE, Removal, amounts, first_difference
+from workers.further_training import Problem, Trajectory, further_train
+
+BASELINE_ROW, FLOOR_ROW = -1, -2
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """The deltas of a shard's cells.
+
+    Attributes:
+        seed: the shard's ξ.
+        steps: the T recorded steps.
+        deltas: float64 (C + 2, T, m): the C removals in the order given, then the baseline, then the second
+            baseline of the noise floor. Not finite where a run diverged.
+        distances: ‖Δθ_t‖, float64 (C + 2, T).
+        replicas: the stack size used at the end (it halves when memory runs out).
+        seconds: wall-clock seconds of training and evaluation.
+        peak_bytes: peak device memory on CUDA, else 0.
+    """
+
+    seed: int
+    steps: tuple[int, ...]
+    deltas: Tensor
+    distances: Tensor
+    replicas: int
+    seconds: float
+    peak_bytes: int
+
+
+def run_shard(
+    problem: Problem,
+    removals: Sequence[Removal],
+    seed: int,
+    replicas: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardResult:
+    """Train the removals, the baseline and a second baseline for the noise floor.
+
+    The second baseline is trained in a stack of another size (alone, or as one of two where the others are trained
+    alone): the same mathematics in another order of rounding, which is what the noise floor measures.
+
+    Args:
+        replicas: cells trained together.
+        progress: called with (cells done, cells in all).
+    """
+    started = time.monotonic()
+    if problem.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(problem.model.device)
+    cells = [BASELINE, *removals]
+    results, replicas = _in_stacks(problem, cells, seed, replicas, progress)
+    floor = _floor(problem, seed, replicas)
+    deltas = torch.cat([*(r.deltas for r in results), floor.deltas])
+    distances = torch.cat([*(r.distances for r in results), floor.distances])
+    # Removals first, then the baseline, then the second baseline.
+    order = [*range(1, len(cells)), 0, len(cells)]
+    deltas, distances = deltas[order], distances[order]
+    _copy_before_first_difference(problem, removals, seed, deltas, distances)
+    peak = torch.cuda.max_memory_allocated(problem.model.device) if problem.model.device.type == "cuda" else 0
+    return ShardResult(seed, floor.steps, deltas, distances, replicas, time.monotonic() - started, peak)
+
+
+def _in_stacks(
+    problem: Problem,
+    cells: Sequence[Removal],
+    seed: int,
+    replicas: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[Trajectory], int]:
+    results: list[Trajectory] = []
+    done = 0
+    while done < len(cells):
+        stack = cells[done : done + replicas]
+        try:
+            results.append(further_train(problem, stack, seed))
+        except RuntimeError as error:
+            if not out_of_memory(error) or len(stack) == 1:
+                raise
+            replicas = max(1, len(stack) // 2)
+        else:
+            done += len(stack)
+            if progress is not None:
+                progress(done, len(cells))
+            continue
+        _release()
+    return results, replicas
+
+
+def _floor(problem: Problem, seed: int, replicas: int) -> Trajectory:
+    stack = [BASELINE] if replicas > 1 else [BASELINE, BASELINE]
+    try:
+        both = further_train(problem, stack, seed)
+    except RuntimeError as error:
+        # A model that cannot be stacked, or only just fits, has its second baseline trained alone.
+        if len(stack) == 1 or not (out_of_memory(error) or not stacks(problem)):
+            raise
+        _release()
+        both = further_train(problem, [BASELINE], seed)
+    return Trajectory(both.steps, both.deltas[-1:], both.distances[-1:])
+
+
+def _copy_before_first_difference(
+    problem: Problem, removals: Sequence[Removal], seed: int, deltas: Tensor, distances: Tensor
+) -> None:
+    """Make the effect exactly 0 while a cell has seen only the baseline's batches, whatever the stack rounded."""
+    n, settings = len(problem.train), problem.settings
+    baseline = len(removals)
+    for cell, removal in enumerate(removals):
+        first = first_difference(n, removal, settings, seed)
+        for place, (own_step, step) in enumerate(amounts(n, removal, settings)):
+            if own_step == step and (first is None or step < first):
+                deltas[cell, place] = deltas[baseline, place]
+                distances[cell, place] = distances[baseline, place]
+
+
+def stacks(problem: Problem) -> bool:
+    """Whether the workload runs under ``vmap`` at all (data-dependent control flow does not)."""
+    try:
+        further_train(problem, [BASELINE, BASELINE], 0, last=1)
+    except RuntimeError as error:
+        return out_of_memory(error)
+    return True
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on CUDA or on the CPU."""
+    text = str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in text or "out of memory" in text
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
