@@ -1,1 +1,39 @@
-"""Gradient estimators of the further-training gold standard, a file each over shared operators."""
+"""Gradient estimators of the further-training gold standard, a file each over shared operators.
+
+Pure torch: no Ray, no I/O. A spec's entry becomes estimators by ``parse``; each estimates a ``Problem``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from estimators.base import Estimate, Estimator, Problem
+from estimators.datainf import DataInf
+from estimators.entries import parse_entry
+from estimators.grad_cos import GradCos
+from estimators.grad_dot import GradDot
+
+__all__ = ["REGISTRY", "Estimate", "Estimator", "Problem", "defaults", "parse"]
+
+REGISTRY: dict[str, type[Any]] = {kind.name: kind for kind in (GradDot, GradCos, DataInf)}
+"""Estimators by the name that specs and tables use."""
+
+
+DEFAULTS = ("grad_dot", "grad_cos", "datainf")
+"""Names of the estimators that run where a spec names none, cheapest first."""
+
+
+def parse(entry: str | Mapping[str, Any]) -> list[Estimator]:
+    """The estimators of one entry of a spec's ``estimators``; a list-valued hyper-parameter sweeps.
+
+    Raises:
+        UsageError: see ``estimators.entries.parse_entry``.
+    """
+    return parse_entry(REGISTRY, entry)
+
+
+def defaults(problem: Problem) -> list[Estimator]:
+    """The estimators that run where a spec names none: of ``DEFAULTS``, those that apply to the problem."""
+    found = [estimator for name in DEFAULTS for estimator in parse(name)]
+    return [estimator for estimator in found if estimator.applies(problem)]
