@@ -1,0 +1,61 @@
+"""How well an estimate agrees with an attribution, for each evaluation example over the removals.
+
+Arrays run over removals first. What is undefined is NaN here, never 0, and is counted by whoever averages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+Array = NDArray[np.float64]
+
+
+def cosine(a: Array, b: Array) -> Array:
+    """Cosine similarity over the first axis, NaN where a vector is zero.
+
+    Args:
+        a, b: float64 (R, …), broadcast against each other.
+    """
+    dot = (a * b).sum(axis=0)
+    norms = np.sqrt((a * a).sum(axis=0)) * np.sqrt((b * b).sum(axis=0))
+    out: Array = np.divide(dot, norms, out=np.full(dot.shape, np.nan), where=norms > 0)
+    return out
+
+
+def ranks(a: Array) -> Array:
+    """Ranks over the first axis, ties given their mean rank, centred; a constant vector becomes zero."""
+    ranked: Array = rankdata(a, axis=0)
+    return ranked - (len(a) + 1) / 2
+
+
+def adjusted(effects: Array, adjust: str) -> Array:
+    """Effects under one of the two adjustments for the training-only effect (Wei et al. 2025).
+
+    ``baseline``: as they are, the baseline having been subtracted (eq. 17). ``mean``: their mean over the removals
+    subtracted (eq. 13).
+    """
+    return effects - effects.mean(axis=0) if adjust == "mean" else effects
+
+
+def undefined(effects: Array, floor: Array | float) -> NDArray[np.bool_]:
+    """Where a vector over removals carries no signal: constant, or its root mean square not above the noise floor.
+
+    Args:
+        effects: float64 (R, …), adjusted.
+        floor: the noise of such an effect, broadcast against the rest of the shape.
+    """
+    constant = np.ptp(effects, axis=0) == 0
+    rms = np.sqrt((effects * effects).mean(axis=0))
+    out: NDArray[np.bool_] = constant | (rms <= floor)
+    return out
+
+
+def mean_and_sem(values: Array) -> tuple[float | None, float | None, int]:
+    """Mean, standard error and number of the values that are not NaN; None where too few are left."""
+    kept = values[~np.isnan(values)]
+    if not len(kept):
+        return None, None, 0
+    sem = float(kept.std(ddof=1) / np.sqrt(len(kept))) if len(kept) > 1 else None
+    return float(kept.mean()), sem, len(kept)
