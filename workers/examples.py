@@ -7,6 +7,7 @@ kernels; it only fetches.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -114,6 +115,16 @@ class Examples:
             return pytree.tree_map(lambda t: t[index], self._tensors)
         items = [self._source[int(i)] for i in indices]
         return to(as_batch(self._collate(items)), self.device, self.dtype)
+
+    def first(self, count: int) -> Examples:
+        """The first ``count`` examples, as examples of their own."""
+        if count >= len(self):
+            return self
+        cut = copy.copy(self)
+        cut._length = count
+        if self._tensors is not None:
+            cut._tensors = pytree.tree_map(lambda t: t[:count], self._tensors)
+        return cut
 
     def batches(self, size: int, indices: Sequence[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
         """Consecutive blocks of at most ``size`` examples, in order, the last one ragged."""
