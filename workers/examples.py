@@ -81,6 +81,7 @@ class Examples:
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self._tensors: Batch | None = None
+        self._offset = 0
         if isinstance(source, Mapping):
             lengths = {str(k): len(v) for k, v in source.items()}
             if len(set(lengths.values())) != 1:
@@ -113,17 +114,24 @@ class Examples:
         if self._tensors is not None:
             index = torch.as_tensor(indices, dtype=torch.long, device=self.device)
             return pytree.tree_map(lambda t: t[index], self._tensors)
-        items = [self._source[int(i)] for i in indices]
+        items = [self._source[self._offset + int(i)] for i in indices]
         return to(as_batch(self._collate(items)), self.device, self.dtype)
 
     def first(self, count: int) -> Examples:
         """The first ``count`` examples, as examples of their own."""
-        if count >= len(self):
+        return self.span(0, count)
+
+    def span(self, start: int, count: int) -> Examples:
+        """At most ``count`` consecutive examples from ``start`` on, as examples of their own."""
+        stop = min(start + count, len(self))
+        if (start, stop) == (0, len(self)):
             return self
         cut = copy.copy(self)
-        cut._length = count
+        cut._length = stop - start
         if self._tensors is not None:
-            cut._tensors = pytree.tree_map(lambda t: t[:count], self._tensors)
+            cut._tensors = pytree.tree_map(lambda t: t[start:stop], self._tensors)
+        else:
+            cut._offset = self._offset + start
         return cut
 
     def batches(self, size: int, indices: Sequence[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
