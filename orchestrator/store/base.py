@@ -131,6 +131,8 @@ def check_store(store: Store) -> None:
     """The common body of `Store.check`: every operation once, on a key of its own that it removes."""
     key = PROBE_PREFIX + uuid.uuid4().hex
     first, second = b"fimo probe, first write", b"fimo probe, second write"
+    # First of all a listing: some servers answer a write to a bucket that does not exist by making it.
+    list(store.list(PROBE_PREFIX))
     store.create(key, first)
     try:
         honoured = not store.create(key, second)

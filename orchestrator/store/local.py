@@ -154,15 +154,11 @@ class LocalStore:
             os.close(folder)
 
     def _failure(self, verb: str, key: str, error: OSError) -> StoreError:
-        where = (
-            f"store {self.uri}: cannot {verb} {short(key)}" if key else f"store {self.uri}: cannot {verb} it"
-        )
+        where = f"store {self.uri}: cannot {verb} {short(key)}" if key else f"store {self.uri}: cannot {verb} it"
         return StoreError(f"{where}: {_MENDS.get(error.errno or 0, os.strerror(error.errno or errno.EIO))}")
 
 
-_NO_LINKS = (
-    "its file system has no hard links, which writing each result once needs; use another directory or S3"
-)
+_NO_LINKS = "its file system has no hard links, which writing each result once needs; use another directory or S3"
 _MENDS = {
     errno.ENOSPC: "the disk is full; free some space and resume",
     errno.EDQUOT: "the disk quota is used up; free some space and resume",

@@ -78,7 +78,5 @@ class MemoryStore:
 
 def _find(uri: str) -> MemoryStore:
     if uri not in _living:
-        raise StoreError(
-            f"store {uri} lives in the process that made it; use a directory or s3://bucket/prefix"
-        )
+        raise StoreError(f"store {uri} lives in the process that made it; use a directory or s3://bucket/prefix")
     return _living[uri]

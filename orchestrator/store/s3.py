@@ -19,6 +19,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC
 from typing import Any, TypeVar
 
 from orchestrator.store.base import Entry, NotFound, check_store, is_key, short, validate_key, validate_prefix
@@ -40,6 +41,9 @@ TRIES = 3
 """Tries inside botocore for each of ours."""
 
 LONGEST_PAUSE_S = 8.0
+
+# A web server that answers 200 to everything would otherwise be an empty store that loses every write.
+_FOREIGN = "the endpoint's answer is not S3's: set AWS_ENDPOINT_URL_S3 to an S3 server"
 
 _Answer = TypeVar("_Answer")
 
@@ -90,7 +94,7 @@ class S3Store:
 
         def write(client: Any) -> bool:
             try:
-                client.put_object(**body, IfNoneMatch="*")
+                _written(client.put_object(**body, IfNoneMatch="*"))
             except Exception as error:
                 if _code(error) in ("PreconditionFailed", "412"):
                     return False
@@ -102,7 +106,7 @@ class S3Store:
     def put(self, key: str, data: bytes) -> None:
         """See `Store.put`."""
         body = self._writable(key, data)
-        self._call("write", key, lambda client: client.put_object(**body))
+        self._call("write", key, lambda client: _written(client.put_object(**body)))
 
     def get(self, key: str) -> bytes:
         """See `Store.get`. Fetches again when the answer is cut off or fails its checksum."""
@@ -112,7 +116,7 @@ class S3Store:
             try:
                 answer = client.get_object(Bucket=self.bucket, Key=self.prefix + key, ChecksumMode="ENABLED")
             except Exception as error:
-                if _code(error) in ("NoSuchKey", "404"):
+                if _code(error) == "NoSuchKey":
                     raise NotFound(f"store {self.uri} has no object {short(key)}") from None
                 raise
             return bytes(answer["Body"].read())
@@ -135,22 +139,18 @@ class S3Store:
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self.prefix)
                 if is_key(key) and item["Key"].startswith(self.prefix):
-                    found[key] = Entry(key, item["Size"], item["LastModified"])
+                    found[key] = Entry(key, item["Size"], item["LastModified"].astimezone(UTC))
             following = page.get("NextContinuationToken")
             if not page.get("IsTruncated"):
                 return iter(sorted(found.values()))
             if not following or following == token:
-                raise StoreError(
-                    f"store {self.uri}: the server's listing does not advance; is this an S3 endpoint?"
-                )
+                raise StoreError(f"store {self.uri}: the server's listing does not advance; is this an S3 endpoint?")
             token = following
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
         validate_key(key)
-        self._call(
-            "remove", key, lambda client: client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
-        )
+        self._call("remove", key, lambda client: client.delete_object(Bucket=self.bucket, Key=self.prefix + key))
 
     def check(self) -> None:
         """See `Store.check`. Gives up sooner than the work itself would."""
@@ -167,9 +167,7 @@ class S3Store:
     def _writable(self, key: str, data: bytes) -> Mapping[str, Any]:
         validate_key(key)
         if len(data) > MAX_OBJECT_BYTES:
-            raise StoreError(
-                f"store {self.uri}: {short(key)} has over 5 GiB, the most that one S3 object takes"
-            )
+            raise StoreError(f"store {self.uri}: {short(key)} has over 5 GiB, the most that one S3 object takes")
         return {"Bucket": self.bucket, "Key": self.prefix + key, "Body": data, "ChecksumAlgorithm": "SHA256"}
 
     def _call(self, verb: str, key: str, operation: Callable[[Any], _Answer]) -> _Answer:
@@ -191,14 +189,12 @@ class S3Store:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _failure(self, verb: str, key: str, verdict: Verdict, waited_s: float) -> StoreError:
-        what = (
-            f"store {self.uri}: cannot {verb} {short(key)}" if key else f"store {self.uri}: cannot {verb} it"
-        )
+        what = f"store {self.uri}: cannot {verb} {short(key)}" if key else f"store {self.uri}: cannot {verb} it"
         if not verdict.again:
             return StoreError(f"{what}: {verdict.line}")
         return StoreError(
             f"{what}: {verdict.line}, still after {waited_s:.0f} s of trying; check the network, "
-            "AWS_ENDPOINT_URL and the server, then run `fimo resume`; nothing committed is lost"
+            "AWS_ENDPOINT_URL and the server, then run again or `fimo resume`; nothing committed is lost"
         )
 
     def _client(self) -> Any:
@@ -231,7 +227,15 @@ class S3Store:
 
 
 def _list_page(client: Any, request: Mapping[str, Any]) -> Any:
-    return client.list_objects_v2(**request)
+    page = client.list_objects_v2(**request)
+    if "IsTruncated" not in page:
+        raise StoreError(_FOREIGN)
+    return page
+
+
+def _written(answer: Mapping[str, Any]) -> None:
+    if "ETag" not in answer:
+        raise StoreError(_FOREIGN)
 
 
 def _code(error: Exception) -> str:

@@ -37,21 +37,22 @@ def open_store(uri: str) -> Store:
 
 
 def _open_s3(uri: str) -> S3Store:
-    # The URI is not repeated where it may hold a credential.
-    if any(character in uri for character in "@?#%"):
-        raise UsageError(
-            "an s3:// store takes no user, password, query or escapes: "
-            "credentials come from the AWS environment"
-        )
+    _refuse_credentials(uri)
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     prefix = prefix.removesuffix("/")
     if not uri.startswith("s3://") or not _BUCKET.fullmatch(bucket):
         raise UsageError(f"{short(uri)} names no S3 bucket: {_FORMS}")
     if prefix and not is_key(prefix):
-        raise UsageError(
-            f"{short(uri)} has a prefix that no key can have (empty, '..', hidden or control): {_FORMS}"
-        )
+        raise UsageError(f"{short(uri)} has a prefix that no key can have (empty, '..', hidden or control): {_FORMS}")
     return S3Store(uri, bucket, prefix)
+
+
+def _refuse_credentials(uri: str) -> None:
+    """The URI is not repeated in this message: it may hold one."""
+    if any(character in uri for character in "@?#%"):
+        raise UsageError(
+            "an s3:// URI takes no user, password, query or escapes: credentials come from the AWS environment"
+        )
 
 
 def split_sweep(uri: str) -> tuple[str, str]:
@@ -59,8 +60,10 @@ def split_sweep(uri: str) -> tuple[str, str]:
 
     Raises `UsageError` when there is no NAME, or one that no sweep can have.
     """
+    if uri.startswith("s3:"):
+        _refuse_credentials(uri)
     store, slash, name = uri.rstrip("/").rpartition("/")
-    if store in ("s3:", "s3:/") or not is_key(name):
+    if not is_key(name) or _SCHEME.fullmatch(name) or store in ("s3:", "s3:/"):
         raise UsageError(
             f"{short(uri)} names no sweep: write STORE/NAME, e.g. runs/concrete or s3://bucket/runs/concrete"
         )

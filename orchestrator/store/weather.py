@@ -54,15 +54,11 @@ _AGAIN_CODES = {
     "IncompleteBody": "data was cut off on the way to the server",
 }
 
-_REFUSED = (
-    "its credentials are refused: correct the access key and secret (AWS_ACCESS_KEY_ID, AWS_PROFILE, …)"
-)
+_REFUSED = "its credentials are refused: correct the access key and secret (AWS_ACCESS_KEY_ID, AWS_PROFILE, …)"
 _EXPIRED = "its credentials have expired: renew them, then run `fimo resume`; nothing committed is lost"
 _REGION = "the bucket is in another region or at another endpoint: set AWS_REGION or AWS_ENDPOINT_URL_S3"
 _DENIED = "access is denied: allow these credentials the actions in deploy/aws/iam-policy.json"
-_UNCONDITIONAL = (
-    "the server lacks conditional writes (If-None-Match), which fimo needs: use AWS S3 or another"
-)
+_UNCONDITIONAL = "the server lacks conditional writes (If-None-Match), which fimo needs: use AWS S3 or another"
 _NO_CREDENTIALS = (
     "no credentials found: set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or attach a role"
 )
@@ -123,6 +119,8 @@ _FATAL_EXCEPTIONS = {
     "ProfileNotFound": "the profile named by AWS_PROFILE is not in the AWS config: correct it",
     "NoRegionError": "no region is set: set AWS_REGION",
     "InvalidRegionError": "AWS_REGION is not a region: correct it",
+    # How botocore ends when a redirect does not name the region: it asks for the region, is redirected, …
+    "RecursionError": _REGION,
     "ConfigParseError": "the AWS config file cannot be read: correct it",
     "InvalidEndpointConfigurationError": "AWS_ENDPOINT_URL is not a URL: correct it (http://host:port)",
 }
@@ -153,4 +151,6 @@ def _judge_answer(response: dict[str, Any], secrets: Iterable[str | None]) -> Ve
     if status in (409, 429, 500, 502, 503, 504):
         return Verdict(True, f"the server answers HTTP {status}")
     message = response["Error"].get("Message", "")
+    if code == str(status):  # no code in the body, which S3 always sends
+        return Verdict(False, f"the server answers HTTP {status} and not as S3 does: check AWS_ENDPOINT_URL")
     return Verdict(False, scrub(f"the server answers HTTP {status} {code}: {message}", secrets))
