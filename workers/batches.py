@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
+from workers.errors import UsageError
 from workers.settings import FurtherTraining
 
 Removal = tuple[int, ...]
@@ -102,7 +103,12 @@ def first_difference(n: int, removal: Removal, settings: FurtherTraining, seed: 
 
 
 def schedule(
-    n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int, coupled: bool = False
+    n: int,
+    lanes: Sequence[Removal],
+    settings: FurtherTraining,
+    seed: int,
+    coupled: bool = False,
+    folded: bool = False,
 ) -> Iterator[list[Block]]:
     """The blocks of every step, without end; stop when the last evaluation is done.
 
@@ -111,12 +117,31 @@ def schedule(
         lanes: the replicas' removals, in the order of the stack.
         coupled: the model's training forward mixes the examples of a batch (batch norm), so that a masked
             example must leave the batch rather than get weight 0.
+        folded: reweight's removed examples are appended to every batch with weight −1/n, so that the loop need not
+            subtract them apart.
+
+    Raises:
+        UsageError: a removal is not a set of training indices, or leaves nothing to train on.
     """
+    for removal in set(lanes):
+        check(n, removal)
     if settings.removal_mode == "drop":
         return _dropped(n, lanes, settings, seed)
     if settings.removal_mode == "mask" and any(lanes):
         return _masked(n, lanes, settings, seed, coupled)
-    return _whole(n, lanes, settings, seed)
+    whole = _whole(n, lanes, settings, seed)
+    return _folded(n, lanes, whole) if folded and any(lanes) else whole
+
+
+def check(n: int, removal: Removal) -> None:
+    """Refuse indices that are not distinct training indices, or that are all of them (UsageError)."""
+    if len(set(removal)) != len(removal):
+        raise UsageError(f"a removal names a training index twice: {sorted(removal)[:10]}")
+    outside = [i for i in removal if not 0 <= i < n]
+    if outside:
+        raise UsageError(f"a removal names training index {outside[0]}, but the indices run from 0 to {n - 1}")
+    if len(removal) == n:
+        raise UsageError("a removal leaves no training example")
 
 
 def _whole(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[list[Block]]:
@@ -125,6 +150,18 @@ def _whole(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: in
         for indices in order.split(settings.batch_size):
             weights = torch.full((len(indices),), 1.0 / len(indices), dtype=torch.float64)
             yield [Block(every, indices, weights)]
+
+
+def _folded(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) -> Iterator[list[Block]]:
+    most = max(len(removal) for removal in lanes)
+    filled = torch.tensor([[*removal, *[-1] * (most - len(removal))] for removal in lanes], dtype=torch.long)
+    subtracted = (filled >= 0).to(torch.float64) * (-1.0 / n)
+    for (block,) in whole:
+        # Shorter removals are filled up with an example of the batch, of weight 0.
+        appended = torch.where(filled >= 0, filled, block.indices[0])
+        indices = torch.cat([block.indices.expand(len(lanes), -1), appended], dim=1)
+        weights = torch.cat([block.weights.expand(len(lanes), -1), subtracted], dim=1)
+        yield [Block(block.lanes, indices, weights)]
 
 
 def _masked(
@@ -171,14 +208,14 @@ def _dropped(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: 
         for members, stream in streams:
             indices = next(stream)
             sizes.setdefault(indices.shape[1], []).append((members, indices))
-        yield [
-            Block(
-                tuple(lane for members, _ in parts for lane in members),
-                torch.cat([indices for _, indices in parts]),
-                _mean_weights(sum(len(members) for members, _ in parts), size),
-            )
-            for size, parts in sizes.items()
-        ]
+        yield [_joined(parts) for parts in sizes.values()]
+
+
+def _joined(parts: Sequence[tuple[list[int], Tensor]]) -> Block:
+    """One block of (lanes, indices) of one batch size, in the order of the stack."""
+    lanes, indices = [lane for members, _ in parts for lane in members], torch.cat([i for _, i in parts])
+    order = sorted(range(len(lanes)), key=lanes.__getitem__)
+    return Block(tuple(lanes[i] for i in order), indices[order], _mean_weights(len(lanes), indices.shape[1]))
 
 
 def _dropped_group(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[Tensor]:

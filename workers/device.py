@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 
-
 torch_deterministic: Any = torch.utils.deterministic
 
 

@@ -7,7 +7,7 @@ same code serves one replica, a ``vmap`` over stacked replicas, and derivatives.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -29,10 +29,11 @@ class _Outputs(nn.Module):
     def __init__(self, model: nn.Module, workload: Workload) -> None:
         super().__init__()
         self.model = model
-        self._outputs = workload.outputs
+        # In a tuple: an ``outputs`` that is a module itself must not become a part of this one.
+        self._outputs = (workload.outputs,)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self._outputs(self.model, batch)
+        return self._outputs[0](self.model, batch)
 
 
 class FunctionalModel:
@@ -93,9 +94,16 @@ class FunctionalModel:
                 m.training = training
 
     def outputs(self, params: Tensors, batch: Batch, fixed: Tensors | None = None) -> Tensor:
-        """``outputs(model(θ), batch)``, shape (B, …). Buffers in ``fixed`` are updated in place in train mode."""
-        values = {f"model.{n}": t for n, t in {**(self.fixed if fixed is None else fixed), **params}.items()}
+        """``outputs(model(θ), batch)``, shape (B, …).
+
+        A training-mode forward leaves the new buffers in ``fixed``: it updates them in place (batch norm), and those
+        that it assigns anew replace the entry of the dict.
+        """
+        given = dict(self.fixed) if fixed is None else fixed
+        values = {f"model.{n}": t for n, t in {**given, **params}.items()}
         out: Tensor = functional_call(self._module, values, (batch,))
+        for name in given:
+            given[name] = values[f"model.{name}"]
         return out
 
     def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -120,17 +128,21 @@ class FunctionalModel:
         return self._measure(outputs, batch)
 
 
-def check(model: FunctionalModel, batch: Batch, size: int) -> None:
+def check(
+    model: FunctionalModel, batch: Batch, size: int, names: Sequence[Literal["loss", "measure"]] = ("loss", "measure")
+) -> None:
     """Refuse a loss or measure that is not one number an example.
 
     Args:
         batch: ``size`` examples, at least 2, so that a mean cannot pass for a per-example loss.
+        names: which of the two; evaluation examples need not carry what the loss reads.
 
     Raises:
         WorkloadError: in one line, what is wrong and what to return instead.
     """
     functions: dict[str, Any] = {"loss": model.loss, "measure": model.measure}
-    for name, function in functions.items():
+    for name in names:
+        function = functions[name]
         try:
             with torch.no_grad(), model.mode("eval"):
                 values = function(model.params, batch)

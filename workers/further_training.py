@@ -17,8 +17,11 @@ from torch import Tensor
 
 from workers import batches, replicas
 from workers.batches import Removal
+from workers.errors import DivergedError, WorkloadError
 from workers.examples import Batch, Examples
-from workers.functional import FunctionalModel, Tensors
+from workers.functional import FunctionalModel, Tensors, check
+from workers.probe import Traits, traits
+from workers.replicas import Gradients
 from workers.settings import FurtherTraining
 
 
@@ -32,7 +35,9 @@ class Problem:
         evals: the evaluation examples as batches, in order.
         at_final: g(z, θᶠ), float64 (m,).
         settings: the further-training section.
-        mutable: buffers that training changes; ``coupled``: whether batch norm mixes the examples of a batch.
+        traits: how the training forward behaves.
+        folds: reweight takes the removed examples into the batch with weight −1/n, one forward instead of two; done
+            where examples are independent and nothing is drawn, so that the mathematics is the same.
     """
 
     model: FunctionalModel
@@ -40,8 +45,8 @@ class Problem:
     evals: tuple[Batch, ...]
     at_final: Tensor
     settings: FurtherTraining
-    mutable: tuple[str, ...]
-    coupled: bool
+    traits: Traits
+    folds: bool
 
 
 @dataclass(frozen=True)
@@ -64,17 +69,40 @@ def problem(
     train: Examples,
     evals: Examples,
     settings: FurtherTraining,
-    eval_batch: int = 1024,
+    eval_batch: int | None = None,
 ) -> Problem:
-    """Prepare what the cells of a sweep share; g(z, θᶠ) is computed here, in eval mode."""
-    blocks = tuple(batch for _, batch in evals.batches(eval_batch))
+    """Prepare what the cells of a sweep share, and refuse what cannot be trained further.
+
+    g(z, θᶠ) is computed here, in eval mode, in batches of ``eval_batch`` (default: a training batch, at least 128,
+    so that evaluation needs no more memory than training).
+
+    Raises:
+        WorkloadError: a loss or measure that is not one number an example, or fails, or depends on no parameter.
+        DivergedError: a loss or a measure at θᶠ is not finite.
+    """
+    size = min(len(train), settings.batch_size)
+    check(model, train.batch(range(size)), size, ["loss"])
+    blocks = tuple(batch for _, batch in evals.batches(eval_batch or max(128, settings.batch_size)))
+    check(model, blocks[0], min(len(evals), eval_batch or max(128, settings.batch_size)), ["measure"])
     with torch.no_grad(), model.mode("eval"):
-        at_final = torch.cat([model.measure(model.params, b) for b in blocks])
-    trains = settings.mode == "train"
-    few = train.batch(range(min(len(train), settings.batch_size)))
-    mutable = tuple(replicas.mutable_buffers(model, few)) if trains else ()
-    coupled = trains and replicas.is_coupled(model)
-    return Problem(model, train, blocks, at_final.cpu(), settings, mutable, coupled)
+        at_final = torch.cat([model.measure(model.params, b) for b in blocks]).cpu()
+        # A dataset may be long to read, so that of its examples only the first batch is looked at.
+        looked_at = train.batches(1024, range(len(train) if train.tensors is not None else size))
+        losses = torch.cat([model.loss(model.params, b) for _, b in looked_at])
+    _refuse_not_finite(losses, "loss of training example")
+    _refuse_not_finite(at_final, "measure of evaluation example")
+    found = traits(model, train, size, settings.mode)
+    foldable = settings.removal_mode == "reweight" and train.tensors is not None
+    folds = foldable and not (found.coupled or found.random)
+    return Problem(model, train, blocks, at_final, settings, found, folds)
+
+
+def _refuse_not_finite(values: Tensor, what: str) -> None:
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        value = float(values[bad[0]])
+        raise DivergedError(f"the {what} {bad[0]}{more} is {value} at the final model: mend the example or the model")
 
 
 def further_train(
@@ -90,58 +118,74 @@ def further_train(
         lanes: the replicas' removals, ``()`` = the baseline; results do not depend on the order beyond rounding.
         watch: called after each step with (step, stacked parameters); must not change them.
         last: stop after this step, for timing.
+
+    Raises:
+        UsageError: a removal is not a set of training indices, or leaves nothing to train on.
+        WorkloadError: a buffer changes that did not change in the first forward.
     """
     model, settings, n = problem.model, problem.settings, len(problem.train)
-    params = {name: p.requires_grad_() for name, p in replicas.stacked(model.params, len(lanes)).items()}
-    buffers = replicas.stacked({name: model.fixed[name] for name in problem.mutable}, len(lanes))
+    params = replicas.stacked(model.params, len(lanes))
+    buffers = replicas.stacked({name: model.fixed[name] for name in problem.traits.mutable}, len(lanes))
     optimizer = replicas.make_optimizer(settings.optimizer, list(params.values()))
-    removed = _removed(problem.train, lanes) if settings.removal_mode == "reweight" else []
+    apart = settings.removal_mode == "reweight" and not problem.folds
+    removed = _removed(problem.train, lanes) if apart else []
     record = _Record(problem, lanes)
-    for step, blocks in enumerate(batches.schedule(n, lanes, settings, seed, problem.coupled), start=1):
-        with model.mode(settings.mode):
-            terms = [_batch_loss(problem, params, buffers, block, seed, step) for block in blocks]
-        with model.mode(settings.mode, norm="eval"):
-            terms += [-_removed_loss(problem, params, buffers, *group, seed, step) / n for group in removed]
-        grads = _gradients(terms, list(params.values()))
+    fixed = {name: tensor._version for name, tensor in model.fixed.items()}
+    schedule = batches.schedule(n, lanes, settings, seed, problem.traits.coupled, problem.folds)
+    for step, blocks in enumerate(schedule, start=1):
+        grads: Gradients = {}
+        for block in blocks:
+            _add_batch(problem, params, buffers, grads, block, dropout_seed(seed, step, "batch"))
+        for own, batch in removed:
+            _subtract_removed(problem, params, buffers, grads, own, batch, dropout_seed(seed, step, "removed"))
+        if not blocks:
+            # Every example is masked: the loss is 0, and momentum and weight decay go on.
+            grads = {name: torch.zeros_like(params[name]) for name in problem.traits.used}
         if settings.clip_norm is not None:
-            replicas.clip(grads, settings.clip_norm)
-        for p, g in zip(params.values(), grads, strict=True):
-            p.grad = g
+            grads = replicas.clip(grads, settings.clip_norm)
+        for name, p in params.items():
+            p.grad = grads.get(name)
         optimizer.step()
         record.take(step, params, buffers)
         if watch is not None:
             watch(step, params)
         if record.complete or step == last:
-            return record.trajectory()
-    raise AssertionError("a schedule has no end")
+            break
+    _refuse_late_changes(model, fixed)
+    return record.trajectory()
 
 
-def _gradients(terms: list[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of the sum of the replicas' losses; None where the model does not use a parameter.
-
-    Replicas share no parameter, so the gradient of the sum is each replica's own. A step in which every example is
-    masked has no term: its gradient is zero, and momentum and weight decay go on.
-    """
-    if not terms:
-        return [torch.zeros_like(p) for p in params]
-    return list(torch.autograd.grad(torch.stack(terms).sum(), params, allow_unused=True))
-
-
-def _batch_loss(
-    problem: Problem, params: Tensors, buffers: Tensors, block: batches.Block, seed: int, step: int
-) -> Tensor:
-    """Σ over the block's replicas of their batch losses Σ_j w_j ℓ_j."""
-    count, total = (
-        next(iter(params.values())).shape[0],
-        torch.zeros((), dtype=problem.model.dtype, device=problem.model.device),
-    )
+def _add_batch(
+    problem: Problem, params: Tensors, buffers: Tensors, grads: Gradients, block: batches.Block, seed: int
+) -> None:
+    """Add ∇ Σ_j w_j ℓ_j of the block's replicas on their batches; their ``buffers`` move on."""
+    model, count = problem.model, stack_size(params)
     for lanes, batch, weights, shared in replicas.fetch(problem.train, block):
         own, own_buffers = replicas.take(params, lanes, count), replicas.take(buffers, lanes, count)
-        torch.manual_seed(dropout_seed(seed, step, "batch"))
-        each = replicas.losses(problem.model, own, own_buffers, batch, shared)
-        total = total + (each * weights.to(each)).sum()
-        replicas.put_back(buffers, own_buffers, lanes)
-    return total
+        torch.manual_seed(seed)
+        with model.mode(problem.settings.mode):
+            part, after = replicas.gradients(model, own, own_buffers, batch, weights, shared)
+        replicas.add(grads, part, lanes, count)
+        replicas.put_back(buffers, after, lanes)
+
+
+def _subtract_removed(
+    problem: Problem,
+    params: Tensors,
+    buffers: Tensors,
+    grads: Gradients,
+    lanes: tuple[int, ...],
+    batch: Batch,
+    seed: int,
+) -> None:
+    """Subtract ∇ Σ_{i∈removal} ℓ_i / n of the lanes; batch-norm statistics are read but not updated."""
+    model, count = problem.model, stack_size(params)
+    own, own_buffers = replicas.take(params, lanes, count), replicas.take(buffers, lanes, count)
+    weights = torch.tensor([-1.0 / len(problem.train)], dtype=torch.float64)
+    torch.manual_seed(seed)
+    with model.mode(problem.settings.mode, norm="eval"):
+        part, _ = replicas.gradients(model, own, own_buffers, batch, weights, shared=False)
+    replicas.add(grads, part, lanes, count)
 
 
 def _removed(train: Examples, lanes: Sequence[Removal]) -> list[tuple[tuple[int, ...], Batch]]:
@@ -157,21 +201,15 @@ def _removed(train: Examples, lanes: Sequence[Removal]) -> list[tuple[tuple[int,
     return [(own, batch) for block in blocks for own, batch, _, _ in replicas.fetch(train, block)]
 
 
-def _removed_loss(
-    problem: Problem,
-    params: Tensors,
-    buffers: Tensors,
-    lanes: tuple[int, ...],
-    batch: Batch,
-    seed: int,
-    step: int,
-) -> Tensor:
-    """Σ over the lanes of Σ_{i∈removal} ℓ_i, with batch-norm statistics read but not updated."""
-    count = next(iter(params.values())).shape[0]
-    own = replicas.take(params, lanes, count)
-    read_only = {n: t.clone() for n, t in replicas.take(buffers, lanes, count).items()}
-    torch.manual_seed(dropout_seed(seed, step, "removed"))
-    return replicas.losses(problem.model, own, read_only, batch, shared=False).sum()
+def _refuse_late_changes(model: FunctionalModel, versions: dict[str, int]) -> None:
+    for name, tensor in model.fixed.items():
+        if tensor._version != versions[name]:
+            raise WorkloadError(f"buffer '{name}' {replicas.CHANGED_LATE}")
+
+
+def stack_size(params: Tensors) -> int:
+    """R of stacked parameters (R, …)."""
+    return next(iter(params.values())).shape[0]
 
 
 def dropout_seed(seed: int, step: int, what: str) -> int:
@@ -206,7 +244,7 @@ class _Record:
         due = self.due.pop(step, [])
         if not due:
             return
-        model, count = self.problem.model, next(iter(params.values())).shape[0]
+        model, count = self.problem.model, stack_size(params)
         lanes = tuple(sorted({lane for lane, _ in due}))
         own = {n: p.detach() for n, p in replicas.take(params, lanes, count).items()}
         own_buffers = replicas.take(buffers, lanes, count)

@@ -14,23 +14,18 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from workers.batches import Block
+from workers.errors import WorkloadError
 from workers.examples import Batch, Examples, shapes, stack
 from workers.functional import FunctionalModel, Tensors
 from workers.settings import Optimizer
 
+Gradients = dict[str, Tensor | None]
+"""Stacked gradients by the parameters' names; None where the loss does not depend on the parameter."""
 
-def mutable_buffers(model: FunctionalModel, batch: Batch) -> list[str]:
-    """Names of the buffers that a training-mode forward changes: each replica owns its own (batch norm's statistics)."""
-    trial = {n: t.clone() for n, t in model.fixed.items()}
-    with torch.no_grad(), model.mode("train"):
-        model.outputs(model.params, batch, trial)
-    return [n for n, t in trial.items() if not torch.equal(t, model.fixed[n])]
-
-
-def is_coupled(model: FunctionalModel) -> bool:
-    """Whether a training-mode forward mixes the examples of a batch: batch norm, by its type."""
-    kinds = torch.nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, kinds) for m in model.module.modules())
+CHANGED_LATE = (
+    "changes during training but not in the first forward: replicas would share it; "
+    "update it in every training-mode forward or keep it constant"
+)
 
 
 def stacked(tensors: Tensors, count: int) -> Tensors:
@@ -63,13 +58,13 @@ def make_optimizer(settings: Optimizer, params: Sequence[Tensor]) -> torch.optim
     )
 
 
-def clip(grads: Sequence[Tensor | None], max_norm: float) -> None:
-    """Clip each replica's own gradient in place, as ``torch.nn.utils.clip_grad_norm_`` does for one model."""
-    present = [g for g in grads if g is not None]
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in present]).norm(dim=0)
+def clip(grads: Gradients, max_norm: float) -> Gradients:
+    """Each replica's own gradient clipped as ``torch.nn.utils.clip_grad_norm_`` clips one model's."""
+    present = {n: g for n, g in grads.items() if g is not None}
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in present.values()]).norm(dim=0)
     scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    for g in present:
-        g.mul_(scale.view(-1, *[1] * (g.ndim - 1)))
+    # Not in place: autograd gives two parameters that are added up the same tensor.
+    return {**grads, **{n: g * scale.view(-1, *[1] * (g.ndim - 1)) for n, g in present.items()}}
 
 
 def fetch(train: Examples, block: Block) -> list[tuple[tuple[int, ...], Batch, Tensor, bool]]:
@@ -88,22 +83,57 @@ def fetch(train: Examples, block: Block) -> list[tuple[tuple[int, ...], Batch, T
     ]
 
 
-def losses(model: FunctionalModel, params: Tensors, buffers: Tensors, batch: Batch, shared: bool) -> Tensor:
-    """Per-example losses of stacked replicas, (R, b).
+def gradients(
+    model: FunctionalModel, params: Tensors, buffers: Tensors, batch: Batch, weights: Tensor, shared: bool
+) -> tuple[Gradients, Tensors]:
+    """Each replica's own ∇_θ Σ_j w_j ℓ_j(θ), stacked, and the buffers after its forward.
+
+    Replicas share no parameter, so the gradient of the sum over replicas is each replica's own.
 
     Args:
-        params, buffers: stacked (R, …); ``buffers`` are updated in place by a training-mode forward.
+        params, buffers: stacked (R, …); left as they are.
+        batch: b examples that the replicas share, or stacked (R, b, …).
+        weights: w, (b,) or (R, b).
+
+    Returns:
+        (gradients by name, None where the loss does not depend on the parameter; new buffers).
+    """
+    own = {n: p.detach().requires_grad_() for n, p in params.items()}
+    with torch.enable_grad():
+        each, after = losses(model, own, {n: b.clone() for n, b in buffers.items()}, batch, shared)
+        total = (each * weights.to(each)).sum()
+    grads = torch.autograd.grad(total, list(own.values()), allow_unused=True)
+    return dict(zip(own, grads, strict=True)), {n: t.detach() for n, t in after.items()}
+
+
+def losses(
+    model: FunctionalModel, params: Tensors, buffers: Tensors, batch: Batch, shared: bool
+) -> tuple[Tensor, Tensors]:
+    """Per-example losses of stacked replicas, (R, b), and the buffers after the forward.
+
+    Args:
+        params, buffers: stacked (R, …); a forward may update ``buffers`` in place.
         batch: shared by the replicas, or stacked (R, b, …).
+
+    Raises:
+        WorkloadError: the forward replaced a buffer that the probe of the first batch found constant.
     """
 
-    def one(p: Tensors, b: Tensors, x: Batch) -> Tensor:
-        return model.loss(p, x, {**model.fixed, **b})
+    def one(p: Tensors, b: Tensors, x: Batch) -> tuple[Tensor, Tensors]:
+        fixed = {**model.fixed, **b}
+        each = model.loss(p, x, fixed)
+        for name, tensor in model.fixed.items():
+            if name not in b and fixed[name] is not tensor:
+                raise WorkloadError(f"buffer '{name}' {CHANGED_LATE}")
+        return each, {n: fixed[n] for n in b}
 
     count = next(iter(params.values())).shape[0]
     if count == 1:
-        own = batch if shared else _first(batch)
-        return one(_first(params), _first(buffers), own).unsqueeze(0)
-    out: Tensor = vmap(one, in_dims=(0, 0, None if shared else 0), randomness="same")(params, buffers, batch)
+        each, after = one(_first(params), _first(buffers), batch if shared else _first(batch))
+        return each.unsqueeze(0), {n: t.unsqueeze(0) for n, t in after.items()}
+    out: tuple[Tensor, Tensors] = vmap(one, in_dims=(0, 0, None if shared else 0), randomness="same")(
+        params, buffers, batch
+    )
     return out
 
 
@@ -131,10 +161,24 @@ def take(tensors: Tensors, lanes: tuple[int, ...], count: int) -> Tensors:
 
 
 def put_back(into: Tensors, part: Tensors, lanes: tuple[int, ...]) -> None:
-    """Write lanes taken by ``take`` back; nothing to do for those that are views."""
+    """Write the given lanes of stacked tensors."""
     for name, tensor in part.items():
-        if tensor is not into[name]:
-            into[name][list(lanes)] = tensor
+        into[name][list(lanes)] = tensor
+
+
+def add(into: Gradients, part: Gradients, lanes: tuple[int, ...], count: int) -> None:
+    """Add the gradients of the given lanes to those of the stack of ``count``; None adds nothing."""
+    everyone = lanes == tuple(range(count))
+    for name, grad in part.items():
+        total = into.get(name)
+        if grad is None:
+            into[name] = total
+        elif total is None and everyone:
+            into[name] = grad
+        else:
+            if total is None:
+                total = grad.new_zeros(count, *grad.shape[1:])
+            into[name] = total.index_add(0, torch.tensor(lanes, device=grad.device), grad)
 
 
 def _first(batch: Batch) -> Batch:

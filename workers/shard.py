@@ -90,9 +90,10 @@ def _in_stacks(
         try:
             results.append(further_train(problem, stack, seed))
         except RuntimeError as error:
-            if not out_of_memory(error) or len(stack) == 1:
+            if len(stack) == 1:
                 raise
-            replicas = max(1, len(stack) // 2)
+            # What is no lack of memory is a model that cannot be vmapped, which one at a time can tell.
+            replicas = len(stack) // 2 if out_of_memory(error) else 1
         else:
             done += len(stack)
             if progress is not None:
@@ -105,11 +106,13 @@ def _in_stacks(
 def _floor(problem: Problem, seed: int, replicas: int) -> Trajectory:
     stack = [BASELINE] if replicas > 1 else [BASELINE, BASELINE]
     try:
-        both = further_train(problem, stack, seed)
-    except RuntimeError as error:
+        both: Trajectory | None = further_train(problem, stack, seed)
+    except RuntimeError:
         # A model that cannot be stacked, or only just fits, has its second baseline trained alone.
-        if len(stack) == 1 or not (out_of_memory(error) or not stacks(problem)):
+        if len(stack) == 1:
             raise
+        both = None
+    if both is None:
         _release()
         both = further_train(problem, [BASELINE], seed)
     return Trajectory(both.steps, both.deltas[-1:], both.distances[-1:])
@@ -127,15 +130,6 @@ def _copy_before_first_difference(
             if own_step == step and (first is None or step < first):
                 deltas[cell, place] = deltas[baseline, place]
                 distances[cell, place] = distances[baseline, place]
-
-
-def stacks(problem: Problem) -> bool:
-    """Whether the workload runs under ``vmap`` at all (data-dependent control flow does not)."""
-    try:
-        further_train(problem, [BASELINE, BASELINE], 0, last=1)
-    except RuntimeError as error:
-        return out_of_memory(error)
-    return True
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,80 @@
+"""What a model's training-mode forward does, found by running it at θᶠ rather than by the names of its layers.
+
+Covers what one forward on the first examples shows. A buffer that changes later only, or state kept outside
+parameters and buffers, is not seen here (the first is refused by ``further_train`` when it happens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workers.errors import WorkloadError
+from workers.examples import Batch, Examples, shapes
+from workers.functional import FunctionalModel, Tensors
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How the forward behaves in the mode that further training runs it in.
+
+    Attributes:
+        mutable: buffers that it changes (batch norm's statistics): each replica owns its own.
+        coupled: whether one example's loss depends on the others in its batch (batch norm).
+        random: whether it draws random numbers (dropout).
+        used: parameters that the loss depends on; torch's optimizers skip the others.
+    """
+
+    mutable: tuple[str, ...]
+    coupled: bool
+    random: bool
+    used: tuple[str, ...]
+
+
+def traits(model: FunctionalModel, train: Examples, size: int, mode: Literal["train", "eval"]) -> Traits:
+    """Probe the forward on the first ``size`` training examples; torch's random state is left as it was.
+
+    Raises:
+        WorkloadError: the loss depends on no trainable parameter.
+    """
+    first = list(range(min(len(train), size)))
+    batch = train.batch(first)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), model.mode(mode):
+        losses, buffers = _losses(model, batch, 0)
+        again, _ = _losses(model, batch, 1)
+        coupled = mode == "train" and _has_batch_norm(model)
+        other = train.batch([len(train) - 1, *first[1:]])
+        if not coupled and shapes(other) == shapes(batch):
+            replaced, _ = _losses(model, other, 0)
+            coupled = not torch.allclose(replaced[1:], losses[1:], rtol=1e-4, atol=1e-6, equal_nan=True)
+        used = _used(model, batch)
+    mutable = tuple(n for n, t in buffers.items() if not torch.equal(t, model.fixed[n]))
+    return Traits(mutable, coupled, not torch.equal(again.nan_to_num(), losses.nan_to_num()), used)
+
+
+@torch.no_grad()
+def _losses(model: FunctionalModel, batch: Batch, seed: int) -> tuple[Tensor, Tensors]:
+    buffers = {n: t.clone() for n, t in model.fixed.items()}
+    torch.manual_seed(seed)
+    return model.loss(model.params, batch, buffers), buffers
+
+
+def _has_batch_norm(model: FunctionalModel) -> bool:
+    kinds = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(m, kinds) for m in model.module.modules())
+
+
+def _used(model: FunctionalModel, batch: Batch) -> tuple[str, ...]:
+    params = {n: p.detach().requires_grad_() for n, p in model.params.items()}
+    with torch.enable_grad():
+        total = model.loss(params, batch, {n: t.clone() for n, t in model.fixed.items()}).sum()
+    if not total.requires_grad:
+        raise WorkloadError(
+            "the loss depends on no trainable parameter: outputs(model, batch) must call the model that it is given"
+        )
+    grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+    return tuple(n for n, g in zip(params, grads, strict=True) if g is not None)
