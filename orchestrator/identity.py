@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from orchestrator.spec import FurtherTraining
 from workers.errors import UsageError
 from workers.examples import Examples
 from workers.workload import find_module
@@ -146,6 +147,11 @@ def result_digest(
             "further_training": further_training,
         }
     )
+
+
+def training_identity(section: FurtherTraining) -> dict[str, Any]:
+    """The further-training section as it counts for a result: every value, defaults written out."""
+    return section.model_dump(mode="json")
 
 
 def rows_digest(columns: Mapping[str, np.ndarray[Any, Any]]) -> str:

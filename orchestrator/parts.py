@@ -153,7 +153,7 @@ def decode(data: bytes, key: str) -> Part:
 def _rows(
     numbers: NDArray[np.int32], steps: NDArray[np.int32], deltas: NDArray[np.float64], distances: NDArray[np.float64]
 ) -> str:
-    finite = np.isfinite(deltas).all(axis=2)
+    finite: Any = np.isfinite(deltas).all(axis=2)
     # Nulls carry no payload: every run that diverged is the same NaN here, whatever its bits were.
     clean = np.where(finite[:, :, None], deltas, np.nan)
     kept = np.where(finite & np.isfinite(distances), distances, np.nan)
@@ -185,7 +185,7 @@ def _values(
     table: pa.Table, shape: tuple[int, int], m: int, key: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     column = table["deltas"].combine_chunks()
-    present: NDArray[np.bool_] = np.asarray(column.is_valid(), dtype=np.bool_)
+    present = column.is_valid().to_numpy(zero_copy_only=False)
     values = column.flatten().to_numpy(zero_copy_only=False)
     lengths = column.value_lengths().drop_null().to_numpy(zero_copy_only=False)
     if bool(np.any(lengths != m)) or not np.isfinite(values).all():

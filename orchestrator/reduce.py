@@ -1,7 +1,7 @@
 """From parts to attribution: Welford means and standard errors of effects over seeds (eq. 17), in float64.
 
 Pure: parts come in as values, seed by seed in ascending order, tables go out. Memory is bounded by blocks of one seed,
-not by the number of seeds. Parts of a seed are taken in the order of their keys, so their order of arrival changes nothing.
+not by the number of seeds. Parts of a seed are taken in the order of their keys, so order of arrival changes nothing.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Welford:
 
     def add(self, values: Array) -> None:
         """Take one block, (R, T, m); cells that are NaN are left out."""
-        present: NDArray[np.bool_] = np.isfinite(values).all(axis=-1)
+        present = np.asarray(np.isfinite(values).all(axis=-1))
         self.count += present
         where = np.expand_dims(present, -1)
         delta = np.where(where, values - self.mean, 0.0)

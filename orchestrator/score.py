@@ -1,7 +1,7 @@
 """Scores: how close each estimate comes to the attribution, per step and per number of seeds averaged.
 
-A score is the mean over evaluation examples of the agreement over removals. For k seeds, the effects of disjoint windows
-of k consecutive seeds are averaged, scored, and the scores of the windows averaged. Pure functions over arrays and tables.
+A score is the mean over evaluation examples of the agreement over removals. For k seeds, the effects of disjoint
+windows of k consecutive seeds are averaged, scored, and the scores of the windows averaged. Pure functions over values.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Scorer:
         if not reduction.seeds:
             return
         result = self.results[len(reduction.seeds)] = _Agreements()
-        everywhere: NDArray[np.bool_] = (reduction.effects.count > 0).all(axis=1)
+        everywhere = np.asarray((reduction.effects.count > 0).all(axis=1))
         if everywhere.sum() < 2:
             return
         kept = Scorer([_rows(e, everywhere) for e in self.estimates], self.steps, 0)

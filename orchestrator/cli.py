@@ -1,0 +1,178 @@
+"""``fimo``: results on stdout, talk on stderr, exit 0 complete, 1 failed, 2 usage, 3 incomplete.
+
+Each command reads its arguments, calls one function of the package, and prints; no command computes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from workers.errors import FimoError, UsageError
+
+app = typer.Typer(
+    name="fimo",
+    help="Further training at cluster scale: the gold standard of training-data attribution for a final model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, talk = Console(soft_wrap=False), Console(stderr=True)
+
+SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The sweep's spec, a YAML file.")]
+SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="STORE/NAME.")]
+StoreOption = Annotated[str, typer.Option("--store", metavar="STORE", help="A directory or s3://bucket/prefix.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def read_spec(path: Path) -> Any:
+    """A spec file; raises UsageError."""
+    from orchestrator.spec import read
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"spec {path} cannot be read: {reason}") from error
+    return read(text, str(path))
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+@app.command()
+def plan(
+    spec: SpecArgument,
+    store: Annotated[str | None, typer.Option("--store", help="Subtract what this store holds.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a few steps: seconds and device-hours.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Cells, shards and bytes of a sweep; nothing is written."""
+    from orchestrator import commands, show
+
+    found = commands.plan(read_spec(spec), spec.resolve().parent, store, measure)
+    if as_json:
+        return print_json(found)
+    for line in show.plan_lines(found):
+        out.print(line, highlight=False, soft_wrap=True)
+    return None
+
+
+@app.command()
+def run(
+    spec: SpecArgument,
+    store: StoreOption,
+    address: Annotated[str | None, typer.Option("--address", help="A running Ray; default: an embedded one.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try tasks again that were set aside.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan, train, estimate, reduce and score; prints the score table. Run again to compute what is missing."""
+    from orchestrator import run as runs
+    from orchestrator.store import open_store
+
+    opened = open_store(store)
+    resolved = runs.resolve(read_spec(spec), spec.resolve().parent)
+    _finish(resolved, opened, address, retry_failed, as_json)
+
+
+@app.command()
+def resume(
+    sweep: SweepArgument,
+    address: Annotated[str | None, typer.Option("--address", help="A running Ray; default: an embedded one.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try tasks again that were set aside.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute what is missing of a sweep; the store has the spec."""
+    from orchestrator import commands
+
+    opened, resolved = commands.resume(sweep)
+    _finish(resolved, opened, address, retry_failed, as_json)
+
+
+def _finish(resolved: Any, store: Any, address: str | None, retry_failed: bool, as_json: bool) -> None:
+    from orchestrator import commands
+    from orchestrator import run as runs
+    from orchestrator.progress import ProgressReport
+
+    stop = _stop_on_signal()
+    with ProgressReport(talk) as progress:
+        report = runs.run(resolved, store, progress.listener, stop, address, retry_failed)
+    if as_json:
+        print_json(commands.report_json(resolved.manifest, store, report))
+    else:
+        commands.print_report(out, resolved.manifest, store, report)
+    for line in commands.complaints(resolved.manifest, store, report):
+        talk.print(line, highlight=False, markup=False, soft_wrap=True)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def _stop_on_signal() -> Callable[[], str | None]:
+    """SIGTERM and the first SIGINT end a run in good order: nothing more is started, what is committed stays."""
+    seen: list[str] = []
+
+    def note(number: int, _frame: object) -> None:
+        if seen:
+            os._exit(3)
+        seen.append(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return lambda: f"stopped by {seen[0]}" if seen else None
+
+
+@app.command()
+def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
+    """How far a sweep is, from the store alone."""
+    from orchestrator import commands, show
+
+    found = commands.status(sweep)
+    if as_json:
+        print_json(found)
+    else:
+        for line in show.status_lines(found):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
+    if found["exit_code"]:
+        raise typer.Exit(found["exit_code"])
+
+
+@app.command()
+def pull(
+    sweep: SweepArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where the tables go.")],
+    form: Annotated[str, typer.Option("--format", help="parquet or csv.")] = "parquet",
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a sweep's tables, reduced anew where parts have come since."""
+    from orchestrator import commands
+
+    found = commands.pull(sweep, to, form, lambda line: talk.print(line, highlight=False, markup=False))
+    if as_json:
+        print_json(found)
+    else:
+        for path in found["tables"].values():
+            out.print(path, highlight=False, markup=False, soft_wrap=True)
+    if found["exit_code"]:
+        raise typer.Exit(found["exit_code"])
+
+
+def main() -> None:
+    """The console script: one line for every error that is the user's to mend."""
+    try:
+        app(standalone_mode=True)
+    except FimoError as error:
+        sys.stderr.write(f"fimo: {' '.join(str(error).split())}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("fimo: interrupted\n")
+        sys.exit(3)

@@ -1,0 +1,265 @@
+"""What runs in a worker process: one shard or one block of estimates, from a context to a committed object.
+
+A task returns a receipt (key, counts, timings), never data: everything of value is in the store before it returns. Ray
+is not imported here; the same functions run in process under test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import estimators
+from orchestrator import estimate_parts, parts
+from orchestrator.identity import canonical
+from orchestrator.identity import digest as identity_digest
+from orchestrator.plan import Shard
+from orchestrator.prepare import Prepared, prepare
+from orchestrator.removals import Removal
+from orchestrator.spec import Spec, parse
+from orchestrator.store import NotFound, Store
+from workers.device import deterministic, device_name, pick_device, prepare_environment
+from workers.errors import FimoError, WorkloadError
+from workers.further_training import Problem
+from workers.shard import run_shard
+from workers.stack_size import measure_stack_size
+
+
+class ConflictError(FimoError):
+    """Another writer committed different rows under the same key."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every task of a run shares; small, and free of data and credentials.
+
+    Attributes:
+        spec: canonical JSON.
+        beside: the folder in which the workload's module is looked for.
+        digest, estimate_digest: what the worker's own must equal.
+    """
+
+    store: Store
+    sweep: str
+    spec: str
+    beside: str
+    digest: str
+    estimate_digest: str
+
+
+@dataclass(frozen=True)
+class EstimateTask:
+    """One estimator's values for some removals and a block of evaluation examples."""
+
+    estimator: str
+    params: str
+    removals: tuple[Removal, ...]
+    first: int
+    count: int
+
+
+Task = Shard | EstimateTask
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a finished task says of itself.
+
+    Attributes:
+        key: the committed object; ``written``: by this task, rather than found there with the same rows.
+        cells: cells in it (0 for estimates); ``diverged``: of these, runs that were not finite.
+    """
+
+    key: str
+    written: bool
+    cells: int
+    diverged: int
+    seconds: float
+    device: str
+
+
+def task_name(task: Task) -> str:
+    """How a task is called in progress and errors."""
+    if isinstance(task, Shard):
+        return f"seed {task.seed}, {len(task.removals)} removals"
+    return f"estimator {task.estimator} {task.params}"
+
+
+def run_task(context: Context, final_model: bytes | None, task: Task) -> Receipt:
+    """Compute and commit one task.
+
+    Raises:
+        FimoError: in one line; ConflictError where different rows are already committed under the key.
+    """
+    prepare_environment()
+    prepared, device = _prepared(context, final_model)
+    torch.set_num_threads(max(1, int(prepared.spec.resources.cpus)))
+    if isinstance(task, Shard):
+        return _shard(context, prepared, device, task)
+    return _estimate(context, prepared, device, task)
+
+
+# One sweep at a time in a process: the next one's model and data replace this one's.
+_cache: dict[tuple[str, str], tuple[Prepared, torch.device]] = {}
+_problems: dict[tuple[str, str], Problem] = {}
+
+
+def _prepared(context: Context, final_model: bytes | None) -> tuple[Prepared, torch.device]:
+    name = (context.digest, context.spec)
+    if name not in _cache:
+        _cache.clear()
+        _problems.clear()
+        spec = parse(json.loads(context.spec))
+        prepared = prepare(spec, Path(context.beside), final_model)
+        if (prepared.digest, prepared.estimate_digest) != (context.digest, context.estimate_digest):
+            raise WorkloadError(
+                f"node {platform.node()} sees other code or data than the driver (another digest): "
+                "make the workload deterministic and its files the same everywhere"
+            )
+        _cache[name] = prepared, pick_device(spec.resources.gpus)
+    return _cache[name]
+
+
+def _problem(context: Context, prepared: Prepared, device: torch.device) -> Problem:
+    name = (context.digest, str(device))
+    if name not in _problems:
+        _problems[name] = prepared.problem(device)
+    return _problems[name]
+
+
+def _shard(context: Context, prepared: Prepared, device: torch.device, task: Shard) -> Receipt:
+    started = time.monotonic()
+    key = parts.part_key(context.sweep, context.digest, task.seed, task.removals)
+    with deterministic(device) as flags:
+        problem = _problem(context, prepared, device)
+        replicas = _replicas(context, prepared, problem, device)
+        result = run_shard(problem, [r.indices for r in task.removals], task.seed, replicas)
+    provenance = {
+        **_provenance(device, prepared, flags),
+        "replicas": result.replicas,
+        "device_seconds": time.monotonic() - started,
+        "peak_bytes": result.peak_bytes or _peak_host_bytes(),
+    }
+    data, rows = parts.encode(result, task.removals, context.digest, provenance)
+    written = context.store.create(key, data)
+    if not written and parts.decode(context.store.get(key), key).rows != rows:
+        raise ConflictError(
+            f"part {key} holds other rows than this run computed (another device, threads or replicas?); "
+            "the committed part stands"
+        )
+    diverged = int((~result.deltas.isfinite().all(dim=2)).any(dim=1).sum())
+    return Receipt(key, written, len(task.removals), diverged, time.monotonic() - started, device_name(device))
+
+
+def _replicas(context: Context, prepared: Prepared, problem: Problem, device: torch.device) -> int:
+    """Cells trained together: as the spec says, or measured once per device type and kept in the store."""
+    asked = prepared.spec.resources.replicas
+    if asked != "auto":
+        return asked
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-")[:80]
+    key = f"{context.sweep}/replicas/{context.digest[:32]}-{slug}.json"
+    for _ in range(2):
+        with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
+            return max(1, int(json.loads(context.store.get(key))["replicas"]))
+        size, seconds = measure_stack_size(problem, parts_largest(prepared))
+        body = {"replicas": size, "seconds_per_replica_step": {str(k): v for k, v in seconds.items()}}
+        # The first to have measured decides for everybody.
+        if context.store.create(key, canonical(body).encode()):
+            return size
+    return size
+
+
+def parts_largest(prepared: Prepared) -> int:
+    """The most cells that a shard of this sweep can train together: its removals and a baseline."""
+    shard = prepared.spec.resources.shard
+    return 101 if shard == "auto" else shard + 1
+
+
+def _estimate(context: Context, prepared: Prepared, device: torch.device, task: EstimateTask) -> Receipt:
+    started = time.monotonic()
+    [estimator] = estimators.parse({"name": task.estimator, **json.loads(task.params)})
+    digest = estimate_identity(context.digest, context.estimate_digest, prepared.spec, task.estimator, task.params)
+    key = estimate_parts.key(context.sweep, digest, task.estimator, task.params, task.removals, task.first, task.count)
+    _reset_peak(device)
+    with deterministic(device) as flags:
+        train, evals = prepared.examples(device)
+        problem = estimators.Problem(
+            model=prepared.model(device),
+            train=train,
+            evals=evals.span(task.first, task.count),
+            removals=[r.indices for r in task.removals],
+            further_training=prepared.spec.further_training.settings(),
+            seeds=list(prepared.spec.seeds),
+        )
+        estimate = estimator.estimate(problem)
+    provenance = {
+        **_provenance(device, prepared, flags),
+        "notes": json.loads(json.dumps(dict(estimate.notes), default=str)),
+        "device_seconds": time.monotonic() - started,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_host_bytes(),
+    }
+    part = estimate_parts.EstimatePart(
+        digest=digest,
+        estimator=task.estimator,
+        params=task.params,
+        removals=task.removals,
+        first=task.first,
+        steps=estimate.steps,
+        values=estimate.values.numpy(),
+        provenance=provenance,
+    )
+    data, _ = estimate_parts.encode(part)
+    written = context.store.create(key, data)
+    return Receipt(key, written, 0, 0, time.monotonic() - started, device_name(device))
+
+
+def estimate_identity(result_digest: str, at_final_digest: str, spec: Spec, estimator: str, params: str) -> str:
+    """What an estimate depends on: θᶠ, and where it follows further training also that and the sweep's seeds."""
+    [found] = estimators.parse({"name": estimator, **json.loads(params)})
+    if not getattr(found, "follows_training", False):
+        return at_final_digest
+    return identity_digest([result_digest, [spec.seeds.first, spec.seeds.count]])
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_host_bytes() -> int:
+    """The process's largest resident size so far, in bytes."""
+    import resource  # not on every platform
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _provenance(device: torch.device, prepared: Prepared, flags: Mapping[str, object]) -> dict[str, Any]:
+    return {
+        "versions": _versions(),
+        "device": device_name(device),
+        "host": platform.node(),
+        "dtype": prepared.spec.further_training.precision,
+        "threads": torch.get_num_threads(),
+        "determinism": dict(flags),
+        "removal_mode": prepared.spec.further_training.removal_mode,
+    }
+
+
+@lru_cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("fimo", "torch", "numpy", "pyarrow", "ray", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
