@@ -37,7 +37,7 @@ class Problem:
         settings: the further-training section.
         traits: how the training forward behaves.
         folds: reweight takes the removed examples into the batch with weight −1/n, one forward instead of two; done
-            where examples are independent and nothing is drawn, so that the mathematics is the same.
+            where examples are proven independent and nothing is drawn: the same mathematics.
     """
 
     model: FunctionalModel
@@ -92,8 +92,7 @@ def problem(
     _refuse_not_finite(losses, "loss of training example")
     _refuse_not_finite(at_final, "measure of evaluation example")
     found = traits(model, train, size, settings.mode)
-    foldable = settings.removal_mode == "reweight" and train.tensors is not None
-    folds = foldable and not (found.coupled or found.random)
+    folds = settings.removal_mode == "reweight" and train.tensors is not None and found.independent
     return Problem(model, train, blocks, at_final, settings, found, folds)
 
 

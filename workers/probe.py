@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from workers.errors import WorkloadError
 from workers.examples import Batch, Examples, shapes
@@ -25,12 +27,15 @@ class Traits:
         mutable: buffers that it changes (batch norm's statistics): each replica owns its own.
         coupled: whether one example's loss depends on the others in its batch (batch norm).
         random: whether it draws random numbers (dropout).
+        independent: whether it is proven to treat examples one by one: each example's loss alone, under ``vmap``
+            (which refuses decisions that depend on data), is its loss in the batch. False where this cannot be told.
         used: parameters that the loss depends on; torch's optimizers skip the others.
     """
 
     mutable: tuple[str, ...]
     coupled: bool
     random: bool
+    independent: bool
     used: tuple[str, ...]
 
 
@@ -51,9 +56,11 @@ def traits(model: FunctionalModel, train: Examples, size: int, mode: Literal["tr
         if not coupled and shapes(other) == shapes(batch):
             replaced, _ = _losses(model, other, 0)
             coupled = not torch.allclose(replaced[1:], losses[1:], rtol=1e-4, atol=1e-6, equal_nan=True)
+        random = not torch.equal(again.nan_to_num(), losses.nan_to_num())
+        independent = not (coupled or random) and _one_by_one(model, batch, losses)
         used = _used(model, batch)
     mutable = tuple(n for n, t in buffers.items() if not torch.equal(t, model.fixed[n]))
-    return Traits(mutable, coupled, not torch.equal(again.nan_to_num(), losses.nan_to_num()), used)
+    return Traits(mutable, coupled, random, independent and not mutable, used)
 
 
 @torch.no_grad()
@@ -61,6 +68,20 @@ def _losses(model: FunctionalModel, batch: Batch, seed: int) -> tuple[Tensor, Te
     buffers = {n: t.clone() for n, t in model.fixed.items()}
     torch.manual_seed(seed)
     return model.loss(model.params, batch, buffers), buffers
+
+
+@torch.no_grad()
+def _one_by_one(model: FunctionalModel, batch: Batch, losses: Tensor) -> bool:
+    def one(example: Batch) -> Tensor:
+        alone = pytree.tree_map(lambda t: t.unsqueeze(0), example)
+        return model.loss(model.params, alone, dict(model.fixed))[0]
+
+    try:
+        alone: Tensor = vmap(one)(batch)
+    except Exception:
+        # Whatever the model objects to, the answer is the same: nothing is proven.
+        return False
+    return torch.allclose(alone, losses, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def _has_batch_norm(model: FunctionalModel) -> bool:

@@ -14,6 +14,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from workers.batches import Block
+from workers.decisions import ReplicasAgree
 from workers.errors import WorkloadError
 from workers.examples import Batch, Examples, shapes, stack
 from workers.functional import FunctionalModel, Tensors
@@ -131,9 +132,9 @@ def losses(
     if count == 1:
         each, after = one(_first(params), _first(buffers), batch if shared else _first(batch))
         return each.unsqueeze(0), {n: t.unsqueeze(0) for n, t in after.items()}
-    out: tuple[Tensor, Tensors] = vmap(one, in_dims=(0, 0, None if shared else 0), randomness="same")(
-        params, buffers, batch
-    )
+    stacked_one = vmap(one, in_dims=(0, 0, None if shared else 0), randomness="same")
+    with ReplicasAgree():
+        out: tuple[Tensor, Tensors] = stacked_one(params, buffers, batch)
     return out
 
 
@@ -146,7 +147,8 @@ def measures(model: FunctionalModel, params: Tensors, buffers: Tensors, batch: B
     count = next(iter(params.values())).shape[0]
     if count == 1:
         return one(_first(params), _first(buffers)).unsqueeze(0)
-    out: Tensor = vmap(one, in_dims=(0, 0), randomness="same")(params, buffers)
+    with ReplicasAgree():
+        out: Tensor = vmap(one, in_dims=(0, 0), randomness="same")(params, buffers)
     return out
 
 

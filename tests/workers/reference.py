@@ -84,13 +84,16 @@ def train_one(
         for begin in range(0, len(order), settings.batch_size):
             step += 1
             indices = order[begin : begin + settings.batch_size]
-            if settings.removal_mode == "mask":
-                indices = [i for i in indices if i not in removal]
+            stays = [i for i in indices if settings.removal_mode != "mask" or i not in removal]
+            if norms(model) and model.training:
+                # A masked example is not in the batch norm's statistics either.
+                indices = stays
             optimizer.zero_grad()
-            if indices:
+            if stays:
                 batch = take(workload.train, workload.collate, indices, dtype)
                 torch.manual_seed(dropout_seed(seed, step, "batch"))
-                loss = workload.loss(workload.outputs(model, batch), batch).mean()
+                losses = workload.loss(workload.outputs(model, batch), batch)
+                loss = losses[[i in stays for i in indices]].mean()
                 if settings.removal_mode == "reweight" and removal:
                     removed = take(workload.train, workload.collate, list(removal), dtype)
                     torch.manual_seed(dropout_seed(seed, step, "removed"))
