@@ -9,18 +9,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from estimators.base import Estimate, Estimator, Problem
+from estimators.cg import CG
 from estimators.datainf import DataInf
 from estimators.entries import parse_entry
 from estimators.grad_cos import GradCos
 from estimators.grad_dot import GradDot
+from estimators.lissa import LiSSA, LiSSAH
+from estimators.trak import TRAK
 
 __all__ = ["REGISTRY", "Estimate", "Estimator", "Problem", "defaults", "parse"]
 
-REGISTRY: dict[str, type[Any]] = {kind.name: kind for kind in (GradDot, GradCos, DataInf)}
+REGISTRY: dict[str, type[Any]] = {kind.name: kind for kind in (GradDot, GradCos, DataInf, CG, LiSSA, LiSSAH, TRAK)}
 """Estimators by the name that specs and tables use."""
 
 
-DEFAULTS = ("grad_dot", "grad_cos", "datainf")
+DEFAULTS = ("grad_dot", "grad_cos", "datainf", "trak", "cg", "lissa", "lissa_h")
 """Names of the estimators that run where a spec names none, cheapest first."""
 
 

@@ -99,7 +99,7 @@ class Hyperparameters:
         """Every hyper-parameter by name, defaults included."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
-    def applies(self, problem: Problem) -> bool:  # noqa: ARG002
+    def applies(self, problem: Problem) -> bool:
         """Whether the estimator means something for the problem (a model, its data and settings)."""
         return True
 

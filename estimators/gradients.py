@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -73,6 +74,9 @@ def block_size(scalars: int, budget: int | None = None) -> int:
     return max(1, min(BLOCK, (STREAM if budget is None else budget) // max(1, scalars)))
 
 
+In = TypeVar("In")
+Out = TypeVar("Out")
+
 PerExample = Callable[[Tensors, Batch], Tensor]
 """(parameters, batch of B) -> (B,): a loss or a measure."""
 
@@ -119,9 +123,9 @@ def measure_gradients(model: FunctionalModel, evals: Examples, indices: Sequence
     return torch.cat(blocks) if blocks else torch.empty(0, layout.size, dtype=model.dtype, device=model.device)
 
 
-def directional(function: Callable[[Tensors], Tensor], params: Tensors, tangents: Tensors) -> tuple[Tensor, Tensor]:
+def directional(function: Callable[[In], Out], at: In, tangents: In) -> tuple[Out, Out]:
     """(function(θ), its derivative at θ along ``tangents``), by forward-mode differentiation."""
-    value, slope, *_ = jvp(function, (params,), (tangents,))
+    value, slope, *_ = jvp(function, (at,), (tangents,))
     return value, slope
 
 

@@ -7,5 +7,5 @@ from estimators import gradients
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least three blocks and a ragged last one in every test: 27 training examples in blocks of 8."""
-    monkeypatch.setattr(gradients, "BLOCK", 8)
+    """At least three blocks and a ragged last one in every test: 27 training examples in blocks of 10."""
+    monkeypatch.setattr(gradients, "BLOCK", 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -175,3 +176,16 @@ def columns_cosine(a: Tensor, b: Tensor) -> Tensor:
 def layer_slices(p: Problem) -> list[slice]:
     ends = list(itertools.accumulate(t.numel() for t in p.model.params.values()))
     return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def hessian_of(p: Problem, removal: Sequence[int]) -> Tensor:
+    """Σ_{i∈removal} ∇²ℓ_i, (P, P)."""
+    examples = Examples({k: v[list(removal)] for k, v in p.train.tensors.items()}, dtype=p.model.dtype)
+    return hessian(Problem(p.model, examples, p.evals, p.removals)) * len(removal)
+
+
+def problem_at(p: Problem, moved: dict[str, Tensor]) -> Problem:
+    """The same problem with the parameters moved."""
+    model = copy.copy(p.model)
+    model.params = {n: t + moved[n] for n, t in p.model.params.items()}
+    return Problem(model, p.train, p.evals, p.removals)

@@ -1,0 +1,118 @@
+"""Influence by conjugate gradients: P = (C + λI)⁻¹, C the Gauss-Newton matrix or the Hessian of the mean
+loss.
+
+Source: Martens, Deep learning via Hessian-free optimization (2010), for CG on curvature products; Koh and
+Liang (2017), section 3, for influence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from estimators.base import JSON, Problem
+from estimators.curvature import GaussNewton, Hessian
+from estimators.influence import Influence, Notes, Preconditioner
+from estimators.spaces import Curvature, MatrixFree, Space, gauss_newton
+from workers.errors import DivergedError
+
+
+@dataclass(frozen=True)
+class CG(Influence):
+    """(C + λI)⁻¹ ∇g by conjugate gradients, all evaluation examples of a block together.
+
+    Attributes:
+        curvature: ``gauss_newton`` (positive semidefinite for convex losses) or ``hessian`` (may be
+            indefinite; CG then still solves the system, but without its guarantee: look at the residuals in
+            the notes).
+        tolerance: a right-hand side stops at ‖v − (C + λI)x‖ ≤ tolerance·‖v‖.
+        max_iterations: and at the latest after so many.
+
+    Cost: an iteration is a product with C for every right-hand side; see ``spaces`` for when that is cheap.
+    """
+
+    name: ClassVar[str] = "cg"
+
+    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
+    tolerance: float = 1e-8
+    max_iterations: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.tolerance < 1, "tolerance must lie between 0 and 1")
+        self.require(self.max_iterations >= 1, "max_iterations must be at least 1")
+
+    def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
+        """(C + λI)⁻¹, solved anew at each call."""
+        damping = self.resolve_damping(problem)
+        curvature = make_curvature(problem, self.curvature)
+        notes["damping"] = damping
+        solves: list[JSON] = []
+        notes["solves"] = solves
+
+        def apply(rows: Tensor) -> Tensor:
+            space = curvature.around(rows)
+            x, solved = conjugate_gradients(space, damping, self.tolerance, self.max_iterations)
+            solves.append(solved)
+            problem.say(f"cg: {solved['converged']} of {len(rows)} right-hand sides converged")
+            return space.rows(x)
+
+        return apply
+
+
+def make_curvature(problem: Problem, kind: Literal["gauss_newton", "hessian"]) -> Curvature:
+    """The curvature of the mean training loss at θᶠ."""
+    if kind == "hessian":
+        return MatrixFree(Hessian(problem.model, problem.train))
+    return gauss_newton(problem.model, GaussNewton(problem.model, problem.train))
+
+
+def conjugate_gradients(
+    space: Space, damping: float, tolerance: float, max_iterations: int
+) -> tuple[Tensor, dict[str, JSON]]:
+    """x with (C + λI)x = ``space.start``, row by row, each stopping by itself.
+
+    Every row has its own step lengths, so that a block's rows are what they would be alone.
+
+    Returns:
+        x (k, d), and per row: iterations, the true relative residual at the end, how many converged, and how
+        many met a direction of negative curvature.
+
+    Raises:
+        DivergedError: C is not finite.
+    """
+    b = space.start
+    x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
+    norms = b.norm(dim=1)
+    square = residual.square().sum(dim=1)
+    iterations = torch.zeros(len(b), dtype=torch.long, device=b.device)
+    negative = torch.zeros(len(b), dtype=torch.bool, device=b.device)
+    active = square.sqrt() > tolerance * norms
+    for _ in range(max_iterations):
+        if not bool(active.any()):
+            break
+        rows = active.nonzero().squeeze(1)
+        p = direction[rows]
+        image = space.apply(p) + damping * p
+        slope = (p * image).sum(dim=1)
+        if not bool(torch.isfinite(slope).all()):
+            raise DivergedError("cg: the curvature is not finite at the final model")
+        negative[rows] |= slope < 0
+        step = torch.where(slope != 0, square[rows] / slope, 0)[:, None]
+        x[rows] += step * p
+        residual[rows] -= step * image
+        fresh = residual[rows].square().sum(dim=1)
+        direction[rows] = residual[rows] + (fresh / square[rows])[:, None] * p
+        square[rows] = fresh
+        iterations[rows] += 1
+        active = square.sqrt() > tolerance * norms
+    true = (b - space.apply(x) - damping * x).norm(dim=1) / norms.clamp_min(torch.finfo(b.dtype).tiny)
+    return x, {
+        "iterations": iterations.tolist(),
+        "relative_residual": true.tolist(),
+        "converged": int((~active).sum()),
+        "negative_curvature": int(negative.sum()),
+    }

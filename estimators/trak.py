@@ -1,0 +1,169 @@
+"""TRAK with one model (M = 1): a Gauss-Newton matrix of randomly projected output-function gradients.
+
+    P = S (Sᵀ ΦᵀΦ S + nλI)⁺ Sᵀ,    Φ_i = ∇f(z_i, θᶠ)
+
+f is the log-odds of the label for cross-entropy and the output for one output an example; S (P × d) a random matrix
+with E[SSᵀ] = I. The training side is the projected loss gradient ∇ℓ_i = (∂ℓ/∂f) Φ_i, which is TRAK's Q weight times
+its feature. λ = 0 and no per-example weights (V = I) in the sum ΦᵀΦ by default, as in the paper; note the sum, not the
+mean, so the scale is 1/n of the other influence functions'. Source: Park et al., TRAK (ICML 2023), eq. 13 to 17.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from estimators import gradients
+from estimators.base import Problem, estimating
+from estimators.gradients import Layout, PerExample, loss_gradients
+from estimators.influence import Influence, Notes, Preconditioner
+from estimators.output_functions import is_cross_entropy, is_scalar, labels, log_odds
+from workers.errors import WorkloadError
+from workers.examples import Batch
+from workers.functional import FunctionalModel, Tensors
+
+TILE = 1024
+"""Parameters whose rows of S are drawn together. Part of the definition of S: it decides which numbers are drawn."""
+
+CUTOFF = 1e-10
+"""Eigenvalues of SᵀΦᵀΦS below this fraction of the largest are taken as zero where λ = 0."""
+
+
+@dataclass(frozen=True)
+class TRAK(Influence):
+    """TRAK; see the module.
+
+    Attributes:
+        dimension: d, columns of S; at most n for ΦS to have full rank.
+        projection: entries ±1/√d (rademacher), normal with variance 1/d (gaussian), or S = I (identity).
+        seed: of S.
+
+    Cost: n + R + E backward passes and as many projections of P·d; S is drawn again for every block of gradients
+    where it has more than ``gradients.HELD`` entries.
+    """
+
+    name: ClassVar[str] = "trak"
+    default_scale: ClassVar[float] = 0.0
+
+    dimension: int = 512
+    projection: Literal["rademacher", "gaussian", "identity"] = "rademacher"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.dimension >= 1, "dimension must be at least 1")
+        self.require(0 <= self.seed < 2**31, "seed must lie between 0 and 2^31 − 1")
+
+    def applies(self, problem: Problem) -> bool:
+        """Whether the output function is known: cross-entropy of classes, or one output an example."""
+        batch = problem.train.batch(range(min(8, len(problem.train))))
+        with estimating(problem.model):
+            return is_scalar(problem.model, batch) or is_cross_entropy(problem.model, batch)
+
+    def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
+        """P; one pass over 𝒟 for ΦᵀΦ."""
+        model, project = problem.model, self._projection(problem)
+        batch = problem.train.batch(range(min(8, len(problem.train))))
+        function = output_function(model, batch)
+        gram = torch.zeros(project.dimension, project.dimension, dtype=torch.float64, device=model.device)
+        for _, rows in loss_gradients(model, problem.train, loss=function):
+            features = project(rows).double()
+            gram += features.T @ features
+        damping = self.resolve_damping(problem)
+        values, vectors = torch.linalg.eigh(gram)
+        values, ridge = values.clamp(min=0), len(problem.train) * damping
+        kept = values > (CUTOFF * values.max() if ridge == 0 else -1)
+        inverse = torch.where(kept, 1 / (values + ridge), 0)
+        notes.update(damping=damping, rank=int(kept.sum()), dimension=project.dimension)
+
+        def apply(rows: Tensor) -> Tensor:
+            features = project(rows).double()
+            solved = (features @ vectors * inverse) @ vectors.T
+            return project.back(solved.to(rows))
+
+        return apply
+
+    def resolve_damping(self, problem: Problem) -> float:
+        """λ; without a pass over 𝒟 where it is 0."""
+        return 0.0 if self.damping_scale == 0 else super().resolve_damping(problem)
+
+    def _projection(self, problem: Problem) -> Projection:
+        size = Layout.of(problem.model.params).size
+        return Projection(size, self.dimension, self.projection, self.seed, problem.model)
+
+
+def output_function(model: FunctionalModel, batch: Batch) -> PerExample:
+    """f for the workload, told from one batch.
+
+    Raises:
+        WorkloadError: neither cross-entropy of classes nor one output an example.
+    """
+    if is_cross_entropy(model, batch):
+
+        def odds(params: Tensors, examples: Batch) -> Tensor:
+            outputs = model.outputs(params, examples)
+            return log_odds(outputs, labels(model, outputs.detach(), examples))
+
+        return odds
+    if is_scalar(model, batch):
+        return lambda params, examples: model.outputs(params, examples).flatten()
+    raise WorkloadError(
+        "estimator trak: the workload's loss must be cross-entropy of outputs (B, classes), or its outputs one number "
+        "an example; leave trak out of the spec's estimators"
+    )
+
+
+class Projection:
+    """Rows (k, P) -> (k, d) by S, and back by Sᵀ, S never in memory at once where it is large.
+
+    The numbers of S depend on the seed, P and d alone, drawn on the CPU in tiles of ``TILE`` parameters.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dimension: int,
+        kind: Literal["rademacher", "gaussian", "identity"],
+        seed: int,
+        model: FunctionalModel,
+    ) -> None:
+        self.dimension = size if kind == "identity" else dimension
+        self._size, self._kind, self._seed, self._model = size, kind, seed, model
+        self._kept: list[Tensor] | None = None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows (k, P) times S: (k, d)."""
+        if self._kind == "identity":
+            return rows
+        out = torch.zeros(len(rows), self.dimension, dtype=rows.dtype, device=rows.device)
+        for where, tile in self._tiles():
+            out += rows[:, where] @ tile
+        return out
+
+    def back(self, features: Tensor) -> Tensor:
+        """Features (k, d) times Sᵀ: (k, P)."""
+        if self._kind == "identity":
+            return features
+        return torch.cat([features @ tile.T for _, tile in self._tiles()], dim=1)
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        starts = range(0, self._size, TILE)
+        if self._kept is None and self._size * self.dimension <= gradients.HELD:
+            self._kept = [self._draw(start) for start in starts]
+        for number, start in enumerate(starts):
+            tile = self._draw(start) if self._kept is None else self._kept[number]
+            yield slice(start, start + TILE), tile
+
+    def _draw(self, start: int) -> Tensor:
+        width = min(TILE, self._size - start)
+        # torch's CPU generator reads 32 bits of a seed; an odd multiplier keeps nearby seeds' tiles apart.
+        generator = torch.Generator().manual_seed((self._seed * 0x9E3779B1 + start // TILE) % 2**32)
+        draw: dict[str, Callable[[], Tensor]] = {
+            "rademacher": lambda: torch.randint(2, (width, self.dimension), generator=generator) * 2 - 1,
+            "gaussian": lambda: torch.randn(width, self.dimension, generator=generator),
+        }
+        return draw[self._kind]().to(self._model.device, self._model.dtype).div_(self.dimension**0.5)
