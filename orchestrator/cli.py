@@ -25,7 +25,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, talk = Console(soft_wrap=False), Console(stderr=True)
+# Where nobody watches (a file, a pipe), tables are not folded to a terminal's 80 columns.
+out = Console(width=None if sys.stdout.isatty() else 160)
+talk = Console(stderr=True)
 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The sweep's spec, a YAML file.")]
 SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="STORE/NAME.")]
@@ -102,15 +104,16 @@ def resume(
 def _finish(resolved: Any, store: Any, address: str | None, retry_failed: bool, as_json: bool) -> None:
     from orchestrator import commands
     from orchestrator import run as runs
+    from orchestrator.driver import on_ray
     from orchestrator.progress import ProgressReport
 
     stop = _stop_on_signal()
     with ProgressReport(talk) as progress:
-        report = runs.run(resolved, store, progress.listener, stop, address, retry_failed)
+        report = runs.run(resolved, store, progress.listener, stop, on_ray(address), retry_failed)
     if as_json:
         print_json(commands.report_json(resolved.manifest, store, report))
     else:
-        commands.print_report(out, resolved.manifest, store, report)
+        commands.print_report(out, report)
     for line in commands.complaints(resolved.manifest, store, report):
         talk.print(line, highlight=False, markup=False, soft_wrap=True)
     if report.exit_code:

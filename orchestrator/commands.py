@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +14,9 @@ from rich.console import Console
 
 from orchestrator import gather, run, show, tables
 from orchestrator.identity import source_digest
+from orchestrator.plan import Plan
 from orchestrator.spec import Spec
-from orchestrator.store import NotFound, Store, open_store, split_sweep
+from orchestrator.store import Store, open_store, split_sweep
 from orchestrator.sweep import Listed, Manifest, Sweep
 from workers.device import deterministic, pick_device
 from workers.errors import StoreError, UsageError
@@ -55,10 +58,8 @@ def plan(spec: Spec, beside: Path, store: str | None, measure: bool) -> dict[str
     return found
 
 
-def _measured(resolved: run.Resolved, planned: run.Plan) -> dict[str, Any]:
+def _measured(resolved: run.Resolved, planned: Plan) -> dict[str, Any]:
     """Time a stack over a few steps and an evaluation, and reckon the sweep from it."""
-    import time
-
     device = pick_device(resolved.spec.resources.gpus)
     resources, manifest = resolved.spec.resources, resolved.manifest
     torch.set_num_threads(max(1, int(resources.cpus)))
@@ -99,8 +100,8 @@ def resume(uri: str) -> tuple[Store, run.Resolved]:
         if beside.is_dir() and source_digest(manifest.spec.workload, beside) == manifest.source:
             return sweep.store, run.resolve(manifest.spec, beside)
     raise UsageError(
-        f"the code of workload {manifest.spec.workload} is neither in {manifest.beside} nor here as it was when the sweep "
-        "was started; go to its folder, or start the spec again with `fimo run`"
+        f"the code of workload {manifest.spec.workload} is neither in {manifest.beside} nor here as it was when the "
+        "sweep was started; go to its folder, or start the spec again with `fimo run`"
     )
 
 
@@ -187,8 +188,6 @@ def _all_there(sweep: Sweep, manifest: Manifest) -> bool:
 
 def _stored_tables(sweep: Sweep, manifest: Manifest) -> dict[str, Any] | None:
     """The store's own tables where they were made from what it holds now."""
-    import json
-
     try:
         made_from = json.loads(sweep.store.get(f"{sweep.name}/tables/made-from.json"))["stamp"]
         if made_from != gather.stamp(sweep, manifest):
@@ -196,9 +195,7 @@ def _stored_tables(sweep: Sweep, manifest: Manifest) -> dict[str, Any] | None:
         return {
             name: tables.decode(sweep.store.get(f"{sweep.name}/tables/{name}.parquet"), name) for name in tables.SCHEMAS
         }
-    except (NotFound, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    except StoreError:
+    except (StoreError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -224,7 +221,7 @@ def report_json(manifest: Manifest, store: Store, report: run.Report) -> dict[st
     }
 
 
-def print_report(console: Console, manifest: Manifest, store: Store, report: run.Report) -> None:
+def print_report(console: Console, report: run.Report) -> None:
     """The score table and where the tables are."""
     table = show.score_table(report.found.tables["scores"], report.found.tables["costs"])
     if table is not None:

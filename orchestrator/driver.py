@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from orchestrator.schedule import Failed, Lost, Result
@@ -57,6 +57,19 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def on_ray(
+    address: str | None,
+) -> Callable[[Context, bytes | None, Resources], contextlib.AbstractContextManager[RayPool]]:
+    """Tasks on an embedded Ray, or on the one at ``address``."""
+
+    @contextlib.contextmanager
+    def pool(context: Context, final_model: bytes | None, resources: Resources) -> Iterator[RayPool]:
+        with cluster(address):
+            yield RayPool(context, final_model, resources)
+
+    return pool
 
 
 class RayPool:

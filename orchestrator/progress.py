@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from orchestrator.plan import Plan, Shard
 from orchestrator.run import Listener
 from orchestrator.schedule import Failed, Lost, Result, error_line
-from orchestrator.tasks import Receipt, Task, task_name
+from orchestrator.show import task_label
+from orchestrator.tasks import Receipt, Task
 
 LOG_EVERY_S = 10.0
 
@@ -59,13 +60,13 @@ class ProgressReport:
         if isinstance(result, Receipt):
             self._done += result.cells
             if result.diverged:
-                self.say(f"{task_name(task)}: {result.diverged} runs diverged (not finite) and will not be averaged")
+                self.say(f"{task_label(task)}: {result.diverged} runs diverged (not finite) and will not be averaged")
             if not isinstance(task, Shard):
-                self.say(f"{task_name(task)}: {result.seconds:.1f} s")
+                self.say(f"{task_label(task)}: {result.seconds:.1f} s")
         elif isinstance(result, Lost):
-            self.say(f"{task_name(task)}: lost ({result.reason}); queued again")
+            self.say(f"{task_label(task)}: lost ({result.reason}); queued again")
         elif isinstance(result, Failed):
-            self.say(f"{task_name(task)}: {error_line(result.error)}")
+            self.say(f"{task_label(task)}: {error_line(result.error)}")
         self._show()
 
     def _show(self) -> None:

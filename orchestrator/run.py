@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain, zip_longest
@@ -17,18 +18,20 @@ import torch
 
 import estimators
 from orchestrator import estimate_parts, gather
-from orchestrator.driver import RayPool, cluster
+from orchestrator.driver import on_ray
 from orchestrator.identity import canonical, digest
 from orchestrator.parts import set_hash
 from orchestrator.plan import Plan, Shard, plan, shard_size
 from orchestrator.prepare import Prepared, prepare, read_beside, resolve_removals
-from orchestrator.schedule import Outcome, Result, SetAside, drive
-from orchestrator.spec import Spec
+from orchestrator.schedule import Outcome, Pool, Result, SetAside, drive
+from orchestrator.spec import Resources, Spec
 from orchestrator.store import NotFound, Store
 from orchestrator.sweep import Manifest, Sweep
 from orchestrator.tasks import Context, EstimateTask, Task, estimate_identity, task_name
 from workers.errors import UsageError
 
+Where = Callable[[Context, bytes | None, Resources], AbstractContextManager[Pool]]
+"""A place to run tasks: an embedded Ray, a cluster, or this process."""
 EVAL_BLOCK = 128
 """Evaluation examples in one block of estimates."""
 ROUNDS = 3
@@ -153,10 +156,13 @@ def run(
     store: Store,
     listener: Listener,
     should_stop: Callable[[], str | None] = lambda: None,
-    address: str | None = None,
+    where: Where | None = None,
     retry_failed: bool = False,
 ) -> Report:
-    """Compute what is missing of a sweep on Ray, then reduce and score.
+    """Compute what is missing of a sweep, then reduce and score.
+
+    Args:
+        where: the pool that tasks run in; default: an embedded Ray.
 
     Raises:
         FimoError: in one line, where nothing could be computed at all.
@@ -171,7 +177,7 @@ def run(
     for _ in range(ROUNDS):
         tasks, shards = owed(manifest, sweep)
         if tasks:
-            _compute(resolved, sweep, tasks, shards, listener, should_stop, address, outcome)
+            _compute(resolved, sweep, tasks, shards, listener, should_stop, where or on_ray(None), outcome)
         found = gather.gather(sweep, manifest, listener.say)
         for _, why in found.bad:
             listener.say(f"{why}; set aside under {sweep.uri}/rejected and computed again")
@@ -198,7 +204,7 @@ def _compute(
     planned: Plan,
     listener: Listener,
     should_stop: Callable[[], str | None],
-    address: str | None,
+    where: Where,
     total: Outcome,
 ) -> None:
     manifest = resolved.manifest
@@ -215,8 +221,7 @@ def _compute(
     resources = manifest.spec.resources
     deadline = None if resources.deadline_s == "auto" else resources.deadline_s
     listener.start(planned, len(tasks))
-    with cluster(address):
-        pool = RayPool(context, resolved.final_model, resources)
+    with where(context, resolved.final_model, resources) as pool:
         outcome = drive(tasks, pool, listener.result, should_stop, deadline)
     total.receipts += outcome.receipts
     total.stopped, total.broken = outcome.stopped, outcome.broken

@@ -6,6 +6,7 @@ runs are the pool's business; progress is the store's, so this loop may die at a
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections import deque
@@ -13,7 +14,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from orchestrator.tasks import ConflictError, EstimateTask, Receipt, Task
+from orchestrator.spec import Resources
+from orchestrator.tasks import ConflictError, Context, EstimateTask, Receipt, Task, run_task
 from workers.errors import DivergedError, FimoError, UsageError, WorkloadError
 
 ATTEMPTS = 3
@@ -212,6 +214,12 @@ def error_line(error: BaseException) -> str:
     """The first line of an error, with its type where it is not one of fimo's own."""
     text = (str(error).strip().splitlines() or [""])[0]
     return text if isinstance(error, FimoError) else f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def in_process(context: Context, final_model: bytes | None, resources: Resources) -> Iterator[LocalPool]:
+    """Tasks in this process, one after another, under the same contract as on Ray."""
+    yield LocalPool(lambda task: run_task(context, final_model, task))
 
 
 class LocalPool:

@@ -9,6 +9,9 @@ from typing import Any
 import pyarrow as pa
 from rich.table import Table
 
+import estimators
+from orchestrator.tasks import EstimateTask, Task, task_name
+
 COLUMNS = 6
 """Amounts shown in the score table; all of them are in ``scores.parquet``."""
 
@@ -23,10 +26,19 @@ def spread(steps: Sequence[int], count: int = COLUMNS) -> list[int]:
 
 
 def label(estimator: str, params: str) -> str:
-    """An estimator with the hyper-parameters that it was given."""
-    values: dict[str, Any] = {k: v for k, v in json.loads(params).items() if v is not None}
+    """An estimator with the hyper-parameters that are not its defaults."""
+    [plain] = estimators.parse(estimator)
+    usual = plain.params()
+    values: dict[str, Any] = {k: v for k, v in json.loads(params).items() if v != usual.get(k)}
     shown = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
     return f"{estimator} ({shown})" if shown else estimator
+
+
+def task_label(task: Task) -> str:
+    """A task in a line of progress."""
+    if isinstance(task, EstimateTask):
+        return f"estimator {label(task.estimator, task.params)}"
+    return task_name(task)
 
 
 def score_table(scores: pa.Table, costs: pa.Table, metric: str = "cosine", adjust: str = "baseline") -> Table | None:
@@ -40,9 +52,9 @@ def score_table(scores: pa.Table, costs: pa.Table, metric: str = "cosine", adjus
     spent = {(c["name"], c["params"]): c["device_seconds"] for c in costs.to_pylist() if c["what"] == "estimator"}
     title = f"{metric} with further training, {seeds} seeds, by step (mean ± SEM over evaluation examples)"
     table = Table(title=title, title_justify="left")
-    table.add_column("estimator", overflow="fold")
+    table.add_column("estimator", no_wrap=True)
     for step in steps:
-        table.add_column(str(step), justify="right")
+        table.add_column(str(step), justify="right", no_wrap=True)
     table.add_column("seconds", justify="right")
     found = {(r["estimator"], r["params"], r["step"]): r for r in rows}
     for estimator, params in dict.fromkeys((r["estimator"], r["params"]) for r in rows):
@@ -83,7 +95,8 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
         f"{found['name']}: {found['removals']} removals × {found['seeds']} seeds = {found['cells']} cells{there}",
         f"{found['shards']} shards to train, {found['steps']} steps a cell, evaluated at {found['amounts']} amounts on "
         f"{found['evals']} evaluation examples",
-        f"{found['scalars']} trainable scalars, {found['train']} training examples, removal mode {found['removal_mode']}",
+        f"{found['scalars']} trainable scalars, {found['train']} training examples, "
+        f"removal mode {found['removal_mode']}",
         f"about {size(found['bytes'])} of rows before compression",
         f"estimators: {', '.join(found['estimators']) or 'none'}",
         f"digest {found['digest'][:32]}",

@@ -1,13 +1,13 @@
 """Concrete, prepared as in the paper, with its MLP and a final model trained by a documented recipe.
 
 The recipe (``train_final_model``): SGD, learning rate 0.1, batches of 128 in the order of a seeded ``RandomSampler``,
-1000 epochs of mean squared error from torch's default initialisation under seed 0. The result ships beside the data, so
-that every machine starts from the same bytes.
+1000 epochs of mean squared error from torch's default initialisation under seed 0. The result ships beside the data,
+so that every machine starts from the same bytes.
 
-The rate is above the 0.03 of the paper's further training on purpose. Trained at 0.03, Concrete's final model ends on the
-edge of stability of that same rate (largest Hessian eigenvalue about 2/0.03): further training then amplifies the seed's
-noise, and one seed's effects agree with another's at a cosine of 0 to 0.4. Trained at 0.1 the eigenvalue is about 19, and
-they agree at 0.85 after one epoch (reweight).
+The rate is above the 0.03 of the paper's further training on purpose. Trained at 0.03, Concrete's final model ends on
+the edge of stability of that same rate (largest Hessian eigenvalue about 2/0.03): further training then amplifies the
+seed's noise, and one seed's effects agree with another's at a cosine of 0 to 0.4. Trained at 0.1 the eigenvalue is
+about 19, and they agree at 0.85 after one epoch (reweight).
 """
 
 from __future__ import annotations
