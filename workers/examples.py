@@ -69,7 +69,7 @@ class Examples:
         device, dtype: where batches go, and what floating-point tensors become.
 
     Raises:
-        WorkloadError: the tensors are not equally long, or the source is neither kind.
+        WorkloadError: the tensors are not equally long, there is no example, or the source is neither kind.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Examples:
         self._offset = 0
         if isinstance(source, Mapping):
             lengths = {str(k): len(v) for k, v in source.items()}
-            if len(set(lengths.values())) != 1:
+            if len(set(lengths.values())) > 1:
                 raise WorkloadError(f"examples given as tensors must be equally long, got lengths {lengths}")
-            self._length = next(iter(lengths.values()))
+            self._length = next(iter(lengths.values()), 0)
             self._tensors = to(as_batch(source), self.device, dtype)
         elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
             self._source: Dataset = source
@@ -97,6 +97,8 @@ class Examples:
             raise WorkloadError(
                 f"examples must be a mapping of tensors or a map-style dataset, not {type(source).__name__}"
             )
+        if self._length == 0:
+            raise WorkloadError("the training or the evaluation data hold no example")
 
     def __len__(self) -> int:
         return self._length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
@@ -37,7 +38,11 @@ def check_fits(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None
     missing = sorted(key for key, tensor in own.items() if key not in state and id(tensor) not in given)
     if missing:
         raise WorkloadError(f"final model {name} does not fit: it lacks '{missing[0]}'{_more(missing)}")
+    first: dict[int, str] = {}
     for key, tensor in state.items():
+        tied = first.setdefault(id(own[key]), key)
+        if tied != key and not torch.equal(tensor, state[tied]):
+            raise WorkloadError(f"final model {name} does not fit: '{key}' and '{tied}' are one parameter, and differ")
         if tensor.shape != own[key].shape:
             shapes = f"{tuple(tensor.shape)}, the model's is {tuple(own[key].shape)}"
             raise WorkloadError(f"final model {name} does not fit: '{key}' has shape {shapes}")

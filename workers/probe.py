@@ -93,9 +93,12 @@ def _used(model: FunctionalModel, batch: Batch) -> tuple[str, ...]:
     params = {n: p.detach().requires_grad_() for n, p in model.params.items()}
     with torch.enable_grad():
         total = model.loss(params, batch, {n: t.clone() for n, t in model.fixed.items()}).sum()
-    if not total.requires_grad:
+    grads: tuple[Tensor | None, ...] = (None,) * len(params)
+    if total.requires_grad:
+        grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+    used = tuple(n for n, g in zip(params, grads, strict=True) if g is not None)
+    if not used:
         raise WorkloadError(
             "the loss depends on no trainable parameter: outputs(model, batch) must call the model that it is given"
         )
-    grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
-    return tuple(n for n, g in zip(params, grads, strict=True) if g is not None)
+    return used

@@ -6,7 +6,8 @@ else that fimo reads (specs, parts, tables, final models) is data alone.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,8 +69,8 @@ def _import(module: str, path: Path | None, beside: Path) -> ModuleType:
         loaded = sys.modules.get(module)
         if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() != path.resolve():
             del sys.modules[module]
-        if str(beside) not in sys.path:
-            sys.path.insert(0, str(beside))
+        # To the front even where it is there already: another spec's folder may have come before it since.
+        sys.path[:] = [str(beside), *(entry for entry in sys.path if entry != str(beside))]
         importlib.invalidate_caches()
     return importlib.import_module(module)
 
@@ -94,6 +95,7 @@ def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) ->
     if not callable(make):
         names = [n for n, v in vars(loaded).items() if callable(v) and not n.startswith("_")]
         raise UsageError(f"workload module '{module}' has no function '{function}'{nearest(function, names)}")
+    _refuse_arguments(reference, make, arguments)
     try:
         workload = make(**arguments)
     except Exception as error:
@@ -101,6 +103,17 @@ def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) ->
     if not isinstance(workload, Workload):
         raise WorkloadError(f"workload {reference} returned {type(workload).__name__}, not a workers.workload.Workload")
     return workload
+
+
+def _refuse_arguments(reference: str, make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):
+        return  # A callable that does not tell its arguments is simply called.
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise UsageError(f"workload_args do not fit {reference}{signature}: {error}") from error
 
 
 def _line(error: BaseException) -> str:

@@ -1,0 +1,59 @@
+"""The shipped workload is the paper's preparation, and its final model is what the documented recipe gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.workers.test_against_reference import hold
+from workers.settings import Evaluate, FurtherTraining, Optimizer
+from workers.workloads import tabular
+
+
+def test_the_table_is_ucis() -> None:
+    table = tabular.read_table(tabular.DATA / "concrete.csv")
+    assert table.shape == (1030, 9)
+    assert table[:, -1].mean() == pytest.approx(35.817961, abs=1e-6)
+    assert (table[:, -1].min(), table[:, -1].max()) == (2.33, 82.6)
+    assert len(table) - len(np.unique(table, axis=0)) == 25
+
+
+def test_the_preparation_equals_scikit_learns() -> None:
+    model_selection = pytest.importorskip("sklearn.model_selection")
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    table = tabular.read_table(tabular.DATA / "concrete.csv")
+    train, evals = model_selection.train_test_split(table, test_size=0.1, random_state=0)
+    scaler = preprocessing.StandardScaler().fit(train)
+    for got, expected in zip(tabular.prepare(table), (scaler.transform(train), scaler.transform(evals)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+
+
+def test_the_workload_is_the_papers() -> None:
+    workload = tabular.concrete()
+    assert [len(part["y"]) for part in (workload.train, workload.evals)] == [927, 103]
+    assert sum(p.numel() for p in workload.model.parameters()) == 17_793
+    assert [type(m) for m in workload.model] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    with torch.no_grad():
+        mean_loss = workload.loss(workload.outputs(workload.model, workload.train), workload.train).mean()
+    assert mean_loss < 0.06, "the final model is trained"
+
+
+@pytest.mark.parametrize("mode", ["drop", "reweight"])
+def test_an_epoch_of_the_papers_setting_against_the_reference(mode: str) -> None:
+    chosen = FurtherTraining(
+        Optimizer("sgd", lr=0.03), 128, epochs=2, removal_mode=mode, evaluate=Evaluate(every_epochs=1)
+    )
+    hold(tabular.concrete(), chosen, [(), (0,), (9,), (891,)])
+
+
+@pytest.mark.slow
+def test_the_shipped_final_model_is_reproduced_by_its_recipe() -> None:
+    """1000 epochs on another CPU may round otherwise; what must agree is the model, not its last bits."""
+    workload = tabular.regression(tabular.read_table(tabular.DATA / "concrete.csv"), tabular.mlp(8, 128, 128, 1))
+    tabular.train_final_model(workload)
+    shipped = load_file(tabular.DATA / "concrete.safetensors")
+    for name, tensor in workload.model.state_dict().items():
+        torch.testing.assert_close(tensor, shipped[name], rtol=1e-3, atol=1e-3)

@@ -1,0 +1,69 @@
+"""The reference loop and determinism on a GPU; skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.workers.problems import Workload, classification, regression, sentences, settings
+from tests.workers.reference import train_one
+from workers.batches import amounts
+from workers.device import deterministic, prepare_environment
+from workers.examples import Examples
+from workers.functional import FunctionalModel
+from workers.further_training import Problem, problem
+from workers.settings import FurtherTraining, Optimizer
+from workers.shard import run_shard
+from workers.stack_size import measure_stack_size
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICE = torch.device("cuda", 0)
+REMOVALS = [(3,), (4, 9), (17,), (22,)]
+prepare_environment()
+
+
+def on_gpu(workload: Workload, chosen: FurtherTraining) -> Problem:
+    dtype = getattr(torch, chosen.precision)
+    train, evals = (Examples(s, workload.collate, DEVICE, dtype) for s in (workload.train, workload.evals))
+    return problem(FunctionalModel(workload, device=DEVICE, dtype=dtype), train, evals, chosen)
+
+
+def normed() -> Workload:
+    return classification(model=nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
+@pytest.mark.parametrize("workload", [regression, sentences, normed])
+def test_the_gpu_agrees_with_the_reference_on_the_cpu(workload, mode: str) -> None:
+    chosen = settings(Optimizer("sgd", lr=0.02, momentum=0.9), removal_mode=mode, clip_norm=1.0)
+    with deterministic(DEVICE):
+        got = run_shard(on_gpu(workload(), chosen), REMOVALS, 5, replicas=3)
+    for row, removal in enumerate([*REMOVALS, (), ()]):
+        deltas, distances, _ = train_one(workload(), chosen, removal, 5, [s for s, _ in amounts(23, removal, chosen)])
+        torch.testing.assert_close(got.deltas[row], deltas, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(got.distances[row], distances, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("replicas", [1, 5])
+def test_twice_on_a_gpu_is_bitwise_the_same(replicas: int) -> None:
+    workload, chosen = regression(middle=nn.Dropout(0.5)), settings(precision="float32", removal_mode="drop")
+    results = []
+    for _ in range(2):
+        with deterministic(DEVICE):
+            results.append(run_shard(on_gpu(workload, chosen), REMOVALS, 5, replicas))
+    assert torch.equal(results[0].deltas, results[1].deltas)
+    assert results[0].peak_bytes > 0
+
+
+def test_dropout_masks_are_the_same_stacked_or_not_on_a_gpu() -> None:
+    workload, chosen = regression(middle=nn.Dropout(0.5)), settings(removal_mode="drop")
+    with deterministic(DEVICE):
+        alone, together = (run_shard(on_gpu(workload, chosen), REMOVALS, 5, r).deltas for r in (1, 5))
+    torch.testing.assert_close(alone, together, rtol=1e-9, atol=1e-9)
+
+
+def test_the_stack_size_is_measured_on_a_gpu() -> None:
+    with deterministic(DEVICE):
+        size, seconds = measure_stack_size(on_gpu(regression(), settings()), 16)
+    assert size in seconds

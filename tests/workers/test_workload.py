@@ -1,0 +1,82 @@
+"""A user's module beside the spec is found and called, and each mistake is one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workers.errors import FimoError, UsageError, WorkloadError
+from workers.workload import Workload, find_module, load_workload
+
+MODULE = """
+import torch
+from workers.workload import Workload
+
+SCALE = {scale}
+
+def make(width=2, fail=False):
+    if fail:
+        raise ValueError("first line\\nsecond line")
+    model = torch.nn.Linear(width, 1)
+    data = {{"x": torch.full((3, width), SCALE), "y": torch.zeros(3)}}
+    return Workload(model, data, data, lambda m, b: m(b["x"]).squeeze(-1), lambda o, b: (o - b["y"]) ** 2)
+
+def wrong():
+    return 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    path, modules = list(sys.path), set(sys.modules)
+    (tmp_path / "my_fimo_workload.py").write_text(MODULE.format(scale=1.0))
+    yield tmp_path
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def test_a_module_beside_the_spec(folder: Path) -> None:
+    workload = load_workload("my_fimo_workload:make", {"width": 5}, folder)
+    assert isinstance(workload, Workload)
+    assert workload.train["x"].shape == (3, 5)
+
+
+def test_another_folders_module_of_the_same_name_is_not_mistaken_for_it(folder: Path) -> None:
+    other = folder / "other"
+    other.mkdir()
+    (other / "my_fimo_workload.py").write_text(MODULE.format(scale=2.0))
+    for place, scale in ((folder, 1.0), (other, 2.0), (folder, 1.0)):
+        workload = load_workload("my_fimo_workload:make", {}, place)
+        assert workload.train["x"][0, 0] == scale
+
+
+def test_an_installed_module(tmp_path: Path) -> None:
+    assert find_module("workers.workloads.tabular:concrete", tmp_path)[2] is None
+    assert isinstance(load_workload("workers.workloads.tabular:concrete", {}, tmp_path), Workload)
+
+
+@pytest.mark.parametrize(
+    ("reference", "arguments", "kind", "says"),
+    [
+        ("my_fimo_workload", {}, UsageError, "not of the form module:function"),
+        (":make", {}, UsageError, "not of the form module:function"),
+        ("absent_module:make", {}, UsageError, "'absent_module' not found"),
+        ("my_fimo_workload:mak", {}, UsageError, "no function 'mak' (did you mean 'make'?)"),
+        ("my_fimo_workload:make", {"fail": True}, WorkloadError, "failed: ValueError: first line"),
+        ("my_fimo_workload:make", {"widht": 2}, UsageError, "widht"),
+        ("my_fimo_workload:wrong", {}, WorkloadError, "returned int"),
+        ("broken:make", {}, WorkloadError, "'broken' failed to import: SyntaxError"),
+        ("needs:make", {}, WorkloadError, "'needs' needs 'absent_package', which is not installed"),
+    ],
+)
+def test_each_mistake_is_one_line(folder: Path, reference, arguments, kind: type[FimoError], says: str) -> None:
+    (folder / "broken.py").write_text("def make(:")
+    (folder / "needs.py").write_text("import absent_package")
+    with pytest.raises(kind) as error:
+        load_workload(reference, arguments, folder)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
