@@ -6,6 +6,8 @@ with this process's AWS environment pointing at it); import both in a `conftest.
 
 from __future__ import annotations
 
+import contextlib
+import random
 import secrets
 import shutil
 import socket
@@ -23,18 +25,24 @@ from workers.errors import StoreError
 
 BUCKET = "fimo-tests"
 START_TIMEOUT_S = 60.0
+_given: set[int] = set()
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` different ports of loopback that are free now."""
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in held]
-    finally:
-        for one in held:
-            one.close()
+    """Different ports of loopback that are free now.
+
+    From below the range that the kernel gives to outgoing connections, any of which could take one of its
+    ports before a server is up, and above the ports of Ray's workers (10002 to 19999).
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            if port not in _given:
+                one.bind(("127.0.0.1", port))
+                _given.add(port)
+                ports.append(port)
+    return ports
 
 
 @dataclass

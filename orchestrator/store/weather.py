@@ -57,7 +57,7 @@ _AGAIN_CODES = {
 _REFUSED = "its credentials are refused: correct the access key and secret (AWS_ACCESS_KEY_ID, AWS_PROFILE, …)"
 _EXPIRED = "its credentials have expired: renew them, then run `fimo resume`; nothing committed is lost"
 _REGION = "the bucket is in another region or at another endpoint: set AWS_REGION or AWS_ENDPOINT_URL_S3"
-_DENIED = "access is denied: allow these credentials the actions in deploy/aws/iam-policy.json"
+_DENIED = "access is denied: give these credentials a policy like those in deploy/aws"
 _UNCONDITIONAL = "the server lacks conditional writes (If-None-Match), which fimo needs: use AWS S3 or another"
 _NO_CREDENTIALS = (
     "no credentials found: set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or attach a role"

@@ -122,11 +122,16 @@ def test_a_lost_answer_is_told_as_exists_and_the_object_is_ours(
 @pytest.mark.parametrize(
     ("answer", "line"),
     [
-        ("slow_down", r"slow down \(throttling\), still after \d+ s of trying; check the network"),
+        pytest.param(
+            "slow_down",
+            r"slow down \(throttling\), still after \d+ s of trying; check the network",
+            marks=pytest.mark.slow,
+        ),
+        ("internal_error", r"reports an internal error, still after \d+ s of trying; check the network"),
         ("conflict", r"writes of the same key conflict, still after"),
         ("hang_before", r"did not answer in time, still after"),
         ("expired", r"credentials have expired: renew them, then run `fimo resume`"),
-        ("denied", r"access is denied: allow these credentials the actions in deploy/aws/iam-policy.json"),
+        ("denied", r"access is denied: give these credentials a policy like those in deploy/aws"),
         ("skewed", r"clock differs .* set it"),
         ("other_region", r"in another region or at another endpoint: set AWS_REGION"),
         ("other_region_unnamed", r"in another region or at another endpoint: set AWS_REGION"),
