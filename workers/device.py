@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import torch
 import torch.utils.deterministic
 
 torch_deterministic: Any = torch.utils.deterministic
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 
 
 def pick_device(gpus: float) -> torch.device:
@@ -36,8 +39,30 @@ def _cpu_name() -> str:
 
 
 def prepare_environment() -> None:
-    """Set what CUDA reads once, when it starts."""
+    """Set what CUDA reads once, when it starts, and what the C library's allocator keeps to from then on."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 512 MiB of freed memory for the next step instead of giving it back to the kernel.
+
+    A step frees all its activations, and by default their pages are zeroed and mapped anew at every step: for the
+    MLP 8-128-128-1 in stacks of 8 that is half of the time. Where there is no glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    for option, value in ((M_MMAP_THRESHOLD, 32 * 2**20), (M_TRIM_THRESHOLD, 512 * 2**20), (M_TOP_PAD, 16 * 2**20)):
+        mallopt(option, value)
+
+
+def seed(value: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of ``device``, without ``torch.manual_seed``'s walk over all device kinds."""
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
 
 
 @contextmanager

@@ -22,6 +22,11 @@ from workers.workload import Workload
 Tensors = dict[str, Tensor]
 """Parameters or buffers by the model's own dotted names."""
 
+CHANGED_LATE = (
+    "changes during training but not in the first forward: replicas would share it; "
+    "update it in every training-mode forward or keep it constant"
+)
+
 
 class _Outputs(nn.Module):
     """The workload's ``outputs`` as a module's forward, so that ``functional_call`` can substitute parameters."""
@@ -92,6 +97,19 @@ class FunctionalModel:
         finally:
             for m, training in was.items():
                 m.training = training
+
+    @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """Refuse a body that writes to what all replicas and runs share.
+
+        Raises:
+            WorkloadError: on leaving, if a frozen parameter or a buffer was written to.
+        """
+        before = {name: tensor._version for name, tensor in self.fixed.items()}
+        yield
+        for name, tensor in self.fixed.items():
+            if tensor._version != before[name]:
+                raise WorkloadError(f"buffer '{name}' {CHANGED_LATE}")
 
     def outputs(self, params: Tensors, batch: Batch, fixed: Tensors | None = None) -> Tensor:
         """``outputs(model(θ), batch)``, shape (B, …).

@@ -11,42 +11,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from workers import batches, replicas
+from workers import batches, device, replicas
 from workers.batches import Removal
-from workers.errors import DivergedError, WorkloadError
 from workers.examples import Batch, Examples
-from workers.functional import FunctionalModel, Tensors, check
-from workers.probe import Traits, traits
+from workers.functional import Tensors
+from workers.problem import Problem, problem
+from workers.replay import Replayed
 from workers.replicas import Gradients
-from workers.settings import FurtherTraining
 
-
-@dataclass(frozen=True)
-class Problem:
-    """All that a cell depends on but its removal and seed.
-
-    Attributes:
-        model: at θᶠ.
-        train: 𝒟, on the model's device and in its dtype.
-        evals: the evaluation examples as batches, in order.
-        at_final: g(z, θᶠ), float64 (m,).
-        settings: the further-training section.
-        traits: how the training forward behaves.
-        folds: reweight takes the removed examples into the batch with weight −1/n, one forward instead of two; done
-            where examples are proven independent and nothing is drawn: the same mathematics.
-    """
-
-    model: FunctionalModel
-    train: Examples
-    evals: tuple[Batch, ...]
-    at_final: Tensor
-    settings: FurtherTraining
-    traits: Traits
-    folds: bool
+__all__ = ["Problem", "Trajectory", "dropout_seed", "further_train", "problem"]
 
 
 @dataclass(frozen=True)
@@ -62,46 +40,6 @@ class Trajectory:
     steps: tuple[int, ...]
     deltas: Tensor
     distances: Tensor
-
-
-def problem(
-    model: FunctionalModel,
-    train: Examples,
-    evals: Examples,
-    settings: FurtherTraining,
-    eval_batch: int | None = None,
-) -> Problem:
-    """Prepare what the cells of a sweep share, and refuse what cannot be trained further.
-
-    g(z, θᶠ) is computed here, in eval mode, in batches of ``eval_batch`` (default: a training batch, at least 128,
-    so that evaluation needs no more memory than training).
-
-    Raises:
-        WorkloadError: a loss or measure that is not one number an example, or fails, or depends on no parameter.
-        DivergedError: a loss or a measure at θᶠ is not finite.
-    """
-    size = min(len(train), settings.batch_size)
-    check(model, train.batch(range(size)), size, ["loss"])
-    blocks = tuple(batch for _, batch in evals.batches(eval_batch or max(128, settings.batch_size)))
-    check(model, blocks[0], min(len(evals), eval_batch or max(128, settings.batch_size)), ["measure"])
-    with torch.no_grad(), model.mode("eval"):
-        at_final = torch.cat([model.measure(model.params, b) for b in blocks]).cpu()
-        # A dataset may be long to read, so that of its examples only the first batch is looked at.
-        looked_at = train.batches(1024, range(len(train) if train.tensors is not None else size))
-        losses = torch.cat([model.loss(model.params, b) for _, b in looked_at])
-    _refuse_not_finite(losses, "loss of training example")
-    _refuse_not_finite(at_final, "measure of evaluation example")
-    found = traits(model, train, size, settings.mode)
-    folds = settings.removal_mode == "reweight" and train.tensors is not None and found.independent
-    return Problem(model, train, blocks, at_final, settings, found, folds)
-
-
-def _refuse_not_finite(values: Tensor, what: str) -> None:
-    bad = (~values.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
-        value = float(values[bad[0]])
-        raise DivergedError(f"the {what} {bad[0]}{more} is {value} at the final model: mend the example or the model")
 
 
 def further_train(
@@ -122,69 +60,76 @@ def further_train(
         UsageError: a removal is not a set of training indices, or leaves nothing to train on.
         WorkloadError: a buffer changes that did not change in the first forward.
     """
-    model, settings, n = problem.model, problem.settings, len(problem.train)
-    params = replicas.stacked(model.params, len(lanes))
-    buffers = replicas.stacked({name: model.fixed[name] for name in problem.traits.mutable}, len(lanes))
-    optimizer = replicas.make_optimizer(settings.optimizer, list(params.values()))
-    apart = settings.removal_mode == "reweight" and not problem.folds
-    removed = _removed(problem.train, lanes) if apart else []
+    settings, n = problem.settings, len(problem.train)
+    stack = _Stack(problem, lanes, seed)
+    optimizer = replicas.make_optimizer(settings.optimizer, list(stack.params.values()))
     record = _Record(problem, lanes)
-    fixed = {name: tensor._version for name, tensor in model.fixed.items()}
     schedule = batches.schedule(n, lanes, settings, seed, problem.traits.coupled, problem.folds)
-    for step, blocks in enumerate(schedule, start=1):
-        grads: Gradients = {}
-        for block in blocks:
-            _add_batch(problem, params, buffers, grads, block, dropout_seed(seed, step, "batch"))
-        for own, batch in removed:
-            _subtract_removed(problem, params, buffers, grads, own, batch, dropout_seed(seed, step, "removed"))
-        if not blocks:
-            # Every example is masked: the loss is 0, and momentum and weight decay go on.
-            grads = {name: torch.zeros_like(params[name]) for name in problem.traits.used}
-        if settings.clip_norm is not None:
-            grads = replicas.clip(grads, settings.clip_norm)
-        for name, p in params.items():
-            p.grad = grads.get(name)
-        optimizer.step()
-        record.take(step, params, buffers)
-        if watch is not None:
-            watch(step, params)
-        if record.complete or step == last:
-            break
-    _refuse_late_changes(model, fixed)
+    with problem.model.mode(settings.mode), problem.model.buffers_kept():
+        for step, blocks in enumerate(schedule, start=1):
+            grads = stack.gradients(step, blocks)
+            if settings.clip_norm is not None:
+                grads = replicas.clip(grads, settings.clip_norm)
+            for name, parameter in stack.params.items():
+                parameter.grad = grads.get(name)
+            optimizer.step()
+            record.take(step, stack)
+            if watch is not None:
+                watch(step, stack.params)
+            if record.complete or step == last:
+                break
     return record.trajectory()
 
 
-def _add_batch(
-    problem: Problem, params: Tensors, buffers: Tensors, grads: Gradients, block: batches.Block, seed: int
-) -> None:
-    """Add ∇ Σ_j w_j ℓ_j of the block's replicas on their batches; their ``buffers`` move on."""
-    model, count = problem.model, stack_size(params)
-    for lanes, batch, weights, shared in replicas.fetch(problem.train, block):
-        own, own_buffers = replicas.take(params, lanes, count), replicas.take(buffers, lanes, count)
-        torch.manual_seed(seed)
-        with model.mode(problem.settings.mode):
-            part, after = replicas.gradients(model, own, own_buffers, batch, weights, shared)
-        replicas.add(grads, part, lanes, count)
-        replicas.put_back(buffers, after, lanes)
+class _Stack:
+    """Replicas in training: their parameters and buffers (R, …), and the gradients of their losses."""
 
+    def __init__(self, problem: Problem, lanes: Sequence[Removal], seed: int) -> None:
+        self.problem, self.seed, self.size = problem, seed, len(lanes)
+        model = problem.model
+        self.params = replicas.stacked(model.params, self.size)
+        self.buffers = replicas.stacked({name: model.fixed[name] for name in problem.traits.mutable}, self.size)
+        subtracted_apart = problem.settings.removal_mode == "reweight" and not problem.folds
+        self.removed = _removed(problem.train, lanes) if subtracted_apart else []
+        # What vmap takes has no decisions on data, which a graph would hold fast; one replica alone is not vmapped.
+        graphs = problem.graphs if self.size > 1 else None
+        self._batch_gradients = Replayed(partial(replicas.gradients, model), "batch", graphs)
+        self._removed_gradients = Replayed(partial(replicas.gradients, model), "removed", graphs)
+        self.measures = Replayed(partial(replicas.measures, model), "measures", graphs)
 
-def _subtract_removed(
-    problem: Problem,
-    params: Tensors,
-    buffers: Tensors,
-    grads: Gradients,
-    lanes: tuple[int, ...],
-    batch: Batch,
-    seed: int,
-) -> None:
-    """Subtract ∇ Σ_{i∈removal} ℓ_i / n of the lanes; batch-norm statistics are read but not updated."""
-    model, count = problem.model, stack_size(params)
-    own, own_buffers = replicas.take(params, lanes, count), replicas.take(buffers, lanes, count)
-    weights = torch.tensor([-1.0 / len(problem.train)], dtype=torch.float64)
-    torch.manual_seed(seed)
-    with model.mode(problem.settings.mode, norm="eval"):
-        part, _ = replicas.gradients(model, own, own_buffers, batch, weights, shared=False)
-    replicas.add(grads, part, lanes, count)
+    def gradients(self, step: int, blocks: Sequence[batches.Block]) -> Gradients:
+        """∇ of each replica's loss: the mean over its batch less, in reweight mode, Σ_{i∈removal} ℓ_i / n."""
+        grads: Gradients = {}
+        for block in blocks:
+            self._add_batch(grads, block, dropout_seed(self.seed, step, "batch"))
+        for lanes, batch in self.removed:
+            self._subtract_removed(grads, lanes, batch, dropout_seed(self.seed, step, "removed"))
+        if not blocks:
+            # Every example is masked: the loss is 0, and momentum and weight decay go on.
+            grads = {name: torch.zeros_like(self.params[name]) for name in self.problem.traits.used}
+        return grads
+
+    def _add_batch(self, grads: Gradients, block: batches.Block, seed: int) -> None:
+        for lanes, batch, weights, shared in replicas.fetch(self.problem.train, block):
+            params, buffers = self.take(lanes)
+            device.seed(seed, self.problem.model.device)
+            part, after = self._batch_gradients(params, buffers, batch, weights, shared)
+            replicas.add(grads, part, lanes, self.size)
+            replicas.put_back(self.buffers, after, lanes)
+
+    def _subtract_removed(self, grads: Gradients, lanes: tuple[int, ...], batch: Batch, seed: int) -> None:
+        """Batch-norm statistics are read but not updated."""
+        model, settings = self.problem.model, self.problem.settings
+        params, buffers = self.take(lanes)
+        weights = torch.tensor([-1.0 / len(self.problem.train)], dtype=torch.float64)
+        device.seed(seed, model.device)
+        with model.mode(settings.mode, norm="eval"):
+            part, _ = self._removed_gradients(params, buffers, batch, weights, False)
+        replicas.add(grads, part, lanes, self.size)
+
+    def take(self, lanes: tuple[int, ...]) -> tuple[Tensors, Tensors]:
+        """Parameters and buffers of the given lanes."""
+        return replicas.take(self.params, lanes, self.size), replicas.take(self.buffers, lanes, self.size)
 
 
 def _removed(train: Examples, lanes: Sequence[Removal]) -> list[tuple[tuple[int, ...], Batch]]:
@@ -198,17 +143,6 @@ def _removed(train: Examples, lanes: Sequence[Removal]) -> list[tuple[tuple[int,
         for size, own in sizes.items()
     ]
     return [(own, batch) for block in blocks for own, batch, _, _ in replicas.fetch(train, block)]
-
-
-def _refuse_late_changes(model: FunctionalModel, versions: dict[str, int]) -> None:
-    for name, tensor in model.fixed.items():
-        if tensor._version != versions[name]:
-            raise WorkloadError(f"buffer '{name}' {replicas.CHANGED_LATE}")
-
-
-def stack_size(params: Tensors) -> int:
-    """R of stacked parameters (R, …)."""
-    return next(iter(params.values())).shape[0]
 
 
 def dropout_seed(seed: int, step: int, what: str) -> int:
@@ -238,18 +172,17 @@ class _Record:
         return not self.due
 
     @torch.no_grad()
-    def take(self, step: int, params: Tensors, buffers: Tensors) -> None:
+    def take(self, step: int, stack: _Stack) -> None:
         """Record every lane that is due at its own step ``step``."""
         due = self.due.pop(step, [])
         if not due:
             return
-        model, count = self.problem.model, stack_size(params)
+        model = self.problem.model
         lanes = tuple(sorted({lane for lane, _ in due}))
-        own = {n: p.detach() for n, p in replicas.take(params, lanes, count).items()}
-        own_buffers = replicas.take(buffers, lanes, count)
+        params, buffers = stack.take(lanes)
         with model.mode("eval"):
-            g = torch.cat([replicas.measures(model, own, own_buffers, b) for b in self.problem.evals], dim=1)
-        squares = [((p.double() - model.params[n].double()) ** 2).flatten(1).sum(dim=1) for n, p in own.items()]
+            g = torch.cat([stack.measures(params, buffers, batch) for batch in self.problem.evals], dim=1)
+        squares = [((p.double() - model.params[n].double()) ** 2).flatten(1).sum(dim=1) for n, p in params.items()]
         delta, distance = g.cpu() - self.problem.at_final, torch.stack(squares).sum(dim=0).sqrt().cpu()
         row = {lane: i for i, lane in enumerate(lanes)}
         for lane, place in due:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
+from workers.device import seed
 from workers.errors import WorkloadError
 from workers.examples import Batch, Examples, shapes
 from workers.functional import FunctionalModel, Tensors
@@ -50,23 +51,35 @@ def traits(model: FunctionalModel, train: Examples, size: int, mode: Literal["tr
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), model.mode(mode):
         losses, buffers = _losses(model, batch, 0)
+        # A draw that changed nothing this time (stochastic depth) is a draw.
+        draws = not torch.equal(_random_state(model.device), _seeded_state(model.device))
         again, _ = _losses(model, batch, 1)
         coupled = mode == "train" and _has_batch_norm(model)
         other = train.batch([len(train) - 1, *first[1:]])
         if not coupled and shapes(other) == shapes(batch):
             replaced, _ = _losses(model, other, 0)
             coupled = not torch.allclose(replaced[1:], losses[1:], rtol=1e-4, atol=1e-6, equal_nan=True)
-        random = not torch.equal(again.nan_to_num(), losses.nan_to_num())
+        random = draws or not torch.equal(again.nan_to_num(), losses.nan_to_num())
         independent = not (coupled or random) and _one_by_one(model, batch, losses)
         used = _used(model, batch)
     mutable = tuple(n for n, t in buffers.items() if not torch.equal(t, model.fixed[n]))
     return Traits(mutable, coupled, random, independent and not mutable, used)
 
 
+def _random_state(device: torch.device) -> Tensor:
+    cpu = torch.random.get_rng_state()
+    return torch.cat([cpu, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else cpu
+
+
+def _seeded_state(device: torch.device) -> Tensor:
+    seed(0, device)
+    return _random_state(device)
+
+
 @torch.no_grad()
-def _losses(model: FunctionalModel, batch: Batch, seed: int) -> tuple[Tensor, Tensors]:
+def _losses(model: FunctionalModel, batch: Batch, value: int) -> tuple[Tensor, Tensors]:
     buffers = {n: t.clone() for n, t in model.fixed.items()}
-    torch.manual_seed(seed)
+    seed(value, model.device)
     return model.loss(model.params, batch, buffers), buffers
 
 

@@ -17,16 +17,11 @@ from workers.batches import Block
 from workers.decisions import ReplicasAgree
 from workers.errors import WorkloadError
 from workers.examples import Batch, Examples, shapes, stack
-from workers.functional import FunctionalModel, Tensors
+from workers.functional import CHANGED_LATE, FunctionalModel, Tensors
 from workers.settings import Optimizer
 
 Gradients = dict[str, Tensor | None]
 """Stacked gradients by the parameters' names; None where the loss does not depend on the parameter."""
-
-CHANGED_LATE = (
-    "changes during training but not in the first forward: replicas would share it; "
-    "update it in every training-mode forward or keep it constant"
-)
 
 
 def stacked(tensors: Tensors, count: int) -> Tensors:

@@ -1,0 +1,184 @@
+"""A function of tensors as a flat graph of its kernels, replayed without the Python of models, vmap and autograd.
+
+Invariants: a replay computes what the function computes, to rounding, because it is traced from it and checked
+against it; and whether a call is replayed follows from the calls before it in the same pass, never from timing. What a
+graph could get wrong is not traced: draws of random numbers, writes to tensors, decisions on data.
+
+``further_train`` passes its gradients and measures through here. The definition of both is in ``workers.replicas``;
+without this module the numbers are the same and a small model's step costs two to three times as much.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+AFTER = 4
+"""Calls of one signature that are not replayed, so that a graph is not traced for what is rare."""
+
+Graph = Callable[..., Any]
+Graphs = dict[object, "Graph | None"]
+"""Traced graphs by name and signature, None = cannot be traced; kept from pass to pass."""
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+class Replayed:
+    """``function``, its calls replayed from the ``AFTER``-th of each signature on.
+
+    One object serves one pass; its counts start at zero, so that a pass does not depend on those before it.
+
+    Args:
+        function: pytrees of tensors (and plain values) to a pytree of tensors (and plain values).
+        name: tells functions that share ``graphs`` apart.
+        graphs: None = never replay.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, graphs: Graphs | None) -> None:
+        self.function, self.name, self.graphs = function, name, graphs
+        self._calls: Counter[object] = Counter()
+
+    def __call__(self, *args: Any) -> Any:
+        """``function(*args)``."""
+        if self.graphs is None:
+            return self.function(*args)
+        leaves, spec = pytree.tree_flatten(args)
+        key = (self.name, spec, *map(_signature, leaves))
+        self._calls[key] += 1
+        if self._calls[key] <= AFTER:
+            return self.function(*args)
+        if key not in self.graphs:
+            self.graphs[key] = _trace_or_none(self.function, leaves, spec)
+        graph = self.graphs[key]
+        return self.function(*args) if graph is None else graph(leaves)
+
+
+def _signature(leaf: Any) -> object:
+    # A kernel may depend on the strides; a graph bakes in the views that they allow.
+    return (leaf.dtype, leaf.shape, leaf.stride()) if isinstance(leaf, Tensor) else leaf
+
+
+class _Untraceable(Exception):
+    """The graph would not be the function."""
+
+
+def _trace_or_none(function: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec) -> Graph | None:
+    try:
+        return _trace(function, leaves, spec)
+    except Exception as error:
+        # Whatever the tracer objects to, the function itself is the way that always works.
+        log.debug("not replayed: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _trace(function: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec) -> Graph:
+    """The graph of one call, simplified.
+
+    Raises:
+        _Untraceable: it draws random numbers, writes to tensors, or does not reproduce the call.
+        Exception: what the tracer raises, such as on decisions that depend on data.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    out_specs: list[pytree.TreeSpec] = []
+
+    def flat(*tensors: Tensor) -> list[Any]:
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        out, out_spec = pytree.tree_flatten(function(*pytree.tree_unflatten(filled, spec)))
+        out_specs.append(out_spec)
+        return out
+
+    given = [leaves[i] for i in places]
+    module = make_fx(flat)(*given)
+    _refuse_impure(module.graph)
+    simplify(module.graph)
+    module.recompile()
+    out_spec = out_specs[0]
+
+    @torch.no_grad()
+    def replay(leaves: list[Any]) -> Any:
+        return pytree.tree_unflatten(module(*[leaves[i] for i in places]), out_spec)
+
+    _compare(pytree.tree_leaves(replay(leaves)), flat(*given))
+    return replay
+
+
+def _refuse_impure(graph: torch.fx.Graph) -> None:
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            if torch.Tag.nondeterministic_seeded in node.target.tags:
+                raise _Untraceable(f"{node.target} draws random numbers")
+            if node.target._schema.is_mutable:
+                raise _Untraceable(f"{node.target} writes to a tensor")
+
+
+def _compare(got: list[Any], expected: list[Any]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        if not isinstance(b, Tensor):
+            if a is not b and a != b:
+                raise _Untraceable(f"a plain value differs: {a} for {b}")
+            continue
+        tolerance = 1e-9 if b.dtype is torch.float64 else 1e-3
+        scale = float(b.abs().nan_to_num().max()) if b.numel() else 0.0
+        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
+            raise _Untraceable("the graph does not reproduce the call")
+
+
+def simplify(graph: torch.fx.Graph) -> None:
+    """Drop what computes nothing and give thin matrix products, which BLAS is slow at, to faster kernels."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is aten.bmm.default:
+            _thin_product(graph, node)
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+def _is_identity(node: torch.fx.Node) -> bool:
+    target, args = node.target, node.args
+    if target is aten.detach.default:
+        return True
+    if target in (aten.view.default, aten._unsafe_view.default, aten.expand.default):
+        return _shape(node) == _shape(args[0])
+    return target is aten.mul.Scalar and bool(args[1] == 1) and _dtype(node) == _dtype(args[0])
+
+
+def _thin_product(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    left, right = node.args
+    (_, rows, inner), (_, _, columns) = _shape(left), _shape(right)
+    with graph.inserting_before(node):
+        if inner == 1:
+            product = graph.call_function(aten.mul.Tensor, (left, right))
+        elif columns == 1 and rows > 1:
+            # (A v)ᵀ = vᵀ Aᵀ: a row times a matrix is nine times as fast as a matrix times a column.
+            flipped = [graph.call_function(aten.transpose.int, (side, 1, 2)) for side in (right, left)]
+            row = graph.call_function(aten.bmm.default, tuple(flipped))
+            product = graph.call_function(aten.transpose.int, (row, 1, 2))
+        else:
+            return
+    product.meta = dict(node.meta)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _dtype(node: Any) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
