@@ -11,19 +11,24 @@ from typing import Any
 from estimators.base import Estimate, Estimator, Problem
 from estimators.cg import CG
 from estimators.datainf import DataInf
+from estimators.ekfac import EKFAC
+from estimators.ekfac_matched import EKFACMatched
 from estimators.entries import parse_entry
 from estimators.grad_cos import GradCos
 from estimators.grad_dot import GradDot
 from estimators.lissa import LiSSA, LiSSAH
 from estimators.trak import TRAK
+from estimators.unrolled import Unrolled
 
 __all__ = ["REGISTRY", "Estimate", "Estimator", "Problem", "defaults", "parse"]
 
-REGISTRY: dict[str, type[Any]] = {kind.name: kind for kind in (GradDot, GradCos, DataInf, CG, LiSSA, LiSSAH, TRAK)}
+REGISTRY: dict[str, type[Any]] = {
+    kind.name: kind for kind in (GradDot, GradCos, DataInf, TRAK, EKFAC, CG, LiSSA, LiSSAH, EKFACMatched, Unrolled)
+}
 """Estimators by the name that specs and tables use."""
 
 
-DEFAULTS = ("grad_dot", "grad_cos", "datainf", "trak", "cg", "lissa", "lissa_h")
+DEFAULTS = ("grad_dot", "grad_cos", "datainf", "trak", "ekfac", "cg", "lissa", "lissa_h", "ekfac_matched")
 """Names of the estimators that run where a spec names none, cheapest first."""
 
 

@@ -115,11 +115,13 @@ def loss_gradients(
         yield block, per_example(model.loss if loss is None else loss, at, batch, layout)
 
 
-def measure_gradients(model: FunctionalModel, evals: Examples, indices: Sequence[int] | None = None) -> Tensor:
-    """∇g(z, θᶠ) of the evaluation examples, rows (len(indices), P). The measure is taken in float64."""
-    layout = Layout.of(model.params)
+def measure_gradients(
+    model: FunctionalModel, evals: Examples, indices: Sequence[int] | None = None, params: Tensors | None = None
+) -> Tensor:
+    """∇g(z) of the evaluation examples at ``params`` (or θᶠ), rows (len(indices), P); the measure in float64."""
+    layout, at = Layout.of(model.params), model.params if params is None else params
     size = block_size(layout.size)
-    blocks = [per_example(model.measure, model.params, batch, layout) for _, batch in evals.batches(size, indices)]
+    blocks = [per_example(model.measure, at, batch, layout) for _, batch in evals.batches(size, indices)]
     return torch.cat(blocks) if blocks else torch.empty(0, layout.size, dtype=model.dtype, device=model.device)
 
 

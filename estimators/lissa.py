@@ -50,7 +50,7 @@ class LiSSA(Influence):
     name: ClassVar[str] = "lissa"
     curvature: ClassVar[Literal["gauss_newton", "hessian"]] = "gauss_newton"
 
-    depth: int = 1000
+    depth: int = 5000
     repeats: int = 1
     batch_size: int = 64
     scale: float | None = None
@@ -89,10 +89,15 @@ class LiSSA(Influence):
 
 @dataclass(frozen=True)
 class LiSSAH(LiSSA):
-    """LiSSA with the Hessian. Directions of negative curvature beyond λ make it grow, which is an error."""
+    """LiSSA with the Hessian. Directions of negative curvature beyond λ make it grow, which is an error.
+
+    The Hessian cannot be compressed as the Gauss-Newton matrix can, hence the lower default depth.
+    """
 
     name: ClassVar[str] = "lissa_h"
     curvature: ClassVar[Literal["gauss_newton", "hessian"]] = "hessian"
+
+    depth: int = 1000
 
 
 def neumann(

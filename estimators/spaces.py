@@ -135,7 +135,8 @@ class _CompressedSpace:
 
     def rows(self, x: Tensor) -> Tensor:
         inside, outside = x[:, :-1].to(self._outside), x[:, -1:].to(self._outside)
-        return inside @ self._curvature.basis.T + outside * self._outside
+        found: Tensor = inside @ self._curvature.basis.T + outside * self._outside
+        return found
 
 
 def linearised(model: FunctionalModel, batch: Batch, params: Tensors) -> tuple[Tensor, Tensor]:

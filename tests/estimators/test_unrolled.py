@@ -1,0 +1,192 @@
+"""Unrolled further training against the gold standard's own loop, and forward against adjoint."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from estimators import parse, trajectory
+from tests.estimators import problems
+from workers.errors import UsageError
+from workers.examples import Examples
+from workers.functional import FunctionalModel
+from workers.further_training import further_train
+from workers.further_training import problem as training_problem
+from workers.settings import Evaluate, FurtherTraining, Optimizer
+from workers.workload import Workload
+
+OPTIMIZERS = {
+    "sgd": Optimizer("sgd", 0.05),
+    "momentum": Optimizer("sgd", 0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "dampened": Optimizer("sgd", 0.05, momentum=0.5, dampening=0.3),
+    "adam": Optimizer("adam", 0.002, weight_decay=0.01),
+    "adamw": Optimizer("adamw", 0.002, weight_decay=0.1, amsgrad=True),
+}
+
+
+def settings_for(optimizer="sgd", mode="reweight", **options):
+    chosen = {"steps": 8, "evaluate": Evaluate(at_steps=(1, 3, 8)), "precision": "float64", **options}
+    return FurtherTraining(OPTIMIZERS[optimizer], 10, removal_mode=mode, **chosen)
+
+
+def gold_standard(p, seed, removals=None):
+    """Effects (T, R, E) of the sweep's own loop."""
+    whole = training_problem(p.model, p.train, p.evals, p.further_training)
+    lanes = [(), *(tuple(r) for r in (removals or p.removals))]
+    deltas = further_train(whole, lanes, seed).deltas
+    return (deltas[1:] - deltas[:1]).transpose(0, 1)
+
+
+def estimate(p, **options):
+    (estimator,) = parse({"name": "unrolled", **options})
+    return estimator.estimate(p)
+
+
+@pytest.mark.parametrize("mode", ["reweight", "mask", "drop"])
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_forward_and_adjoint_are_the_same_sum(mode, optimizer):
+    p = problems.classification(further_training=settings_for(optimizer, mode, clip_norm=0.3), seeds=(3, 4))
+    forward, adjoint = (estimate(p, direction=d) for d in ("forward", "adjoint"))
+    assert forward.steps == adjoint.steps == (1, 3, 8)
+    torch.testing.assert_close(forward.values, adjoint.values, rtol=1e-8, atol=1e-13)
+    assert forward.values.abs().max() > 0
+
+
+@pytest.mark.parametrize("mode", ["reweight", "mask", "drop"])
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_it_is_the_first_order_of_the_gold_standard(mode, optimizer):
+    if mode == "drop" and "adam" in optimizer:
+        pytest.skip("whole batches change, which is no small perturbation of steps that are all but signs")
+    settings = dataclasses.replace(settings_for(optimizer, mode), batch_size=60)  # five batches, the last of 10
+    p = problems.regression(further_training=settings, seeds=(3,), n=250)
+    truth, found = gold_standard(p, 3), estimate(p).values
+    # Adam's first step is all but a sign: its first order is about it only from the second step on.
+    steps, close = (slice(1, 3), 0.1) if "adam" in optimizer else (slice(0, 3), 0.04)
+    assert (found[steps] - truth[steps]).norm() < close * truth[steps].norm()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_halving_the_perturbation_quarters_the_difference(optimizer):
+    """A removal of reweight twice as light: two halves of one example, 𝒟 given twice over, of which one leaves."""
+    errors, finest = [], (8, 16, 32) if optimizer == "adam" else (1, 2, 4)
+    for copies in finest:
+        base = problems.classification(n=20)
+        tensors = {k: v.repeat(copies, *[1] * (v.dim() - 1)) for k, v in base.train.tensors.items()}
+        train = Examples(tensors, dtype=torch.float64)
+        # Full batches: 𝒟 repeated is the same loss, and a removal weighs 1/(20·copies).
+        settings = dataclasses.replace(settings_for(optimizer), batch_size=20 * copies)
+        p = type(base)(base.model, train, base.evals, [[0], [5], [7]], further_training=settings, seeds=(1,))
+        errors.append((estimate(p).values[-1] - gold_standard(p, 1)[-1]).norm())
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.15)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.15)
+
+
+def test_a_group_is_the_sum_of_its_members():
+    settings = settings_for("momentum")
+    p = problems.classification(removals=[[1], [2], [1, 2]], further_training=settings, seeds=(0,))
+    found = estimate(p).values
+    torch.testing.assert_close(found[:, 2], found[:, 0] + found[:, 1], rtol=1e-9, atol=1e-14)
+
+
+def test_seeds_are_averaged_and_last_step_only_cuts():
+    p = problems.classification(further_training=settings_for(), seeds=(3, 4))
+    both = estimate(p)
+    single = [estimate(dataclasses.replace(p, seeds=(s,))).values for s in (3, 4)]
+    torch.testing.assert_close(both.values, (single[0] + single[1]) / 2)
+    assert not torch.allclose(single[0], single[1])
+    cut = estimate(p, last_step=3, seeds=1)
+    assert cut.steps == (1, 3)
+    torch.testing.assert_close(cut.values, single[0][:2])
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def with_model(model, **options):
+    base = problems.classification()
+    workload = Workload(
+        model.double(), base.train.tensors, base.evals.tensors, problems.outputs_x, problems.cross_entropy
+    )
+    return problems.problem(workload, [[0], [5], [1, 2]], **options)
+
+
+@pytest.mark.parametrize("mode", ["reweight", "mask"])
+@pytest.mark.parametrize("direction", ["forward", "adjoint"])
+def test_dropout_draws_what_the_sweep_draws_and_leaves_the_callers_random_state(mode, direction):
+    torch.manual_seed(0)
+    p = with_model(Dropping(), further_training=settings_for("sgd", mode), seeds=(3,))
+    before = torch.random.get_rng_state()
+    found = estimate(p, direction=direction).values
+    assert torch.equal(torch.random.get_rng_state(), before)
+    truth = gold_standard(p, 3)
+    assert (found - truth).norm() < 0.05 * truth.norm()
+
+
+def test_memory_forces_blocks_of_removals_or_evaluation_examples(monkeypatch):
+    p = problems.classification(further_training=settings_for("adam"), seeds=(3,))
+    whole = estimate(p).values
+    monkeypatch.setattr("estimators.gradients.HELD", 4 * 117 * 2)
+    for direction in ("forward", "adjoint"):
+        torch.testing.assert_close(estimate(p, direction=direction).values, whole, rtol=1e-8, atol=1e-13)
+
+
+def test_what_cannot_be_followed_is_refused_in_one_line():
+    norm = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    p = with_model(norm, further_training=settings_for(), seeds=(0,))
+    with pytest.raises(UsageError, match="mode: eval"):
+        estimate(p)
+    evaluated = with_model(norm, further_training=settings_for(mode="reweight", precision="float64"), seeds=(0,))
+    settings = dataclasses.replace(evaluated.further_training, mode="eval")
+    assert estimate(dataclasses.replace(evaluated, further_training=settings)).values.isfinite().all()
+    p = with_model(Dropping(), further_training=settings_for(mode="drop"), seeds=(0,))
+    with pytest.raises(UsageError, match="drop mode dropout"):
+        estimate(p)
+    p = problems.classification(n=21, removals=[[0]], further_training=settings_for(mode="drop"), seeds=(0,))
+    with pytest.raises(UsageError, match="shortens the epoch"):
+        estimate(p)
+    with pytest.raises(UsageError, match="at least one"):
+        estimate(problems.classification(further_training=settings_for()))
+    with pytest.raises(UsageError, match="further_training"):
+        estimate(problems.classification(seeds=(0,)))
+
+
+def test_it_follows_the_sweeps_own_baseline():
+    p = problems.classification(further_training=settings_for("adamw", clip_norm=0.2), seeds=(3,))
+    seen = {}
+    whole = training_problem(p.model, p.train, p.evals, p.further_training)
+    further_train(
+        whole, [()], 3, watch=lambda s, params: seen.update({s: {n: t[0].clone() for n, t in params.items()}})
+    )
+    path = trajectory.Trajectory(p, p.further_training, [], 3)
+    point = path.start()
+    for step in path.steps():
+        point = path.advance(point, step)
+        for name, tensor in path.layout.tensors(point.params).items():
+            if "pooler" not in name:  # torch's optimizers skip what has no gradient
+                torch.testing.assert_close(tensor, seen[step.number][name], rtol=1e-10, atol=1e-13)
+        if step.number == 8:
+            break
+
+
+def test_the_model_is_untouched_after_an_error(monkeypatch):
+    p = problems.classification(further_training=settings_for(), seeds=(0,))
+    before = {n: t.clone() for n, t in p.model.params.items()}
+    p.model.module.train()
+
+    def broken(*arguments):
+        raise RuntimeError("no measure")
+
+    monkeypatch.setattr(FunctionalModel, "measure", broken)
+    with pytest.raises(RuntimeError, match="no measure"):
+        estimate(p)
+    assert p.model.module.training
+    assert all(torch.equal(t, before[n]) for n, t in p.model.params.items())
