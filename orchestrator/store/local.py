@@ -1,9 +1,9 @@
 """A store in a directory.
 
-Invariant: a name without a leading dot is a whole, durable object. Data goes to a temporary file in
-the object's own folder and is flushed to disk; then a hard link (`create`, which fails when the name
-is taken) or a rename (`put`) gives it its name in one step, and the folder is flushed. A writer killed
-at any moment leaves at most a dot-file, which is never listed and which `check` removes after a day.
+Invariant: a file outside the hidden folder of unfinished writes is a whole, durable object. Data goes
+to a file in that folder and is flushed to disk; then a hard link (`create`, which fails when the name is
+taken) or a rename (`put`) gives it its name in one step, and the name's folder is flushed. A writer killed
+at any moment leaves at most an unfinished file, which is no object and which `check` removes after a day.
 
 Folders are walked one descriptor at a time without following symbolic links, so a link planted inside
 the store leads nowhere. The store's own root may be a link: that is the user's choice.
@@ -27,9 +27,11 @@ from pathlib import Path
 from orchestrator.store.base import Entry, NotFound, check_store, is_key, short, validate_key, validate_prefix
 from workers.errors import StoreError
 
-TEMPORARY_PREFIX = ".fimo-"
+UNFINISHED = ".fimo-unfinished"
+"""The folder of unfinished writes, directly under the store. No key can lead into it."""
+
 STALE_AFTER_S = 24 * 3600.0
-"""A temporary file this old has lost its writer: no write takes a day."""
+"""An unfinished file this old has lost its writer: no write takes a day."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -45,9 +47,9 @@ class LocalStore:
 
     def create(self, key: str, data: bytes) -> bool:
         """See `Store.create`. Raises `StoreError` when the disk is full, read-only or not ours."""
-        with self._writing(key, data) as (folder, temporary, name):
+        with self._writing(key, data) as (unfinished, temporary, folder):
             try:
-                os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+                os.link(temporary, _name(key), src_dir_fd=unfinished, dst_dir_fd=folder, follow_symlinks=False)
             except FileExistsError:
                 # The winner may not have flushed the folder yet, and False promises a durable object.
                 os.fsync(folder)
@@ -57,8 +59,8 @@ class LocalStore:
 
     def put(self, key: str, data: bytes) -> None:
         """See `Store.put`."""
-        with self._writing(key, data) as (folder, temporary, name):
-            os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        with self._writing(key, data) as (unfinished, temporary, folder):
+            os.replace(temporary, _name(key), src_dir_fd=unfinished, dst_dir_fd=folder)
             os.fsync(folder)
 
     def get(self, key: str) -> bytes:
@@ -105,29 +107,29 @@ class LocalStore:
                 raise self._failure("remove", key, error) from error
 
     def check(self) -> None:
-        """See `Store.check`. Also removes temporary files whose writer was killed over a day ago."""
+        """See `Store.check`. Also removes unfinished files whose writer was killed over a day ago."""
         check_store(self)
         try:
-            with self._folder("") as root:
-                _remove_stale(root)
+            with self._folder(UNFINISHED) as folder:
+                _remove_stale(folder)
         except OSError as error:
             raise self._failure("clean", "", error) from error
 
     @contextlib.contextmanager
-    def _writing(self, key: str, data: bytes) -> Iterator[tuple[int, str, str]]:
-        """A flushed temporary file beside `key`: its folder's descriptor, its name, the key's own name."""
+    def _writing(self, key: str, data: bytes) -> Iterator[tuple[int, str, int]]:
+        """A flushed file without a key yet: its folder's descriptor, its name, the key's folder's descriptor."""
         validate_key(key)
-        temporary = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        temporary = uuid.uuid4().hex
         try:
-            with self._folder_of(key, make=True) as folder:
+            with self._folder(UNFINISHED, make=True) as unfinished, self._folder_of(key, make=True) as folder:
                 try:
-                    with open(os.open(temporary, _WRITE, 0o666, dir_fd=folder), "wb", buffering=0) as file:
+                    with open(os.open(temporary, _WRITE, 0o666, dir_fd=unfinished), "wb", buffering=0) as file:
                         _write_all(file.fileno(), data)
                         os.fsync(file.fileno())
-                    yield folder, temporary, _name(key)
+                    yield unfinished, temporary, folder
                 finally:
                     with contextlib.suppress(OSError):
-                        os.unlink(temporary, dir_fd=folder)
+                        os.unlink(temporary, dir_fd=unfinished)
         except OSError as error:
             raise self._failure("write", key, error) from error
 
@@ -173,6 +175,7 @@ _MENDS = {
     errno.ENOTSUP: _NO_LINKS,
     errno.ENOSYS: _NO_LINKS,
     errno.ENAMETOOLONG: "the path is too long for the file system; choose a shorter --store",
+    errno.EXDEV: "a folder inside the store is on another file system; unmount it or choose another --store",
     errno.EMFILE: "too many open files; raise ulimit -n",
     errno.EIO: "the disk reports an error (EIO); check it before resuming",
 }
@@ -208,24 +211,19 @@ def _raise(error: OSError) -> None:
         raise error
 
 
-def _walk(folder: int) -> Iterator[tuple[str, str, os.stat_result, int]]:
-    """Every regular file below an open folder: its folder's path, its name, status, folder descriptor."""
+def _files(folder: int, base: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Every regular file below an open folder: what would be its key, and its status."""
     for path, _, names, inside in os.fwalk(".", dir_fd=folder, follow_symlinks=False, onerror=_raise):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 status = os.stat(name, dir_fd=inside, follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode):
-                    yield path.removeprefix(".").removeprefix("/"), name, status, inside
+                    yield "/".join(part for part in (base, path.removeprefix(".").strip("/"), name) if part), status
 
 
-def _files(folder: int, base: str) -> Iterator[tuple[str, os.stat_result]]:
-    for path, name, status, _ in _walk(folder):
-        yield "/".join(part for part in (base, path, name) if part), status
-
-
-def _remove_stale(root: int) -> None:
+def _remove_stale(folder: int) -> None:
     oldest = time.time() - STALE_AFTER_S
-    for _, name, status, inside in _walk(root):
-        if name.startswith(TEMPORARY_PREFIX) and status.st_mtime < oldest:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=inside)
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime < oldest:
+                os.unlink(name, dir_fd=folder)

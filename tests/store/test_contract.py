@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
 import threading
@@ -27,7 +28,7 @@ BAD_KEYS = [
     "a/../../b",
     "a/./b",
     ".hidden",
-    "a/.fimo-temporary",
+    ".fimo-unfinished/x",
     "a\\b",
     "a\nb",
     "a\x00b",
@@ -153,18 +154,18 @@ def test_readers_during_overwrites_see_one_version_whole(store: Store) -> None:
     assert seen <= versions
 
 
-@pytest.mark.parametrize("key", BAD_KEYS, ids=ascii)
-def test_key_tricks_are_refused_by_every_operation_in_one_line(store: Store, key: str) -> None:
-    for operation in (
-        lambda: store.create(key, b"x"),
-        lambda: store.put(key, b"x"),
-        lambda: store.get(key),
-        lambda: store.delete(key),
-    ):
-        with pytest.raises(StoreError, match="is not a key of a store") as caught:
-            operation()
-        assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 250
+def test_key_tricks_are_refused_by_every_operation_in_one_line(store: Store) -> None:
+    for key in BAD_KEYS:
+        for operation in (
+            functools.partial(store.create, key, b"x"),
+            functools.partial(store.put, key, b"x"),
+            functools.partial(store.get, key),
+            functools.partial(store.delete, key),
+        ):
+            with pytest.raises(StoreError, match="is not a key of a store") as caught:
+                operation()
+            assert "\n" not in str(caught.value)
+            assert len(str(caught.value)) < 250
     assert list(store.list("")) == []
 
 

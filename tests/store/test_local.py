@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.store import LocalStore, NotFound
-from orchestrator.store.local import STALE_AFTER_S, TEMPORARY_PREFIX
+from orchestrator.store.local import STALE_AFTER_S, UNFINISHED
 from workers.errors import StoreError
 
 SIZE = 300_000
@@ -54,14 +54,13 @@ def test_a_writer_killed_at_any_moment_leaves_no_torn_object(local: LocalStore) 
     heartbeat = local.get("heartbeat")
     assert heartbeat == heartbeat[:1] * SIZE
     # The kills did hit writes half-way, else this test has tested nothing.
-    left = [p for p in local.root.rglob(".*") if p.name.startswith(TEMPORARY_PREFIX)]
-    assert left
-    assert not any(e.key.rpartition("/")[2].startswith(".") for e in local.list(""))
+    assert list((local.root / UNFINISHED).iterdir())
+    assert not any(UNFINISHED in entry.key for entry in local.list(""))
 
 
 def test_the_check_removes_temporaries_of_dead_writers_and_no_others(local: LocalStore) -> None:
     local.create("parts/kept", b"x")
-    stale, young = local.root / "parts/.fimo-stale", local.root / "parts/.fimo-young"
+    stale, young = local.root / UNFINISHED / "stale", local.root / UNFINISHED / "young"
     for file in (stale, young):
         file.write_bytes(b"half")
     a_day_ago = time.time() - STALE_AFTER_S - 60
@@ -100,7 +99,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_object(tmp_path: Path) -> None:
     assert first == second
     assert first.startswith("store runs: cannot write 'large': the file-size limit")
     assert listed == "['small']"
-    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["small"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [UNFINISHED, "small"]
+    assert list((tmp_path / "runs" / UNFINISHED).iterdir()) == []
 
 
 @pytest.fixture
