@@ -9,12 +9,14 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from workers.errors import FimoError, UsageError
 
@@ -38,9 +40,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 def read_spec(path: Path) -> Any:
     """A spec file; raises UsageError."""
     from orchestrator.spec import read
+    from orchestrator.yaml import MAX_BYTES
 
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"spec {path} cannot be read: {reason}") from error
@@ -94,11 +98,16 @@ def resume(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try tasks again that were set aside.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compute what is missing of a sweep; the store has the spec."""
+    """Compute what is missing of a sweep, here or (--address http://HEAD:8265) as a job; the store has the spec."""
     from orchestrator import commands
 
+    if address is not None and address.startswith(("http://", "https://")):
+        from orchestrator import cli_cluster, jobs
+
+        return cli_cluster.show_submission(jobs.resubmit(sweep, address, retry_failed), as_json)
     opened, resolved = commands.resume(sweep)
     _finish(resolved, opened, address, retry_failed, as_json)
+    return None
 
 
 def _finish(resolved: Any, store: Any, address: str | None, retry_failed: bool, as_json: bool) -> None:
@@ -135,11 +144,15 @@ def _stop_on_signal() -> Callable[[], str | None]:
 
 
 @app.command()
-def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
+def status(
+    sweep: SweepArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until it is complete.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """How far a sweep is, from the store alone."""
     from orchestrator import commands, show
 
-    found = commands.status(sweep)
+    found = _watch(sweep) if watch and not as_json else commands.status(sweep)
     if as_json:
         print_json(found)
     else:
@@ -147,6 +160,30 @@ def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
             out.print(line, highlight=False, markup=False, soft_wrap=True)
     if found["exit_code"]:
         raise typer.Exit(found["exit_code"])
+
+
+WATCH_EVERY_S = 5.0
+
+
+def _watch(sweep: str) -> dict[str, Any]:
+    """Show a sweep's status on stderr until it is complete or interrupted; a silent store is waited for."""
+    from rich.live import Live
+
+    from orchestrator import commands, show
+    from workers.errors import StoreError
+
+    found = commands.status(sweep)
+    with Live(console=talk, transient=True, auto_refresh=False) as live:
+        while not found["complete"]:
+            live.update(Text("\n".join(show.status_lines(found))), refresh=True)
+            try:
+                time.sleep(WATCH_EVERY_S)
+                found = commands.status(sweep)
+            except StoreError as error:
+                live.update(Text(f"{error}; trying again"), refresh=True)
+            except KeyboardInterrupt:
+                break
+    return found
 
 
 @app.command()
@@ -167,6 +204,9 @@ def pull(
             out.print(path, highlight=False, markup=False, soft_wrap=True)
     if found["exit_code"]:
         raise typer.Exit(found["exit_code"])
+
+
+from orchestrator import cli_cluster  # noqa: E402, F401  (registers its commands on the app above)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from orchestrator import estimate_parts, tables
 from orchestrator.estimate_parts import EstimatePart
+from orchestrator.estimating import estimate_identity
 from orchestrator.identity import canonical, digest
 from orchestrator.parts import BadPartError, Part
 from orchestrator.reduce import (
@@ -28,7 +29,6 @@ from orchestrator.reduce import (
 from orchestrator.score import Estimate, Scorer, similarity_table
 from orchestrator.store import Entry
 from orchestrator.sweep import Listed, Manifest, Sweep
-from orchestrator.tasks import estimate_identity
 from workers.errors import StoreError
 
 
@@ -87,7 +87,7 @@ def stamp(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed] | None = No
     if listed is None:
         seeds = set(manifest.spec.seeds)
         listed = [part for part in sweep.list_parts(manifest.digest) if part.seed in seeds]
-    blocks = [entry.key for _, entries in _listed_estimates(sweep, manifest) for entry in entries]
+    blocks = [entry.key for _, entries in listed_estimates(sweep, manifest) for entry in entries]
     wanted = [manifest.digest, manifest.estimate_digest, [list(e) for e in manifest.estimators]]
     removals = [list(r.indices) for r in manifest.removals]
     return digest([wanted, removals, manifest.evals, [part.key for part in listed], blocks])
@@ -141,7 +141,8 @@ def estimate_digest(manifest: Manifest, estimator: str, params: str) -> str:
     return estimate_identity(manifest.digest, manifest.estimate_digest, manifest.spec, estimator, params)
 
 
-def _listed_estimates(sweep: Sweep, manifest: Manifest) -> Iterator[tuple[tuple[str, str], list[Entry]]]:
+def listed_estimates(sweep: Sweep, manifest: Manifest) -> Iterator[tuple[tuple[str, str], list[Entry]]]:
+    """(estimator, params) in spec order, with the blocks that are listed under it."""
     for estimator, params in manifest.estimators:
         folder = estimate_parts.folder(sweep.name, estimate_digest(manifest, estimator, params), estimator, params)
         yield (estimator, params), list(sweep.store.list(folder))
@@ -151,7 +152,7 @@ def _estimates(sweep: Sweep, manifest: Manifest, found: Gathered, costs: list[tu
     """Assemble each estimator's matrix from its blocks; an incomplete one is left out."""
     estimates: list[Estimate] = []
     found.estimators_wanted = len(manifest.estimators)
-    for (estimator, params), entries in _listed_estimates(sweep, manifest):
+    for (estimator, params), entries in listed_estimates(sweep, manifest):
         blocks: list[EstimatePart] = []
         seconds: list[dict[str, object]] = []
         for entry in entries:

@@ -72,13 +72,28 @@ def source_digest(reference: str, beside: Path) -> str:
     Raises:
         UsageError: a module is not Python.
     """
+    found = local_modules(reference, beside)
+    return digest({name: _parsed(found[name]) for name in sorted(found)})
+
+
+def local_modules(reference: str, beside: Path) -> dict[str, Path]:
+    """Module name -> file of the workload's module and of every module in ``beside`` that it imports, in turn.
+
+    The workload's own module may be an installed one; everything else named here is in ``beside``. Found by reading
+    the import statements: what is imported by a name made at run time is not seen.
+
+    Raises:
+        UsageError: a module is not Python.
+    """
     module, _, path = find_module(reference, beside)
+    found: dict[str, Path] = {}
     if path is None:
         path = _installed(module)
-    found: dict[str, Path] = {}
+    else:
+        _collect_packages(module, beside, found)
     if path is not None:
         _collect(module, path, beside, found)
-    return digest({name: _parsed(found[name]) for name in sorted(found)})
+    return found
 
 
 def _installed(module: str) -> Path | None:
@@ -91,20 +106,33 @@ def _installed(module: str) -> Path | None:
 
 def _collect(module: str, path: Path, beside: Path, found: dict[str, Path]) -> None:
     found[module] = path
-    tree = _tree(path)
-    for node in ast.walk(tree):
+    # In a package's own __init__ one dot is the package itself; in its modules it is their parent.
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(_tree(path)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            package = module.split(".")[: -node.level or None] if node.level else []
-            root = ".".join([*package, *([node.module] if node.module else [])])
+            above = package[: len(package) - (node.level - 1)] if node.level else []
+            root = ".".join([*above, *([node.module] if node.module else [])])
             names = [root, *(f"{root}.{alias.name}" if root else alias.name for alias in node.names)]
         for name in names:
-            if name and name not in found:
-                _, _, local = find_module(f"{name}:x", beside)
-                if local is not None:
-                    _collect(name, local, beside, found)
+            _collect_packages(name, beside, found)
+            _collect_local(name, beside, found)
+
+
+def _collect_packages(module: str, beside: Path, found: dict[str, Path]) -> None:
+    """Importing ``a.b.c`` runs ``a`` and ``a.b`` first."""
+    packages = module.split(".")[:-1]
+    for depth in range(1, len(packages) + 1):
+        _collect_local(".".join(packages[:depth]), beside, found)
+
+
+def _collect_local(module: str, beside: Path, found: dict[str, Path]) -> None:
+    if module and module not in found:
+        _, _, local = find_module(f"{module}:x", beside)
+        if local is not None:
+            _collect(module, local, beside, found)
 
 
 def _tree(path: Path) -> ast.Module:

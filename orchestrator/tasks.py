@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 
-import estimators
-from orchestrator import estimate_parts, parts
+from orchestrator import estimate_parts, estimating, parts
+from orchestrator.estimating import estimate_identity
 from orchestrator.identity import canonical
-from orchestrator.identity import digest as identity_digest
 from orchestrator.plan import Shard
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.removals import Removal
-from orchestrator.spec import Spec, parse
+from orchestrator.spec import parse
 from orchestrator.store import NotFound, Store
 from workers.device import deterministic, device_name, pick_device, prepare_environment
 from workers.errors import FimoError, WorkloadError
@@ -56,6 +55,11 @@ class Context:
     beside: str
     digest: str
     estimate_digest: str
+
+    @property
+    def workload(self) -> str:
+        """The spec's ``module:function``."""
+        return str(json.loads(self.spec)["workload"])
 
 
 @dataclass(frozen=True)
@@ -96,14 +100,19 @@ def task_name(task: Task) -> str:
     return f"estimator {task.estimator} {task.params}"
 
 
-def run_task(context: Context, final_model: bytes | None, task: Task) -> Receipt:
+def run_task(context: Context, final_model: bytes | None, task: Task, gpu: int = 0) -> Receipt:
     """Compute and commit one task.
+
+    Args:
+        final_model: the bytes of θᶠ's file; not looked at where the process is prepared already.
+        gpu: which of the GPUs that torch sees is this task's.
 
     Raises:
         FimoError: in one line; ConflictError where different rows are already committed under the key.
     """
     prepare_environment()
-    prepared, device = _prepared(context, final_model)
+    prepared = _prepared(context, final_model)
+    device = _device(prepared.spec.resources.gpus, gpu)
     torch.set_num_threads(max(1, int(prepared.spec.resources.cpus)))
     if isinstance(task, Shard):
         return _shard(context, prepared, device, task)
@@ -111,29 +120,49 @@ def run_task(context: Context, final_model: bytes | None, task: Task) -> Receipt
 
 
 # One sweep at a time in a process: the next one's model and data replace this one's.
-_cache: dict[tuple[str, str], tuple[Prepared, torch.device]] = {}
+_cache: dict[tuple[str, str], Prepared] = {}
 _problems: dict[tuple[str, str], Problem] = {}
 
 
-def _prepared(context: Context, final_model: bytes | None) -> tuple[Prepared, torch.device]:
+def is_prepared(context: Context) -> bool:
+    """Whether this process holds the sweep's model and data already."""
+    return (context.digest, context.spec) in _cache
+
+
+def _prepared(context: Context, final_model: bytes | None) -> Prepared:
     name = (context.digest, context.spec)
     if name not in _cache:
         _cache.clear()
         _problems.clear()
-        spec = parse(json.loads(context.spec))
-        prepared = prepare(spec, Path(context.beside), final_model)
+        # On a machine without the driver's folder the code is where Ray has put it: the working directory.
+        beside = Path(context.beside) if Path(context.beside).is_dir() else Path.cwd()
+        prepared = prepare(parse(json.loads(context.spec)), beside, final_model)
         if (prepared.digest, prepared.estimate_digest) != (context.digest, context.estimate_digest):
             raise WorkloadError(
                 f"node {platform.node()} sees other code or data than the driver (another digest): "
                 "make the workload deterministic and its files the same everywhere"
             )
-        _cache[name] = prepared, pick_device(spec.resources.gpus)
+        _cache[name] = prepared
     return _cache[name]
+
+
+def _device(gpus: float, number: int) -> torch.device:
+    """The task's device; a share of a GPU bounds this process's memory there to the same share."""
+    device = pick_device(gpus)
+    if device.type != "cuda":
+        return device
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    if gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(gpus, device)
+    return device
 
 
 def _problem(context: Context, prepared: Prepared, device: torch.device) -> Problem:
     name = (context.digest, str(device))
     if name not in _problems:
+        # A process that is given another GPU leaves none of its memory on the last one.
+        _problems.clear()
         _problems[name] = prepared.problem(device)
     return _problems[name]
 
@@ -167,8 +196,7 @@ def _replicas(context: Context, prepared: Prepared, problem: Problem, device: to
     asked = prepared.spec.resources.replicas
     if asked != "auto":
         return asked
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-")[:80]
-    key = f"{context.sweep}/replicas/{context.digest[:32]}-{slug}.json"
+    key = replicas_key(context.sweep, context.digest, device_name(device))
     for _ in range(2):
         with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
             return max(1, int(json.loads(context.store.get(key))["replicas"]))
@@ -180,6 +208,12 @@ def _replicas(context: Context, prepared: Prepared, problem: Problem, device: to
     return size
 
 
+def replicas_key(sweep: str, result_digest: str, device: str) -> str:
+    """Where the measured number of replicas for a device type (`workers.device.device_name`) is kept."""
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")[:80]
+    return f"{sweep}/replicas/{result_digest[:32]}-{slug}.json"
+
+
 def parts_largest(prepared: Prepared) -> int:
     """The most cells that a shard of this sweep can train together: its removals and a baseline."""
     shard = prepared.spec.resources.shard
@@ -188,21 +222,12 @@ def parts_largest(prepared: Prepared) -> int:
 
 def _estimate(context: Context, prepared: Prepared, device: torch.device, task: EstimateTask) -> Receipt:
     started = time.monotonic()
-    [estimator] = estimators.parse({"name": task.estimator, **json.loads(task.params)})
     digest = estimate_identity(context.digest, context.estimate_digest, prepared.spec, task.estimator, task.params)
     key = estimate_parts.key(context.sweep, digest, task.estimator, task.params, task.removals, task.first, task.count)
     _reset_peak(device)
+    removals, span = [r.indices for r in task.removals], (task.first, task.count)
     with deterministic(device) as flags:
-        train, evals = prepared.examples(device)
-        problem = estimators.Problem(
-            model=prepared.model(device),
-            train=train,
-            evals=evals.span(task.first, task.count),
-            removals=[r.indices for r in task.removals],
-            further_training=prepared.spec.further_training.settings(),
-            seeds=list(prepared.spec.seeds),
-        )
-        estimate = estimator.estimate(problem)
+        estimate = estimating.estimate(prepared, device, task.estimator, task.params, removals, span)
     provenance = {
         **_provenance(device, prepared, flags),
         "notes": json.loads(json.dumps(dict(estimate.notes), default=str)),
@@ -224,14 +249,6 @@ def _estimate(context: Context, prepared: Prepared, device: torch.device, task: 
     return Receipt(key, written, 0, 0, time.monotonic() - started, device_name(device))
 
 
-def estimate_identity(result_digest: str, at_final_digest: str, spec: Spec, estimator: str, params: str) -> str:
-    """What an estimate depends on: θᶠ, and where it follows further training also that and the sweep's seeds."""
-    [found] = estimators.parse({"name": estimator, **json.loads(params)})
-    if not getattr(found, "follows_training", False):
-        return at_final_digest
-    return identity_digest([result_digest, [spec.seeds.first, spec.seeds.count]])
-
-
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -246,7 +263,7 @@ def _peak_host_bytes() -> int:
 
 def _provenance(device: torch.device, prepared: Prepared, flags: Mapping[str, object]) -> dict[str, Any]:
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "device": device_name(device),
         "host": platform.node(),
         "dtype": prepared.spec.further_training.precision,
@@ -257,7 +274,8 @@ def _provenance(device: torch.device, prepared: Prepared, flags: Mapping[str, ob
 
 
 @lru_cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions that a part records of the software that made it."""
     found = {"python": platform.python_version()}
     for package in ("fimo", "torch", "numpy", "pyarrow", "ray", "transformers"):
         with contextlib.suppress(PackageNotFoundError):

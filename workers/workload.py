@@ -7,10 +7,12 @@ else that fimo reads (specs, parts, tables, final models) is data alone.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.abc import InspectLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,6 +85,8 @@ def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) ->
         WorkloadError: the function raised, or returned something else than a Workload.
     """
     module, function, path = find_module(reference, beside)
+    if path is None:
+        _refuse_foreign(module)
     try:
         loaded = _import(module, path, beside)
     except ModuleNotFoundError as error:
@@ -103,6 +107,21 @@ def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) ->
     if not isinstance(workload, Workload):
         raise WorkloadError(f"workload {reference} returned {type(workload).__name__}, not a workers.workload.Workload")
     return workload
+
+
+def _refuse_foreign(module: str) -> None:
+    """An installed module must be one of workloads: a spec from a stranger must not call ``subprocess:run``."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return  # The import itself tells what is missing.
+    if spec is None:
+        return
+    source = spec.loader.get_source(module) if isinstance(spec.loader, InspectLoader) else None
+    if source is None or "workers.workload" not in source:
+        raise UsageError(
+            f"module '{module}' is installed but no module of workloads: it does not import workers.workload"
+        )
 
 
 def _refuse_arguments(reference: str, make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
