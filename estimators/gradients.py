@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
 from estimators.base import Problem
+from workers.decisions import ReplicasAgree
 from workers.examples import Batch, Examples
 from workers.functional import FunctionalModel, Tensors
 
@@ -96,10 +97,44 @@ def over_examples(batch: Batch) -> Batch:
     return pytree.tree_map(lambda t: 0 if isinstance(t, Tensor) else None, batch)
 
 
+def each_example(
+    function: Callable[[Batch], Out],
+    batch: Batch,
+    randomness: Literal["error", "same"] = "error",
+    reseed: Callable[[], object] | None = None,
+) -> Out:
+    """``function`` of every example of a batch, stacked: vmapped, or one at a time where vmap refuses.
+
+    It refuses a forward that decides on its data (transformers asks whether there is any padding) where examples
+    decide differently.
+
+    Args:
+        function: of one example, without its batch dimension; returns a pytree of tensors.
+        randomness: "same" lets every example draw the same random numbers.
+        reseed: called before each example where they are taken one at a time, to the same end.
+    """
+    try:
+        with ReplicasAgree():
+            stacked: Out = vmap(function, in_dims=(over_examples(batch),), randomness=randomness)(batch)
+            return stacked
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+    count = next(len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+    results = []
+    for position in range(count):
+        example = pytree.tree_map(lambda t, at=position: t[at] if isinstance(t, Tensor) else t, batch)
+        if reseed is not None:
+            reseed()
+        results.append(function(example))
+    found: Out = pytree.tree_map(lambda *leaves: torch.stack(leaves), *results)
+    return found
+
+
 def per_example(function: PerExample, params: Tensors, batch: Batch, layout: Layout) -> Tensor:
     """Gradients of ``function`` for every example of a batch, rows (B, P): one forward and backward each."""
-    gradients = vmap(grad(single(function)), in_dims=(None, over_examples(batch)))(params, batch)
-    return layout.rows(gradients).detach()
+    slope = grad(single(function))
+    return layout.rows(each_example(lambda example: slope(params, example), batch)).detach()
 
 
 def loss_gradients(

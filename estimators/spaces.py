@@ -22,7 +22,7 @@ from torch.func import hessian, jacrev, vmap
 
 from estimators import gradients
 from estimators.curvature import GaussNewton, Operator
-from estimators.gradients import Layout, over_examples, single
+from estimators.gradients import Layout, each_example, over_examples, single
 from workers.examples import Batch
 from workers.functional import FunctionalModel, Tensors
 
@@ -146,10 +146,14 @@ def linearised(model: FunctionalModel, batch: Batch, params: Tensors) -> tuple[T
         (J (B·o, p), ∂²ℓ/∂outputs² (B, o, o)).
     """
 
-    def outputs(some: Tensors, example: Batch) -> Tensor:
-        return single(model.outputs)({**model.params, **some}, example).flatten()
+    def jacobian_of(example: Batch) -> Tensors:
+        def outputs(some: Tensors) -> Tensor:
+            return single(model.outputs)({**model.params, **some}, example).flatten()
 
-    jacobian = vmap(jacrev(outputs), in_dims=(None, over_examples(batch)))(params, batch)
+        found: Tensors = jacrev(outputs)(params)
+        return found
+
+    jacobian = each_example(jacobian_of, batch)
     rows = Layout.of(params).rows(jacobian).flatten(0, 1).detach()
     return rows, output_hessians(model, model.outputs(model.params, batch), batch)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ from torch.func import grad, vjp, vmap
 
 from estimators import gradients, optimizers
 from estimators.base import Problem
-from estimators.gradients import Layout, directional, over_examples
+from estimators.gradients import Layout, directional, each_example
 from estimators.optimizers import State
 from workers import batches
 from workers.batches import BASELINE, Removal
@@ -121,8 +122,11 @@ class Trajectory:
     def _forward(self, number: int, what: Literal["batch", "removed"]) -> Iterator[None]:
         """The sweep's training mode and the step's own random numbers."""
         with self.model.mode(self.settings.mode):
-            torch.manual_seed(dropout_seed(self.seed, number, what))
+            self._reseed(number, what)
             yield
+
+    def _reseed(self, number: int, what: Literal["batch", "removed"]) -> None:
+        torch.manual_seed(dropout_seed(self.seed, number, what))
 
     def slope(self, step: Step) -> Callable[[Tensor], Tensor]:
         """θ (P,) ↦ ∇L_s(θ) (P,)."""
@@ -181,8 +185,8 @@ class Trajectory:
             slope = grad(self._removed_loss)
             for lanes, batch in self._removed:
                 with self._forward(step.number, "removed"):
-                    of_lanes = vmap(slope, in_dims=(None, over_examples(batch)), randomness="same")
-                    rows[lanes] = of_lanes(point.params, batch).detach()
+                    own = partial(slope, point.params)
+                    rows[lanes] = each_example(own, batch, "same", partial(self._reseed, step.number, "removed"))
             return rows
         touched = (weights != 0).any(dim=1).nonzero().squeeze(1)
         if len(touched):
@@ -198,7 +202,8 @@ class Trajectory:
         if weights is not None:
             return weights @ self._along(self._losses(step.change.batch), point, rows, step.number, "batch").T
         for lanes, batch in self._removed:
-            found[lanes] = self._along(self._removed_losses(batch), point, rows, step.number, "removed").T
+            losses = self._removed_losses(batch, step.number)
+            found[lanes] = self._along(losses, point, rows, step.number, "removed").T
         return found
 
     def _along(
@@ -221,9 +226,9 @@ class Trajectory:
         """What reweight adds to one cell's loss: −1/n Σ ℓ_i over its removal's examples."""
         return -self.model.loss(self.layout.tensors(row), examples).sum() / len(self.train)
 
-    def _removed_losses(self, batch: Batch) -> Callable[[Tensor], Tensor]:
-        axes = (None, over_examples(batch))
-        return lambda row: vmap(self._removed_loss, in_dims=axes, randomness="same")(row, batch)
+    def _removed_losses(self, batch: Batch, number: int) -> Callable[[Tensor], Tensor]:
+        reseed = partial(self._reseed, number, "removed")
+        return lambda row: each_example(partial(self._removed_loss, row), batch, "same", reseed)
 
 
 def refuse(found: Traits, settings: FurtherTraining, n: int, removals: Sequence[Removal]) -> None:
