@@ -88,7 +88,7 @@ def run(
 
     opened = open_store(store)
     resolved = runs.resolve(read_spec(spec), spec.resolve().parent)
-    _finish(resolved, opened, address, retry_failed, as_json)
+    finish(resolved, opened, address, retry_failed, as_json)
 
 
 @app.command()
@@ -106,11 +106,14 @@ def resume(
 
         return cli_cluster.show_submission(jobs.resubmit(sweep, address, retry_failed), as_json)
     opened, resolved = commands.resume(sweep)
-    _finish(resolved, opened, address, retry_failed, as_json)
+    finish(resolved, opened, address, retry_failed, as_json)
     return None
 
 
-def _finish(resolved: Any, store: Any, address: str | None, retry_failed: bool, as_json: bool) -> None:
+def finish(
+    resolved: Any, store: Any, address: str | None, retry_failed: bool, as_json: bool, shards: bool = True
+) -> None:
+    """Run a resolved sweep with progress, print how it ended, and exit by it."""
     from orchestrator import commands
     from orchestrator import run as runs
     from orchestrator.driver import on_ray
@@ -118,7 +121,7 @@ def _finish(resolved: Any, store: Any, address: str | None, retry_failed: bool, 
 
     stop = _stop_on_signal()
     with ProgressReport(talk) as progress:
-        report = runs.run(resolved, store, progress.listener, stop, on_ray(address), retry_failed)
+        report = runs.run(resolved, store, progress.listener, stop, on_ray(address), retry_failed, shards)
     if as_json:
         print_json(commands.report_json(resolved.manifest, store, report))
     else:
@@ -206,7 +209,7 @@ def pull(
         raise typer.Exit(found["exit_code"])
 
 
-from orchestrator import cli_cluster  # noqa: E402, F401  (registers its commands on the app above)
+from orchestrator import cli_cluster, cli_scores  # noqa: E402, F401  (they register commands on the app above)
 
 
 def main() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
-from orchestrator import gather, run, show, tables
+from orchestrator import gather, imported, run, show, tables
 from orchestrator.identity import source_digest
 from orchestrator.plan import Plan
 from orchestrator.spec import Spec
@@ -182,6 +184,30 @@ def pull(uri: str, to: Path, form: str, say: Callable[[str], None]) -> dict[str,
     return {"tables": written, "complete": complete, "exit_code": 0 if complete else 3}
 
 
+@dataclass(frozen=True)
+class Imported:
+    """What an import came to: plain values, and the score table where there is something to score against."""
+
+    json: dict[str, Any]
+    table: Table | None
+
+
+def import_scores(file: Path, uri: str, name: str, negate: bool) -> Imported:
+    """Take another library's matrix into a sweep and score it."""
+    sweep = open_sweep(uri)
+    manifest = sweep.read_manifest()
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"'{file}' cannot be read: {error.strerror or error}") from error
+    imported.import_scores(sweep, manifest, data, str(file), name, negate)
+    found = gather.gather(sweep, manifest)
+    written = gather.write_tables(sweep, found)
+    scores = [r for r in found.tables["scores"].to_pylist() if r["estimator"] == name]
+    values = {"sweep": sweep.uri, "name": name, "negated": negate, "tables": written, "scores": scores}
+    return Imported(values, show.score_table(found.tables["scores"], found.tables["costs"]))
+
+
 def _all_there(sweep: Sweep, manifest: Manifest) -> bool:
     return not run.current_plan(manifest, sweep).missing and not run.missing_estimates(manifest, sweep)
 
@@ -211,7 +237,7 @@ def report_json(manifest: Manifest, store: Store, report: run.Report) -> dict[st
         "cells": report.found.cells,
         "done": report.found.done,
         "computed": sum(r.cells for r in report.outcome.receipts),
-        "complete": report.found.complete,
+        "complete": report.complete,
         "diverged": len(report.found.diverged),
         "failed": [line for _, line in report.aside],
         "stopped": report.outcome.stopped,
@@ -253,7 +279,7 @@ def complaints(manifest: Manifest, store: Store, report: run.Report) -> Iterator
         )
     if len(found.devices) > 1:
         yield f"fimo: parts come from several devices ({', '.join(found.devices)}): differences between them are noise"
-    if not found.complete and not outcome.broken:
+    if not report.complete and not outcome.broken:
         owed = found.cells - found.done
         lacking = found.estimators_wanted - found.estimators_done
         yield f"fimo: incomplete: {owed} cells and {lacking} estimators are missing; `fimo resume {uri}` computes them"

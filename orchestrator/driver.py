@@ -34,6 +34,7 @@ EMBEDDED = {
 }
 SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 """CUDA reads CUDA_VISIBLE_DEVICES once, but a reused process may be given another GPU: tasks pick theirs by number."""
+CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
@@ -54,6 +55,7 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
     """
     if address is not None and address.startswith(("http://", "https://")):
         raise UsageError(f"--address {address} is a dashboard, which takes jobs: use `fimo submit` or `fimo resume`")
+    _knock_at(address)
     wanted = QUIET | SEE_ALL_GPUS if address is None else QUIET
     os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
     if address is None:
@@ -83,6 +85,26 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
+def knock(host: str, port: int) -> str | None:
+    """Why nothing answers at an address, None where something does; Ray itself tries for minutes."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or "no answer"
+    return None
+
+
+def _knock_at(address: str | None) -> None:
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    reason = knock(host.strip("[]"), int(port))
+    if reason is not None:
+        raise ClusterError(
+            f"cannot reach Ray at {address} ({reason}): check the address (HEAD:6379, or auto on a node of the cluster)"
+        )
+
+
 def _unreachable(error: Exception, address: str | None) -> str:
     where = "an embedded Ray" if address is None else f"Ray at {address}"
     text = str(error).strip()
@@ -104,9 +126,12 @@ def on_ray(
 
     @contextlib.contextmanager
     def pool(context: Context, final_model: bytes | None, resources: Resources) -> Iterator[RayPool]:
+        if address is None:
+            with cluster(None):
+                yield RayPool(context, final_model, resources)
+            return
         with tempfile.TemporaryDirectory(prefix="fimo-code-") as folder:
-            if address is not None:
-                staging.write(staging.code_files(context.workload, Path(context.beside)), Path(folder))
+            staging.write(staging.code_files(context.workload, Path(context.beside)), Path(folder))
             with cluster(address, Path(folder)):
                 yield RayPool(context, final_model, resources)
 

@@ -5,6 +5,7 @@ Reads the store and writes nothing but what it is asked to; the arithmetic is in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from orchestrator import estimate_parts, tables
 from orchestrator.estimate_parts import EstimatePart
 from orchestrator.estimating import estimate_identity
 from orchestrator.identity import canonical, digest
+from orchestrator.imported import imported, imported_keys
 from orchestrator.parts import BadPartError, Part
 from orchestrator.reduce import (
     Reduction,
@@ -56,9 +58,14 @@ class Gathered:
     stamp: str = ""
 
     @property
+    def estimated(self) -> bool:
+        """Whether every estimate is there."""
+        return self.estimators_done == self.estimators_wanted
+
+    @property
     def complete(self) -> bool:
         """Whether every cell and every estimate is there."""
-        return self.done == self.cells and self.estimators_done == self.estimators_wanted
+        return self.done == self.cells and self.estimated
 
 
 def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda line: None) -> Gathered:
@@ -90,7 +97,8 @@ def stamp(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed] | None = No
     blocks = [entry.key for _, entries in listed_estimates(sweep, manifest) for entry in entries]
     wanted = [manifest.digest, manifest.estimate_digest, [list(e) for e in manifest.estimators]]
     removals = [list(r.indices) for r in manifest.removals]
-    return digest([wanted, removals, manifest.evals, [part.key for part in listed], blocks])
+    others = [hashlib.sha256(sweep.store.get(key)).hexdigest() for key in imported_keys(sweep)]
+    return digest([wanted, removals, manifest.evals, [part.key for part in listed], blocks, others])
 
 
 def _blocks(
@@ -172,7 +180,15 @@ def _estimates(sweep: Sweep, manifest: Manifest, found: Gathered, costs: list[tu
             steps = next((b.steps for b in blocks if b.steps is not None), None)
             estimates.append(Estimate(estimator, params, matrix, steps))
             found.estimators_done += 1
-    return estimates
+    return estimates + _imported(sweep, manifest, found)
+
+
+def _imported(sweep: Sweep, manifest: Manifest, found: Gathered) -> list[Estimate]:
+    """Matrices of other libraries, those that cover every removal and evaluation example."""
+    parts, bad = imported(sweep, manifest)
+    found.bad += bad
+    covered = [(part, assemble([part], manifest)) for part in parts]
+    return [Estimate(p.estimator, p.params, matrix, p.steps) for p, matrix in covered if matrix is not None]
 
 
 def _total_cost(estimator: str, params: str, provenances: Sequence[dict[str, object]]) -> tuple[object, ...]:

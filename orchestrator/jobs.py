@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import secrets
 import shlex
-import socket
 import sys
 import tempfile
 import time
@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator import staging
-from orchestrator.driver import SEE_ALL_GPUS
+from orchestrator.driver import SEE_ALL_GPUS, knock
 from orchestrator.identity import canonical
 from orchestrator.spec import Spec
 from orchestrator.store import open_store
@@ -37,7 +37,6 @@ from orchestrator.store.weather import scrub
 from orchestrator.sweep import Sweep
 from workers.errors import FimoError, StoreError, UsageError
 
-CONNECT_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 60.0
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 
@@ -306,6 +305,7 @@ def connect(address: str) -> Any:
     import ray
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)
     with _Telling(address):
         client = JobSubmissionClient(address)
     theirs = getattr(client, "_server_ray_version", None)
@@ -325,14 +325,12 @@ def _knock(address: str) -> None:
         return
     parts = urlsplit(address)
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "no answer"
+    reason = knock(parts.hostname or "", port)
+    if reason is not None:
         raise JobError(
             f"no Ray head answers at {address} ({reason}): check the address (http://HEAD:8265), that the head runs, "
             "and that its port is forwarded"
-        ) from None
+        )
 
 
 class _Telling:

@@ -19,6 +19,7 @@ import torch
 import estimators
 from orchestrator import estimate_parts, gather
 from orchestrator.driver import on_ray
+from orchestrator.estimating import estimate_identity
 from orchestrator.identity import canonical, digest
 from orchestrator.parts import set_hash
 from orchestrator.plan import Plan, Shard, plan, shard_size
@@ -27,7 +28,7 @@ from orchestrator.schedule import Outcome, Pool, Result, SetAside, drive
 from orchestrator.spec import Resources, Spec
 from orchestrator.store import NotFound, Store
 from orchestrator.sweep import Manifest, Sweep
-from orchestrator.tasks import Context, EstimateTask, Task, estimate_identity, task_name
+from orchestrator.tasks import Context, EstimateTask, Task, task_name
 from workers.errors import UsageError
 
 Where = Callable[[Context, bytes | None, Resources], AbstractContextManager[Pool]]
@@ -133,13 +134,19 @@ class Report:
     written: dict[str, str]
     outcome: Outcome
     aside: list[tuple[str, str]]
+    shards: bool = True
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was asked for is there."""
+        return self.found.complete if self.shards else self.found.estimated
 
     @property
     def exit_code(self) -> int:
         """0 complete, 1 failed, 3 incomplete."""
         if self.aside or self.outcome.set_aside or self.found.diverged or self.outcome.broken:
             return 1
-        return 0 if self.found.complete else 3
+        return 0 if self.complete else 3
 
 
 @dataclass(frozen=True)
@@ -158,11 +165,13 @@ def run(
     should_stop: Callable[[], str | None] = lambda: None,
     where: Where | None = None,
     retry_failed: bool = False,
+    shards: bool = True,
 ) -> Report:
     """Compute what is missing of a sweep, then reduce and score.
 
     Args:
         where: the pool that tasks run in; default: an embedded Ray.
+        shards: False computes the estimates alone.
 
     Raises:
         FimoError: in one line, where nothing could be computed at all.
@@ -175,16 +184,17 @@ def run(
         forget_failures(sweep)
     outcome = Outcome()
     for _ in range(ROUNDS):
-        tasks, shards = owed(manifest, sweep)
+        tasks, planned = owed(manifest, sweep)
+        tasks = [t for t in tasks if shards or isinstance(t, EstimateTask)]
         if tasks:
-            _compute(resolved, sweep, tasks, shards, listener, should_stop, where or on_ray(None), outcome)
+            _compute(resolved, sweep, tasks, planned, listener, should_stop, where or on_ray(None), outcome)
         found = gather.gather(sweep, manifest, listener.say)
         for _, why in found.bad:
             listener.say(f"{why}; set aside under {sweep.uri}/rejected and computed again")
         gather.reject(sweep, found)
         if not found.bad or outcome.stopped:
             break
-    return Report(found, gather.write_tables(sweep, found), outcome, failures(sweep))
+    return Report(found, gather.write_tables(sweep, found), outcome, failures(sweep), shards)
 
 
 def owed(manifest: Manifest, sweep: Sweep) -> tuple[list[Task], Plan]:

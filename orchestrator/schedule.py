@@ -217,7 +217,7 @@ def error_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def in_process(context: Context, final_model: bytes | None, resources: Resources) -> Iterator[LocalPool]:
+def in_process(context: Context, final_model: bytes | None, _resources: Resources) -> Iterator[LocalPool]:
     """Tasks in this process, one after another, under the same contract as on Ray."""
     yield LocalPool(lambda task: run_task(context, final_model, task))
 

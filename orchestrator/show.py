@@ -27,6 +27,8 @@ def spread(steps: Sequence[int], count: int = COLUMNS) -> list[int]:
 
 def label(estimator: str, params: str) -> str:
     """An estimator with the hyper-parameters that are not its defaults."""
+    if estimator not in estimators.REGISTRY:
+        return f"{estimator} (imported)"
     [plain] = estimators.parse(estimator)
     usual = plain.params()
     values: dict[str, Any] = {k: v for k, v in json.loads(params).items() if v != usual.get(k)}

@@ -197,5 +197,7 @@ class Sweep:
     def reject(self, key: str) -> None:
         """Set a bad object aside under ``rejected/``, so that it is computed again."""
         data = self.store.get(key)
-        self.store.put(f"{self.name}/rejected/{key.removeprefix(self.name + '/')}", data)
+        # One flat name: policies that forbid overwriting under parts/ must not match it.
+        flat = key.removeprefix(self.name + "/").replace("/", "_")
+        self.store.put(f"{self.name}/rejected/{flat}", data)
         self.store.delete(key)
