@@ -36,7 +36,7 @@ class Block:
     Attributes:
         lanes: the replicas' places in the stack.
         indices: training indices, (b,) where all lanes share the batch, else (len(lanes), b).
-        weights: what each example's loss is multiplied by, float64, the shape of ``indices`` or (len(lanes), b).
+        weights: what each example's loss is multiplied by, float64, (b,) or (len(lanes), b).
     """
 
     lanes: tuple[int, ...]
@@ -117,8 +117,8 @@ def schedule(
         lanes: the replicas' removals, in the order of the stack.
         coupled: the model's training forward mixes the examples of a batch (batch norm), so that a masked
             example must leave the batch rather than get weight 0.
-        folded: reweight's removed examples are appended to every batch with weight −1/n, so that the loop need not
-            subtract them apart.
+        folded: examples are independent, so that every step can be one block of all lanes: reweight's removed examples
+            are appended to the batch with weight −1/n, and in drop mode shorter batches are filled up with weight 0.
 
     Raises:
         UsageError: a removal is not a set of training indices, or leaves nothing to train on.
@@ -126,7 +126,7 @@ def schedule(
     for removal in set(lanes):
         check(n, removal)
     if settings.removal_mode == "drop":
-        return _dropped(n, lanes, settings, seed)
+        return _dropped(n, lanes, settings, seed, folded)
     if settings.removal_mode == "mask" and any(lanes):
         return _masked(n, lanes, settings, seed, coupled)
     whole = _whole(n, lanes, settings, seed)
@@ -148,8 +148,7 @@ def _whole(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: in
     every = tuple(range(len(lanes)))
     for order in orders(n, seed):
         for indices in order.split(settings.batch_size):
-            weights = torch.full((len(indices),), 1.0 / len(indices), dtype=torch.float64)
-            yield [Block(every, indices, weights)]
+            yield [Block(every, indices, _mean_weights(len(indices)))]
 
 
 def _folded(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) -> Iterator[list[Block]]:
@@ -188,34 +187,54 @@ def _by_size(batches: Sequence[Tensor]) -> list[Block]:
         if len(indices):
             sizes.setdefault(len(indices), []).append(lane)
     return [
-        Block(tuple(lanes), torch.stack([batches[i] for i in lanes]), _mean_weights(len(lanes), size))
+        Block(tuple(lanes), torch.stack([batches[i] for i in lanes]), _mean_weights(size))
         for size, lanes in sizes.items()
     ]
 
 
-def _mean_weights(lanes: int, size: int) -> Tensor:
-    return torch.full((lanes, size), 1.0 / size, dtype=torch.float64)
+def _mean_weights(size: int) -> Tensor:
+    return torch.full((size,), 1.0 / size, dtype=torch.float64)
 
 
-def _dropped(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[list[Block]]:
+def _dropped(
+    n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int, folded: bool
+) -> Iterator[list[Block]]:
     # Lanes whose epochs are equally long step through one matrix of permutations.
     groups: dict[int, list[int]] = {}
     for lane, removal in enumerate(lanes):
         groups.setdefault(n - len(removal), []).append(lane)
     streams = [(members, _dropped_group(n, [lanes[i] for i in members], settings, seed)) for members in groups.values()]
     while True:
+        parts = [(members, next(stream)) for members, stream in streams]
+        if folded:
+            yield [_filled(parts)]
+            continue
         sizes: dict[int, list[tuple[list[int], Tensor]]] = {}
-        for members, stream in streams:
-            indices = next(stream)
+        for members, indices in parts:
             sizes.setdefault(indices.shape[1], []).append((members, indices))
-        yield [_joined(parts) for parts in sizes.values()]
+        yield [_joined(alike) for alike in sizes.values()]
 
 
 def _joined(parts: Sequence[tuple[list[int], Tensor]]) -> Block:
     """One block of (lanes, indices) of one batch size, in the order of the stack."""
-    lanes, indices = [lane for members, _ in parts for lane in members], torch.cat([i for _, i in parts])
+    lanes = [lane for members, _ in parts for lane in members]
     order = sorted(range(len(lanes)), key=lanes.__getitem__)
-    return Block(tuple(lanes[i] for i in order), indices[order], _mean_weights(len(lanes), indices.shape[1]))
+    indices = torch.cat([indices for _, indices in parts])[order] if len(parts) > 1 else parts[0][1]
+    return Block(tuple(sorted(lanes)), indices, _mean_weights(indices.shape[1]))
+
+
+def _filled(parts: Sequence[tuple[list[int], Tensor]]) -> Block:
+    """One block of all lanes; shorter batches are filled up with their own first example, of weight 0."""
+    longest = max(indices.shape[1] for _, indices in parts)
+    if all(indices.shape[1] == longest for _, indices in parts):
+        return _joined(parts)
+    count = sum(len(members) for members, _ in parts)
+    filled, weights = torch.empty(count, longest, dtype=torch.long), torch.zeros(count, longest, dtype=torch.float64)
+    for members, indices in parts:
+        size = indices.shape[1]
+        filled[members] = torch.cat([indices, indices[:, :1].expand(-1, longest - size)], dim=1)
+        weights[members, :size] = 1.0 / size
+    return Block(tuple(range(count)), filled, weights)
 
 
 def _dropped_group(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[Tensor]:

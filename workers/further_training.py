@@ -182,7 +182,8 @@ class _Record:
         params, buffers = stack.take(lanes)
         with model.mode("eval"):
             g = torch.cat([stack.measures(params, buffers, batch) for batch in self.problem.evals], dim=1)
-        squares = [((p.double() - model.params[n].double()) ** 2).flatten(1).sum(dim=1) for n, p in params.items()]
+        moved = [(p - model.params[n]).flatten(1) for n, p in params.items()]
+        squares = [torch.linalg.vector_norm(m, dim=1, dtype=torch.float64) ** 2 for m in moved]
         delta, distance = g.cpu() - self.problem.at_final, torch.stack(squares).sum(dim=0).sqrt().cpu()
         row = {lane: i for i, lane in enumerate(lanes)}
         for lane, place in due:

@@ -30,8 +30,8 @@ class Problem:
         at_final: g(z, θᶠ), float64 (m,).
         settings: the further-training section.
         traits: how the training forward behaves.
-        folds: reweight takes the removed examples into the batch with weight −1/n, one forward instead of two; done
-            where examples are proven independent and nothing is drawn: the same mathematics.
+        folds: examples are proven independent and nothing is drawn, so that a step is one block of all lanes, with
+            weights: removed examples ride in the batch with weight −1/n, shorter batches are filled up with weight 0.
         graphs: traced steps of the stacks, filled as they train (``workers.replay``); None = nothing is traced.
     """
 
@@ -77,7 +77,7 @@ def problem(
     _refuse_not_finite(losses, "loss of training example")
     _refuse_not_finite(at_final, "measure of evaluation example")
     found = traits(model, train, size, settings.mode)
-    folds = settings.removal_mode == "reweight" and train.tensors is not None and found.independent
+    folds = train.tensors is not None and found.independent
     # Batches of a dataset may differ in shape from step to step, and each shape would be traced.
     pure = not (found.random or found.mutable) and train.tensors is not None
     return Problem(model, train, blocks, at_final, settings, found, folds, {} if replay and pure else None)

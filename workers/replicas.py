@@ -34,6 +34,7 @@ def make_optimizer(settings: Optimizer, params: Sequence[Tensor]) -> torch.optim
 
     SGD, Adam and AdamW are elementwise, so one optimizer over a stack is exactly one optimizer a replica.
     """
+    foreach = params[0].device.type == "cuda"
     if settings.name == "sgd":
         return torch.optim.SGD(
             params,
@@ -42,6 +43,7 @@ def make_optimizer(settings: Optimizer, params: Sequence[Tensor]) -> torch.optim
             dampening=settings.dampening,
             weight_decay=settings.weight_decay,
             nesterov=settings.nesterov,
+            foreach=foreach,
         )
     kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
     return kind(
@@ -51,6 +53,7 @@ def make_optimizer(settings: Optimizer, params: Sequence[Tensor]) -> torch.optim
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         amsgrad=settings.amsgrad,
+        foreach=foreach,
     )
 
 
@@ -70,7 +73,8 @@ def fetch(train: Examples, block: Block) -> list[tuple[tuple[int, ...], Batch, T
     if train.tensors is not None:
         return [(block.lanes, train.batch(block.indices), block.weights, False)]
     alike: dict[object, list[tuple[int, Batch, Tensor]]] = {}
-    for lane, indices, weights in zip(block.lanes, block.indices, block.weights, strict=True):
+    every_weights = block.weights.expand(len(block.lanes), -1)
+    for lane, indices, weights in zip(block.lanes, block.indices, every_weights, strict=True):
         batch = train.batch(indices)
         alike.setdefault(shapes(batch), []).append((lane, batch, weights))
     return [
@@ -151,16 +155,18 @@ def take(tensors: Tensors, lanes: tuple[int, ...], count: int) -> Tensors:
     """The given lanes of stacked tensors: the tensors themselves where that is all of them, in order."""
     if lanes == tuple(range(count)):
         return tensors
-    if lanes == tuple(range(lanes[0], lanes[-1] + 1)):
-        return {n: t[lanes[0] : lanes[-1] + 1] for n, t in tensors.items()}
-    index = torch.tensor(lanes)
-    return {n: t[index.to(t.device)] for n, t in tensors.items()}
+    return {n: t[_places(lanes)] for n, t in tensors.items()}
+
+
+def _places(lanes: tuple[int, ...]) -> slice | list[int]:
+    """What indexes the lanes: a slice, and so a view, where they are neighbours."""
+    return slice(lanes[0], lanes[-1] + 1) if lanes == tuple(range(lanes[0], lanes[-1] + 1)) else list(lanes)
 
 
 def put_back(into: Tensors, part: Tensors, lanes: tuple[int, ...]) -> None:
     """Write the given lanes of stacked tensors."""
     for name, tensor in part.items():
-        into[name][list(lanes)] = tensor
+        into[name][_places(lanes)] = tensor
 
 
 def add(into: Gradients, part: Gradients, lanes: tuple[int, ...], count: int) -> None:
@@ -173,9 +179,10 @@ def add(into: Gradients, part: Gradients, lanes: tuple[int, ...], count: int) ->
         elif total is None and everyone:
             into[name] = grad
         else:
-            if total is None:
-                total = grad.new_zeros(count, *grad.shape[1:])
-            into[name] = total.index_add(0, torch.tensor(lanes, device=grad.device), grad)
+            # A copy: autograd gives two parameters that are added up the same tensor.
+            total = grad.new_zeros(count, *grad.shape[1:]) if total is None else total.clone()
+            total[_places(lanes)] += grad
+            into[name] = total
 
 
 def _first(batch: Batch) -> Batch:

@@ -39,9 +39,10 @@ def test_every_lane_of_every_step_has_the_plain_loops_weights(n, size, seed, mod
     sets = st.sets(st.integers(0, n - 1), max_size=n - 1).map(lambda s: tuple(sorted(s)))
     lanes = data.draw(st.lists(sets, min_size=1, max_size=4))
     chosen = settings(batch_size=size, removal_mode=mode)
-    folded = mode == "reweight"
+    folded = mode == "reweight" or data.draw(st.booleans())
     steps = list(islice(schedule(n, lanes, chosen, seed, coupled=coupled, folded=folded), 12))
     for lane, removal in enumerate(lanes):
+        assert not folded or mode == "mask" or all(len(blocks) == 1 for blocks in steps)
         for got, expected in zip(steps, plain(n, size, seed, removal, mode, 12), strict=True):
             weights: dict[int, float] = {}
             for block in got:
