@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -73,7 +74,8 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
     # Ray puts a handler of its own on SIGTERM, which aborts; whoever started the run decides how it ends.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        ray.init(**options)
+        with contextlib.nullcontext() if address is None else _without_stderr():
+            ray.init(**options)
     except Exception as error:
         raise ClusterError(_unreachable(error, address)) from error
     if threading.current_thread() is threading.main_thread():
@@ -83,6 +85,19 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Ray's native code writes a warning a second to descriptor 2 where a token is refused."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def knock(host: str, port: int) -> str | None:
@@ -114,6 +129,11 @@ def _unreachable(error: Exception, address: str | None) -> str:
         return (
             f"{where} refuses the Ray token: set RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN or "
             "~/.ray/auth_token"
+        )
+    if address is not None and text.startswith("Failed to connect to Ray cluster"):
+        return (
+            f"what answers at {address} is not Ray, or refuses the Ray token: check the port (the head's --port), and "
+            "the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token with RAY_AUTH_MODE=token"
         )
     line = (text.splitlines() or [type(error).__name__])[0]
     return f"cannot start or reach {where}: {line}"

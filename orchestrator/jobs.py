@@ -305,6 +305,7 @@ def connect(address: str) -> Any:
     import ray
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
     logging.getLogger("ray").setLevel(logging.WARNING)
     with _Telling(address):
         client = JobSubmissionClient(address)
