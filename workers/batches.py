@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler
@@ -49,7 +51,7 @@ def orders(n: int, seed: int) -> Iterator[Tensor]:
     sampler = RandomSampler(range(n), generator=torch.Generator().manual_seed(seed))
     while True:
         # The sampler is iterated rather than imitated: it also draws a permutation for its empty remainder.
-        yield torch.tensor(list(sampler), dtype=torch.long)
+        yield torch.from_numpy(np.fromiter(sampler, dtype=np.int64, count=n))
 
 
 def size_of(n: int, removal: Removal, settings: FurtherTraining) -> int:
@@ -154,13 +156,17 @@ def _whole(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: in
 def _folded(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) -> Iterator[list[Block]]:
     most = max(len(removal) for removal in lanes)
     filled = torch.tensor([[*removal, *[-1] * (most - len(removal))] for removal in lanes], dtype=torch.long)
-    subtracted = (filled >= 0).to(torch.float64) * (-1.0 / n)
+    present = filled >= 0
+    subtracted = present.to(torch.float64) * (-1.0 / n)
+    weights: dict[int, Tensor] = {}
     for (block,) in whole:
+        size = len(block.indices)
+        if size not in weights:
+            weights[size] = torch.cat([block.weights.expand(len(lanes), -1), subtracted], dim=1)
         # Shorter removals are filled up with an example of the batch, of weight 0.
-        appended = torch.where(filled >= 0, filled, block.indices[0])
+        appended = torch.where(present, filled, block.indices[0])
         indices = torch.cat([block.indices.expand(len(lanes), -1), appended], dim=1)
-        weights = torch.cat([block.weights.expand(len(lanes), -1), subtracted], dim=1)
-        yield [Block(block.lanes, indices, weights)]
+        yield [Block(block.lanes, indices, weights[size])]
 
 
 def _masked(
@@ -192,6 +198,7 @@ def _by_size(batches: Sequence[Tensor]) -> list[Block]:
     ]
 
 
+@lru_cache(maxsize=256)
 def _mean_weights(size: int) -> Tensor:
     return torch.full((size,), 1.0 / size, dtype=torch.float64)
 
@@ -217,9 +224,11 @@ def _dropped(
 
 def _joined(parts: Sequence[tuple[list[int], Tensor]]) -> Block:
     """One block of (lanes, indices) of one batch size, in the order of the stack."""
+    if len(parts) == 1:
+        return Block(tuple(parts[0][0]), parts[0][1], _mean_weights(parts[0][1].shape[1]))
     lanes = [lane for members, _ in parts for lane in members]
     order = sorted(range(len(lanes)), key=lanes.__getitem__)
-    indices = torch.cat([indices for _, indices in parts])[order] if len(parts) > 1 else parts[0][1]
+    indices = torch.cat([indices for _, indices in parts])[order]
     return Block(tuple(sorted(lanes)), indices, _mean_weights(indices.shape[1]))
 
 

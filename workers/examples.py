@@ -59,6 +59,11 @@ def stack(batches: Sequence[Batch]) -> Batch:
     return pytree.tree_map(lambda *leaves: torch.stack(leaves), *batches)
 
 
+def _at(value: Any, index: Tensor) -> Any:
+    # Apart from pytrees, whose Python costs as much as a small model's step.
+    return value[index] if isinstance(value, Tensor) else pytree.tree_map(lambda t: t[index], value)
+
+
 class Examples:
     """Examples that can be fetched by index.
 
@@ -115,7 +120,7 @@ class Examples:
         """
         if self._tensors is not None:
             index = torch.as_tensor(indices, dtype=torch.long, device=self.device)
-            return pytree.tree_map(lambda t: t[index], self._tensors)
+            return {name: _at(value, index) for name, value in self._tensors.items()}
         items = [self._source[self._offset + int(i)] for i in indices]
         return to(as_batch(self._collate(items)), self.device, self.dtype)
 

@@ -65,7 +65,7 @@ def further_train(
     optimizer = replicas.make_optimizer(settings.optimizer, list(stack.params.values()))
     record = _Record(problem, lanes)
     schedule = batches.schedule(n, lanes, settings, seed, problem.traits.coupled, problem.folds)
-    with problem.model.mode(settings.mode), problem.model.buffers_kept():
+    with torch.no_grad(), problem.model.mode(settings.mode), problem.model.buffers_kept():
         for step, blocks in enumerate(schedule, start=1):
             grads = stack.gradients(step, blocks)
             if settings.clip_norm is not None:
@@ -171,7 +171,6 @@ class _Record:
     def complete(self) -> bool:
         return not self.due
 
-    @torch.no_grad()
     def take(self, step: int, stack: _Stack) -> None:
         """Record every lane that is due at its own step ``step``."""
         due = self.due.pop(step, [])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,18 +49,54 @@ class Replayed:
         self._calls: Counter[object] = Counter()
 
     def __call__(self, *args: Any) -> Any:
-        """``function(*args)``."""
+        """``function(*args)``, to be called under ``torch.no_grad``."""
         if self.graphs is None:
             return self.function(*args)
-        leaves, spec = pytree.tree_flatten(args)
-        key = (self.name, spec, *map(_signature, leaves))
+        leaves, structure = _flatten(args)
+        key = (self.name, structure, *map(_signature, leaves))
         self._calls[key] += 1
         if self._calls[key] <= AFTER:
             return self.function(*args)
         if key not in self.graphs:
-            self.graphs[key] = _trace_or_none(self.function, leaves, spec)
+            self.graphs[key] = _trace_or_none(self.function, leaves, structure)
         graph = self.graphs[key]
         return self.function(*args) if graph is None else graph(leaves)
+
+
+Structure = tuple[Any, ...]
+"""How an argument list was flattened, part by part: a dict's names, LEAF, or torch's own TreeSpec."""
+
+LEAF = 0
+
+
+def _flatten(values: Sequence[Any]) -> tuple[list[Any], Structure]:
+    """Leaves and structure. Dicts of tensors go by their names: torch's pytrees cost as much as a small step."""
+    leaves: list[Any] = []
+    structure: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            leaves.append(value)
+            structure.append(LEAF)
+        elif type(value) is dict and all(v is None or isinstance(v, Tensor) for v in value.values()):
+            leaves.extend(value.values())
+            structure.append(tuple(value))
+        else:
+            inner, spec = pytree.tree_flatten(value)
+            leaves.extend(inner)
+            structure.append(spec)
+    return leaves, tuple(structure)
+
+
+def _unflatten(leaves: Sequence[Any], structure: Structure) -> list[Any]:
+    left, values = iter(leaves), []
+    for part in structure:
+        if part is LEAF:
+            values.append(next(left))
+        elif isinstance(part, tuple):
+            values.append({name: next(left) for name in part})
+        else:
+            values.append(pytree.tree_unflatten([next(left) for _ in range(part.num_leaves)], part))
+    return values
 
 
 def _signature(leaf: Any) -> object:
@@ -72,16 +108,16 @@ class _Untraceable(Exception):
     """The graph would not be the function."""
 
 
-def _trace_or_none(function: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec) -> Graph | None:
+def _trace_or_none(function: Callable[..., Any], leaves: list[Any], structure: Structure) -> Graph | None:
     try:
-        return _trace(function, leaves, spec)
+        return _trace(function, leaves, structure)
     except Exception as error:
         # Whatever the tracer objects to, the function itself is the way that always works.
         log.debug("not replayed: %s: %s", type(error).__name__, error)
         return None
 
 
-def _trace(function: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec) -> Graph:
+def _trace(function: Callable[..., Any], leaves: list[Any], structure: Structure) -> Graph:
     """The graph of one call, simplified.
 
     Raises:
@@ -91,29 +127,32 @@ def _trace(function: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpe
     from torch.fx.experimental.proxy_tensor import make_fx
 
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    out_specs: list[pytree.TreeSpec] = []
+    out_structures: list[Structure] = []
 
     def flat(*tensors: Tensor) -> list[Any]:
         filled = list(leaves)
         for place, tensor in zip(places, tensors, strict=True):
             filled[place] = tensor
-        out, out_spec = pytree.tree_flatten(function(*pytree.tree_unflatten(filled, spec)))
-        out_specs.append(out_spec)
-        return out
+        out = function(*_unflatten(filled, structure))
+        out_leaves, out_structure = _flatten(out if isinstance(out, tuple) else (out,))
+        out_structures.append(out_structure if isinstance(out, tuple) else ("alone", *out_structure))
+        return out_leaves
 
     given = [leaves[i] for i in places]
     module = make_fx(flat)(*given)
     _refuse_impure(module.graph)
     simplify(module.graph)
     module.recompile()
-    out_spec = out_specs[0]
+    alone = out_structures[0][:1] == ("alone",)
+    out_structure = out_structures[0][alone:]
 
-    @torch.no_grad()
     def replay(leaves: list[Any]) -> Any:
-        return pytree.tree_unflatten(module(*[leaves[i] for i in places]), out_spec)
+        out = _unflatten(module.forward(*[leaves[i] for i in places]), out_structure)
+        return out[0] if alone else tuple(out)
 
     wide = all(t.dtype is torch.float64 for t in given if t.is_floating_point())
-    _compare(pytree.tree_leaves(replay(leaves)), flat(*given), 1e-9 if wide else 1e-3)
+    with torch.no_grad():
+        _compare(module.forward(*given), flat(*given), 1e-9 if wide else 1e-3)
     return replay
 
 
