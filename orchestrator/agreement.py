@@ -11,15 +11,31 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def cosine(a: Array, b: Array) -> Array:
+def dot(a: Array, b: Array) -> Array:
+    """Inner product over the first axis of arrays (R, …) that broadcast against each other, without a temporary."""
+    out: Array = np.einsum("r...,r...->...", a, b)
+    return out
+
+
+def norm(a: Array) -> Array:
+    """Euclidean norm over the first axis."""
+    return np.sqrt(dot(a, a))
+
+
+def cosine(a: Array, b: Array, norm_a: Array | None = None, norm_b: Array | None = None) -> Array:
     """Cosine similarity over the first axis, NaN where a vector is zero.
 
     Args:
         a, b: float64 (R, …), broadcast against each other.
+        norm_a, norm_b: their norms, where the caller has them already.
     """
-    dot = (a * b).sum(axis=0)
-    norms = np.sqrt((a * a).sum(axis=0)) * np.sqrt((b * b).sum(axis=0))
-    out: Array = np.divide(dot, norms, out=np.full(dot.shape, np.nan), where=norms > 0)
+    norms = (norm(a) if norm_a is None else norm_a) * (norm(b) if norm_b is None else norm_b)
+    return divide(dot(a, b), norms)
+
+
+def divide(dots: Array, norms: Array) -> Array:
+    """``dots / norms``, NaN where a norm is zero."""
+    out: Array = np.divide(dots, norms, out=np.full(dots.shape, np.nan), where=norms > 0)
     return out
 
 
@@ -48,7 +64,7 @@ def undefined(effects: Array, floor: Array | float) -> NDArray[np.bool_]:
         floor: the noise of such an effect, broadcast against the rest of the shape.
     """
     constant = np.ptp(effects, axis=0) == 0
-    rms = np.sqrt((effects * effects).mean(axis=0))
+    rms = norm(effects) / np.sqrt(len(effects))
     out: NDArray[np.bool_] = constant | (rms <= floor)
     return out
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from orchestrator import tables
-from orchestrator.agreement import adjusted, cosine, mean_and_sem, ranks, undefined
+from orchestrator.agreement import adjusted, cosine, mean_and_sem, norm, ranks, undefined
 from orchestrator.reduce import Reduction, SeedBlock
 
 Array = NDArray[np.float64]
@@ -82,6 +82,7 @@ class Scorer:
         self.estimates, self.steps = list(estimates), list(steps)
         self._aligned = [e.against(steps) for e in self.estimates]
         self._ranked = [ranks(values) for _, values in self._aligned]
+        self._norms = [(norm(v), norm(r)) for (_, v), r in zip(self._aligned, self._ranked, strict=True)]
         self.results = {k: _Agreements() for k in windows(seeds)[:-1]}
         self._sums: dict[int, Array] = {}
         self._held: dict[int, int] = dict.fromkeys(self.results, 0)
@@ -106,13 +107,17 @@ class Scorer:
 
     def _score(self, result: _Agreements, effects: Array, floor: Array) -> None:
         ranked = ranks(effects)
+        ranked_norm = norm(ranked)
         for adjust in ADJUSTMENTS:
             gold = adjusted(effects, adjust)
-            without = undefined(gold, floor)
+            without, gold_norm = undefined(gold, floor), norm(gold)
             for number, (places, values) in enumerate(self._aligned):
+                # Indexing copies: an estimate of every amount is held against the arrays as they are.
+                at = slice(None) if len(places) == len(self.steps) else places
+                plain, by_rank = self._norms[number]
                 found = {
-                    "cosine": cosine(gold[:, places], values),
-                    "spearman": cosine(ranked[:, places], self._ranked[number]),
+                    "cosine": cosine(gold[:, at], values, gold_norm[at], plain),
+                    "spearman": cosine(ranked[:, at], self._ranked[number], ranked_norm[at], by_rank),
                 }
                 for metric, agreement in found.items():
                     result.add((number, metric, adjust), np.where(without[places], np.nan, agreement))
