@@ -50,8 +50,8 @@ def orders(n: int, seed: int) -> Iterator[Tensor]:
     """The epochs' permutations of ``range(n)``, int64 (n,): exactly what a seeded ``RandomSampler`` yields."""
     sampler = RandomSampler(range(n), generator=torch.Generator().manual_seed(seed))
     while True:
-        # The sampler is iterated rather than imitated: it also draws a permutation for its empty remainder.
-        yield torch.from_numpy(np.fromiter(sampler, dtype=np.int64, count=n))
+        # The sampler is iterated to its end rather than imitated: it also draws a permutation for its empty remainder.
+        yield torch.from_numpy(np.fromiter(sampler, dtype=np.int64))
 
 
 def size_of(n: int, removal: Removal, settings: FurtherTraining) -> int:
