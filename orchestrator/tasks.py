@@ -172,6 +172,11 @@ def _problem(context: Context, prepared: Prepared, device: torch.device) -> Prob
 def _shard(context: Context, prepared: Prepared, device: torch.device, task: Shard) -> Receipt:
     started = time.monotonic()
     key = parts.part_key(context.sweep, context.digest, task.seed, task.removals)
+    # A task whose receipt was lost with its worker, or that another driver was quicker at, is not computed again.
+    with contextlib.suppress(NotFound, parts.BadPartError):
+        part = parts.decode(context.store.get(key), key)
+        diverged = len({row for row, _ in part.diverged})
+        return Receipt(key, False, len(task.removals), diverged, time.monotonic() - started, device_name(device))
     with deterministic(device) as flags:
         problem = _problem(context, prepared, device)
         replicas = _replicas(context, prepared, problem, device)
@@ -226,6 +231,9 @@ def _estimate(context: Context, prepared: Prepared, device: torch.device, task: 
     started = time.monotonic()
     digest = estimate_identity(context.digest, context.estimate_digest, prepared.spec, task.estimator, task.params)
     key = estimate_parts.key(context.sweep, digest, task.estimator, task.params, task.removals, task.first, task.count)
+    with contextlib.suppress(NotFound, parts.BadPartError):
+        estimate_parts.decode(context.store.get(key), key)
+        return Receipt(key, False, 0, 0, time.monotonic() - started, device_name(device))
     _reset_peak(device)
     removals, span = [r.indices for r in task.removals], (task.first, task.count)
     with deterministic(device) as flags:
