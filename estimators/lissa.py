@@ -97,7 +97,7 @@ class LiSSAH(LiSSA):
     name: ClassVar[str] = "lissa_h"
     curvature: ClassVar[Literal["gauss_newton", "hessian"]] = "hessian"
 
-    depth: int = 1000
+    depth: int = 500
 
 
 def neumann(

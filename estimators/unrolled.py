@@ -8,9 +8,13 @@ the step's loss (see ``trajectory``), the effect to first order in q is δ_t g =
 **forward** carries one tangent (δ, μ) a removal, and yields every evaluation example and every step in one pass.
 **adjoint** carries the transpose back from a step, one cotangent an evaluation example, and yields every removal at
 once (all n training examples, if need be); it runs once for each recorded step, and recomputes the baseline from √T
-checkpoints. Both are the same sum. The first order of Adam near a gradient of exactly zero is not a good guide to the
-effect, its step being nearly a sign there. Sources: Hara et al., Data cleansing for models trained with SGD (2019);
-Wei et al., arXiv 2412.03906, section 4, for linearised further training.
+checkpoints. Both are the same sum.
+
+First order is not the whole effect. Adam's step near a gradient of zero is all but a sign, and the derivative there no
+guide. A ReLU network's gradient jumps where a unit switches, and a removal that makes a unit switch earlier or later
+has an effect that no derivative shows: one seed then differs by many removals' jumps, which averaging over seeds
+reduces but does not quite remove at large amounts. Sources: Hara et al., Data cleansing for models trained with SGD
+(2019); Wei et al., arXiv 2412.03906, section 4, for linearised further training.
 """
 
 from __future__ import annotations

@@ -81,15 +81,15 @@ def test_it_is_closer_to_gauss_newton_than_kfac_and_grad_dot(kind):
 def test_sampled_labels_average_to_the_exact_fisher():
     p = problems.classification()
     exact = basis_of(p)
-    sampled = basis_of(p, fisher="sampled", samples=2000)
+    sampled = basis_of(p, fisher="sampled", samples=600)
     difference = (matrix_of(p, sampled) - matrix_of(p, exact)).norm() / matrix_of(p, exact).norm()
-    assert difference < 0.08
+    assert difference < 0.12
 
 
 def test_sampled_vectors_of_a_loss_that_is_not_cross_entropy_average_to_its_hessian():
     p = problems.regression()
-    exact, sampled = matrix_of(p, basis_of(p)), matrix_of(p, basis_of(p, fisher="sampled", samples=2000))
-    assert (sampled - exact).norm() / exact.norm() < 0.08
+    exact, sampled = matrix_of(p, basis_of(p)), matrix_of(p, basis_of(p, fisher="sampled", samples=600))
+    assert (sampled - exact).norm() / exact.norm() < 0.12
 
 
 class Convolutional(nn.Module):

@@ -53,7 +53,7 @@ def planted():
         problems.cross_entropy,
     )
     problems.train_a_little(workload, 100)
-    return problems.problem(workload, [[0], [1]], further_training=training(30), seeds=(0, 1))
+    return problems.problem(workload, [[0], [1]], further_training=training(10), seeds=(0, 1))
 
 
 SMALL = {"lissa": {"depth": 50}, "lissa_h": {"depth": 20, "scale": 20}, "trak": {"dimension": 12}}
@@ -72,7 +72,7 @@ def test_a_planted_duplicate_is_helpful_and_a_mislabelled_one_harmful(name):
 @pytest.mark.parametrize("mode", ["reweight", "mask", "drop"])
 def test_the_gold_standard_has_the_same_signs(mode):
     p = planted()
-    p = dataclasses.replace(p, further_training=training(30, mode=mode))
+    p = dataclasses.replace(p, further_training=training(20, mode=mode))
     effects = sum(gold_standard(p, seed) for seed in range(3))
     assert effects[-1, 0, 0] > 0
     assert effects[-1, 1, 0] < 0
@@ -96,7 +96,7 @@ def linear_at_the_optimum(n, decay):
         model.weight[:] = torch.linalg.solve(gram, 2 * x.T @ y / n)
     evals = {"x": torch.randn(5, 4, dtype=torch.float64), "y": torch.randn(5, dtype=torch.float64)}
     workload = Workload(model, {"x": x, "y": y}, evals, problems.scalar_outputs, problems.squared_error)
-    settings = training(100, batch_size=n, lr=0.1, weight_decay=decay)
+    settings = training(60, batch_size=n, lr=0.1, weight_decay=decay)
     return problems.problem(workload, [[i] for i in range(6)], further_training=settings, seeds=(0,))
 
 
