@@ -104,11 +104,17 @@ def objects(store: Store) -> dict[str, bytes]:
     return {e.key: store.get(e.key) for folder in ("parts", "estimates") for e in store.list(f"tiny/{folder}/")}
 
 
+def held_cells(store: Store) -> Counter[tuple[int, tuple[int, ...]]]:
+    """(seed, removed indices) -> the number of parts that hold the cell."""
+    parts = [decode(store.get(key), key) for key in part_keys(store)]
+    return Counter((part.seed, removal.indices) for part in parts for removal in part.removals)
+
+
 def check_sound(store: Store, undisturbed: dict[str, bytes], cells: int) -> None:
     """The tables are those of the undisturbed run, byte for byte, and every cell is in exactly one part."""
     assert len(undisturbed) == 7
     assert tables(store) == undisturbed
-    held = Counter((p.seed, r.indices) for k in part_keys(store) for p in [decode(store.get(k), k)] for r in p.removals)
+    held = held_cells(store)
     assert set(held.values()) == {1}
     assert len(held) == cells
     manifest = json.loads(store.get("tiny/sweep.json"))
