@@ -12,8 +12,8 @@ checkpoints. Both are the same sum.
 
 First order is not the whole effect. Adam's step near a gradient of zero is all but a sign, and the derivative there no
 guide. A ReLU network's gradient jumps where a unit switches, and a removal that makes a unit switch earlier or later
-has an effect that no derivative shows: one seed then differs by many removals' jumps, which averaging over seeds
-reduces but does not quite remove at large amounts. Sources: Hara et al., Data cleansing for models trained with SGD
+has an effect that no derivative shows. Averaging over seeds reduces the difference, but at large amounts a part of it
+stays. Sources: Hara et al., Data cleansing for models trained with SGD
 (2019); Wei et al., arXiv 2412.03906, section 4, for linearised further training.
 """
 
