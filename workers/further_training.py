@@ -91,8 +91,9 @@ class _Stack:
         self.buffers = replicas.stacked({name: model.fixed[name] for name in problem.traits.mutable}, self.size)
         subtracted_apart = problem.settings.removal_mode == "reweight" and not problem.folds
         self.removed = _removed(problem.train, lanes) if subtracted_apart else []
-        # What vmap takes has no decisions on data, which a graph would hold fast; one replica alone is not vmapped.
-        graphs = problem.graphs if self.size > 1 else None
+        # What vmap takes has no decisions on data, which a graph would hold fast: a stack is vmapped over its replicas,
+        # and where examples are proven independent the forward was vmapped over them.
+        graphs = problem.graphs if self.size > 1 or problem.traits.independent else None
         self._batch_gradients = Replayed(partial(replicas.gradients, model), "batch", graphs)
         self._removed_gradients = Replayed(partial(replicas.gradients, model), "removed", graphs)
         self.measures = Replayed(partial(replicas.measures, model), "measures", graphs)

@@ -188,6 +188,9 @@ def simplify(graph: torch.fx.Graph) -> None:
             _thin_product(graph, node)
         elif node.target is aten.transpose.int:
             _transposed_product(graph, node)
+    for node in list(graph.nodes):
+        if node.target is aten.transpose.int:
+            _transposed_back(graph, node)
     graph.eliminate_dead_code()
     graph.lint()
 
@@ -232,6 +235,14 @@ def _transposed_product(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     flipped.meta = dict(node.meta)
     node.replace_all_uses_with(flipped)
     graph.erase_node(node)
+
+
+def _transposed_back(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """(Aᵀ)ᵀ = A, the very tensor."""
+    once, *axes = node.args
+    if isinstance(once, torch.fx.Node) and once.target is aten.transpose.int and set(axes) == set(once.args[1:]):
+        node.replace_all_uses_with(once.args[0])  # type: ignore[arg-type]
+        graph.erase_node(node)
 
 
 def _shape(node: Any) -> tuple[int, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from itertools import pairwise
 
 import torch
 
 from workers.batches import BASELINE, Removal
+from workers.functional import Tensors
 from workers.further_training import Problem, further_train
 from workers.replay import AFTER
 from workers.shard import out_of_memory
@@ -17,9 +20,8 @@ CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 def measure_stack_size(problem: Problem, cells: int, budget_s: float = 20.0) -> tuple[int, dict[int, float]]:
     """The stack size with the fewest seconds per replica and step.
 
-    Sizes are tried upwards and timed over a few steps, the fastest of three counting; a size that does not fit in
-    memory, or that the model cannot be vmapped at, ends the search, as does a budget of seconds or a size half as
-    fast as the best.
+    Sizes are tried upwards and timed over a few steps; a size that does not fit in memory, or that the model cannot be
+    vmapped at, ends the search, as does a budget of seconds or a size half as fast as the best.
 
     Args:
         cells: the most that a shard could use.
@@ -43,26 +45,25 @@ def measure_stack_size(problem: Problem, cells: int, budget_s: float = 20.0) -> 
     return min(seconds, key=lambda s: seconds[s]), seconds
 
 
-def _time(problem: Problem, lanes: list[Removal], steps: int = 4) -> float:
-    """Seconds per replica and step: the difference of a long and a short run, so that set-up does not count."""
+def _time(problem: Problem, lanes: list[Removal], steps: int = 9) -> float:
+    """Seconds per replica and step: the median step of a run, the better of two runs, the first steps apart."""
     device = problem.model.device
     # On one thread CPU time is told apart from that of the machine's other processes.
     read = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return read()
-
     # Steps are timed as a long run takes them: replayed, where the stack's steps are.
-    first = AFTER + 1 if problem.graphs is not None and len(lanes) > 1 else 1
-    further_train(problem, lanes, 0, last=first)
-    best = float("inf")
-    for _ in range(3):
-        started = clock()
-        further_train(problem, lanes, 0, last=first)
-        short = clock() - started
-        started = clock()
-        further_train(problem, lanes, 0, last=first + steps)
-        best = min(best, clock() - started - short)
-    return max(best, 1e-9) / steps / len(lanes)
+    first = AFTER + 2 if problem.graphs is not None else 1
+
+    def run() -> float:
+        times: list[float] = []
+
+        def note(_step: int, _params: Tensors) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(read())
+
+        further_train(problem, lanes, 0, watch=note, last=first + steps)
+        taken = [after - before for before, after in pairwise(times)][first - 1 :]
+        # A run shorter than that is timed as it is, from its first step on.
+        return statistics.median(taken or [after - before for before, after in pairwise(times)] or [0.0])
+
+    return max(min(run(), run()), 1e-9) / len(lanes)
