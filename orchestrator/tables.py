@@ -114,7 +114,8 @@ def decode(data: bytes, name: str) -> pa.Table:
         raise StoreError(f"table {name} is torn or foreign; run the sweep again to write it anew") from error
     if not value.schema.equals(SCHEMAS[name]):
         raise StoreError(f"table {name} has foreign columns; run the sweep again to write it anew")
-    return value
+    # Parquet has its own name for a list's values, and an equal schema may still differ in it: bytes must not.
+    return value.cast(SCHEMAS[name])
 
 
 def encode_csv(value: pa.Table) -> bytes:
