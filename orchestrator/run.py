@@ -7,6 +7,7 @@ subtracts what is there.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,15 +22,16 @@ from orchestrator import estimate_parts, gather
 from orchestrator.driver import on_ray
 from orchestrator.estimating import estimate_identity
 from orchestrator.identity import canonical, digest
-from orchestrator.parts import set_hash
+from orchestrator.parts import BadPartError, set_hash
 from orchestrator.plan import Plan, Shard, plan, shard_size
 from orchestrator.prepare import Prepared, prepare, read_beside, resolve_removals
+from orchestrator.removals import Removal
 from orchestrator.schedule import Outcome, Pool, Result, SetAside, drive
 from orchestrator.spec import Resources, Spec
 from orchestrator.store import NotFound, Store
 from orchestrator.sweep import Manifest, Sweep
 from orchestrator.tasks import Context, EstimateTask, Task, task_name
-from workers.errors import UsageError
+from workers.errors import StoreError, UsageError
 
 Where = Callable[[Context, bytes | None, Resources], AbstractContextManager[Pool]]
 """A place to run tasks: an embedded Ray, a cluster, or this process."""
@@ -115,15 +117,30 @@ def missing_estimates(manifest: Manifest, sweep: Sweep) -> list[EstimateTask]:
         folder = estimate_parts.folder(sweep.name, found, estimator, params)
         have: dict[tuple[int, int], set[tuple[int, ...]]] = {}
         for entry in sweep.store.list(folder):
-            name, place, length = entry.key.removeprefix(folder).removesuffix(".parquet").split("-")
-            removals = sweep.read_set(manifest.digest, name)
-            have.setdefault((int(place), int(length)), set()).update(r.indices for r in removals)
+            match = _BLOCK.fullmatch(entry.key.removeprefix(folder))
+            if match:
+                block = have.setdefault((int(match[2]), int(match[3])), set())
+                block.update(r.indices for r in _removals_of(sweep, manifest, entry.key, match[1]))
         for first in range(0, manifest.evals, EVAL_BLOCK):
             count = min(EVAL_BLOCK, manifest.evals - first)
             owed = tuple(r for r in manifest.removals if r.indices not in have.get((first, count), set()))
             if owed:
                 tasks.append(EstimateTask(estimator, params, owed, first, count))
     return tasks
+
+
+_BLOCK = re.compile(r"([0-9a-f]{16})-(\d{8})-(\d{8})\.parquet")
+
+
+def _removals_of(sweep: Sweep, manifest: Manifest, key: str, name: str) -> Sequence[Removal]:
+    """The removals of a block of estimates; one whose set cannot be told is read for it."""
+    try:
+        return sweep.read_set(manifest.digest, name)
+    except StoreError:
+        try:
+            return estimate_parts.decode(sweep.store.get(key), key).removals
+        except BadPartError:
+            return ()
 
 
 @dataclass(frozen=True)
