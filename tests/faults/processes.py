@@ -68,12 +68,12 @@ def kill(pid: int) -> bool:
     return True
 
 
-def wait_until(what: Callable[[], object], timeout_s: float = 90) -> None:
+def wait_until(what: Callable[[], object], timeout_s: float = 90, every_s: float = 0.1) -> None:
     """Poll until ``what()`` is true; fails the test after the time-out."""
     deadline = time.monotonic() + timeout_s
     while not what():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 def fimo(

@@ -192,6 +192,7 @@ def test_a_killed_and_a_terminated_driver_lose_nothing(
     sweeps.check_sound(store, undisturbed, CELLS)
 
 
+@pytest.mark.slow
 def test_two_drivers_on_one_sweep_make_the_tables_of_one(
     place: Place, undisturbed: dict[str, bytes], store: S3Store, tmp_path: Path
 ) -> None:
