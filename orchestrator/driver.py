@@ -148,7 +148,14 @@ def on_ray(
     def pool(context: Context, final_model: bytes | None, resources: Resources) -> Iterator[RayPool]:
         if address is None:
             with cluster(None):
-                yield RayPool(context, final_model, resources)
+                here = RayPool(context, final_model, resources)
+                if here.slots() < 1:
+                    # On a cluster a node may still come; here none will.
+                    raise UsageError(
+                        f"resources ask for {resources.cpus:g} CPUs and {resources.gpus:g} GPUs a task, more than this "
+                        "machine has: ask for less, or use `fimo submit`"
+                    )
+                yield here
             return
         with tempfile.TemporaryDirectory(prefix="fimo-code-") as folder:
             staging.write(staging.code_files(context.workload, Path(context.beside)), Path(folder))
@@ -232,11 +239,11 @@ class RayPool:
                 self._ray.cancel(handle, force=True)
 
     def slots(self) -> int:
-        """How many tasks the cluster can run at once, by what Ray has now."""
+        """How many tasks the cluster can run at once, by what Ray has now; 0 while it has no node for them."""
         have = self._ray.cluster_resources()
         cpus = have.get("CPU", 0) / self._resources.cpus
         gpus = have.get("GPU", 0) / self._resources.gpus if self._resources.gpus else cpus
-        return max(1, int(min(cpus, gpus)))
+        return int(min(cpus, gpus))
 
 
 # -- nodes, for `fimo doctor` ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from orchestrator.spec import Resources
 from orchestrator.tasks import ConflictError, Context, EstimateTask, Receipt, Task, run_task
-from workers.errors import DivergedError, FimoError, UsageError, WorkloadError
+from workers.errors import DivergedError, FimoError, StoreError, UsageError, WorkloadError
 
 ATTEMPTS = 3
 """Times that a task may fail by its own error before it is set aside."""
@@ -57,7 +57,7 @@ class Pool(Protocol):
         """Give a task up; no result of it arrives any more."""
 
     def slots(self) -> int:
-        """How many tasks can run at once."""
+        """How many tasks can run at once; 0 while there is no node for any."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,15 @@ class _Loop:
         self.failures: dict[str, int] = {}
         self.losses: dict[str, int] = {}
         self.longest_s = 0.0
+        self.room = True
+        self.store_failures, self.store_line = 0, ""
         self.outcome = Outcome()
 
     def refill(self) -> bool:
         """Fill the window; whether anything is in flight."""
-        window = 2 * max(1, self.pool.slots())
+        slots = self.pool.slots()
+        self.room = slots > 0
+        window = 2 * max(1, slots)
         while len(self.flying) < window:
             task = self.again.popleft() if self.again else next(self.tasks, None)
             if task is None:
@@ -150,6 +154,7 @@ class _Loop:
         if isinstance(result, Receipt):
             self.outcome.receipts.append(result)
             self.longest_s = max(self.longest_s, result.seconds)
+            self.store_failures = 0
         elif isinstance(result, Lost):
             self._lost(flight.task, result)
         else:
@@ -168,6 +173,12 @@ class _Loop:
 
     def _failed(self, task: Task, result: Failed) -> None:
         name = repr(task)
+        # Expired credentials or a server that is gone are no fault of the task: it stays owed, and the drive ends.
+        self.store_failures = self.store_failures + 1 if isinstance(result.error, StoreError) else 0
+        if self.store_failures >= BREAKER:
+            self.store_line = error_line(result.error)
+            self.again.append(task)
+            return
         self.failures[name] = self.failures.get(name, 0) + 1
         # These say the same however often they are asked.
         certain = isinstance(result.error, UsageError | WorkloadError | DivergedError | ConflictError)
@@ -180,6 +191,10 @@ class _Loop:
         """Give up and queue again what has passed its deadline."""
         limit = self.deadline_s if self.deadline_s is not None else self._generous()
         now, found = time.monotonic(), []
+        if not self.room:
+            # All nodes are gone, or none has come yet: nothing runs, so no task is late.
+            for flight in self.flying.values():
+                flight.since = now
         for handle, flight in list(self.flying.items()):
             if limit is not None and now - flight.since > limit:
                 self.pool.cancel(handle)
@@ -192,7 +207,9 @@ class _Loop:
         return max(1800.0, 20 * self.longest_s) if self.longest_s else None
 
     def breaker(self) -> str | None:
-        """The reason to stop where the first tasks all fail."""
+        """The reason to stop where the first tasks all fail, or the store does."""
+        if self.store_failures >= BREAKER:
+            return f"stopped, since the store fails: {self.store_line}"
         aside = [a for a in self.outcome.set_aside if not isinstance(a.task, EstimateTask)]
         shards = any(r.cells for r in self.outcome.receipts)
         if shards or not aside:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 
 from orchestrator import parts, tasks
+from orchestrator.plan import Shard
 from orchestrator.removals import Removal
 from orchestrator.run import Resolved
+from orchestrator.schedule import LocalPool, Result, drive
 from orchestrator.store import MemoryStore, Store
+from orchestrator.tasks import Receipt
 from tests.faults import sweeps
 from tests.faults.faulty import KINDS, FaultyStore, Killed
 from workers.errors import FimoError, StoreError
@@ -219,3 +223,65 @@ def test_two_drivers_taking_turns_compute_each_shard_once(
     assert sweeps.run_here(problem, store).exit_code == 0
     assert watch.computed == 6
     sweeps.check_sound(store, undisturbed, CELLS)
+
+
+class Expiring(FaultyStore):
+    """Takes a number of parts, then refuses every write, as S3 does when a session's credentials expire."""
+
+    def __init__(self, inner: Store, parts: int) -> None:
+        super().__init__(inner, {})
+        self.parts = parts
+
+    def create(self, key: str, data: bytes) -> bool:
+        if "/parts/" in key:
+            self.parts -= 1
+            if self.parts < 0:
+                raise StoreError("store x: its credentials have expired: renew them, then run `fimo resume`")
+        return self.inner.create(key, data)
+
+
+@pytest.mark.parametrize("parts_taken", [0, 1, 3])
+def test_expired_credentials_end_the_run_before_every_shard_is_trained_in_vain(
+    problem: Resolved, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, parts_taken: int
+) -> None:
+    inner = MemoryStore()
+    watch = Watch(inner, problem.manifest.digest)
+    monkeypatch.setattr(tasks, "run_shard", watch)
+    report = sweeps.run_here(problem, Expiring(inner, parts_taken))
+    assert report.exit_code == 3
+    assert "credentials have expired" in (report.outcome.stopped or "")
+    assert report.aside == []
+    assert watch.computed == parts_taken + 3
+    assert len(sweeps.part_keys(inner)) == parts_taken
+    assert sweeps.run_here(problem, inner).exit_code == 0
+    sweeps.check_sound(inner, undisturbed, CELLS)
+
+
+class Empty(LocalPool):
+    """A cluster whose nodes come after a while: until then nothing runs, however long it is asked."""
+
+    def __init__(self, waits: int) -> None:
+        super().__init__(lambda task: Receipt(str(task), True, 1, 0, 0.1, "x"))
+        self.waits, self.cancelled = waits, 0
+
+    def wait(self, timeout_s: float) -> list[tuple[Hashable, Result]]:
+        if self.waits > 0:
+            self.waits -= 1
+            time.sleep(0.005)
+            return []
+        return super().wait(timeout_s)
+
+    def cancel(self, handle: Hashable) -> None:
+        self.cancelled += 1
+        super().cancel(handle)
+
+    def slots(self) -> int:
+        return 0 if self.waits else 1
+
+
+def test_a_deadline_does_not_run_while_there_is_no_node() -> None:
+    """A group of spot nodes starts from none, and may be reclaimed whole."""
+    pool = Empty(waits=40)
+    outcome = drive([Shard(seed, ()) for seed in range(4)], pool, deadline_s=0.05, poll_s=0.0)
+    assert len(outcome.receipts) == 4
+    assert (outcome.lost, pool.cancelled) == (0, 0)
