@@ -2,23 +2,16 @@
 
     NAME/jobs/ID.json    where a job was submitted, when, and from which folder here; never a credential
 
-Invariant: no credential is in an entry point, a runtime environment, a job's metadata or a record. The Ray token comes
-from where Ray itself takes it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token), the store's credentials on the
-cluster from the cluster's own environment.
-
-Ray's token is sent only to a head that the user named: on the command line now, or on this machine before (kept in
-`heads` in the user's state folder, as ssh keeps known hosts). A store must not choose who gets it.
+Invariant: no credential is in an entry point, a runtime environment, a job's metadata or a record. The store's
+credentials on the cluster come from the cluster's own environment, Ray's token from the user's (``orchestrator.head``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import os
 import secrets
 import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,10 +19,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from orchestrator import staging
-from orchestrator.driver import SEE_ALL_GPUS, knock
+from orchestrator.driver import SEE_ALL_GPUS
+from orchestrator.head import JobError, Telling, check_address, connect, remember, remembered
 from orchestrator.identity import canonical
 from orchestrator.spec import Spec
 from orchestrator.store import open_store
@@ -39,10 +32,6 @@ from workers.errors import FimoError, StoreError, UsageError
 
 STOP_TIMEOUT_S = 60.0
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
-
-
-class JobError(FimoError):
-    """The cluster's job server cannot be reached, refuses, or does not know the job."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +94,7 @@ def submit(
     number = f"fimo-{spec.name}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="fimo-job-") as folder:
         staging.write(files, Path(folder), job_spec)
-        with _Telling(address):
+        with Telling(address):
             client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=number,
@@ -114,7 +103,7 @@ def submit(
             )
     job = Job(number, address, datetime.now(UTC).isoformat(), str(beside), dict(renamed))
     opened.put(f"{sweep.name}/jobs/{number}.json", canonical(asdict(job)).encode())
-    _remember(address)
+    remember(address)
     return Submission(sweep.uri, entrypoint, files, job)
 
 
@@ -149,7 +138,7 @@ def _trusted(job: Job, address: str | None) -> str:
     if address is not None:
         check_address(address)
         return address
-    if job.address not in _remembered():
+    if job.address not in remembered():
         raise UsageError(
             f"job {job.id} was submitted to {scrub(job.address)} from another machine: if you trust that head, "
             "repeat the command with --address and its address"
@@ -165,7 +154,7 @@ def logs(uri: str, number: str | None, address: str | None, follow: bool, write:
     """
     job, at = find(_sweep(uri), number, address)
     client = connect(at)
-    with _Telling(at, job.id):
+    with Telling(at, job.id):
         if not follow:
             write(client.get_job_logs(job.id))
             return
@@ -195,7 +184,7 @@ def cancel(uri: str, number: str | None, address: str | None) -> list[tuple[str,
         try:
             at = _trusted(job, address)
             client = connect(at)
-            with _Telling(at, job.id):
+            with Telling(at, job.id):
                 if str(client.get_job_status(job.id).value) in ENDED:
                     continue
                 client.stop_job(job.id)
@@ -225,7 +214,7 @@ def run_and_wait(address: str, words: Sequence[str], name: str, timeout_s: float
     check_address(address)
     client = connect(address)
     number = f"{name}-{secrets.token_hex(4)}"
-    with _Telling(address, number):
+    with Telling(address, number):
         client.submit_job(entrypoint=shlex.join(words), submission_id=number, runtime_env={"env_vars": SEE_ALL_GPUS})
         if _wait_until_ended(client, number, timeout_s) not in ENDED:
             client.stop_job(number)
@@ -277,114 +266,3 @@ def _sweep(uri: str) -> Sweep:
     from orchestrator.commands import open_sweep
 
     return open_sweep(uri)
-
-
-# -- the head -------------------------------------------------------------------------------------------------------
-
-
-def check_address(address: str) -> None:
-    """Raise UsageError unless ``address`` is http(s)://HOST[:PORT] without credentials."""
-    parts = urlsplit(address)
-    try:
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or parts.query or parts.fragment:
-        raise UsageError(f"--address {scrub(address)[:80]}: give the head's dashboard, http://HEAD:8265")
-    if parts.username is not None or parts.password is not None:
-        raise UsageError("--address takes no user or password; Ray's token comes from RAY_AUTH_TOKEN")
-
-
-def connect(address: str) -> Any:
-    """Ray's job submission client, its versions held against ours.
-
-    Raises:
-        JobError: one line: unreachable, the token is missing or wrong, another version of Ray.
-    """
-    _knock(address)
-    import ray
-    from ray.job_submission import JobSubmissionClient
-
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    with _Telling(address):
-        client = JobSubmissionClient(address)
-    theirs = getattr(client, "_server_ray_version", None)
-    if theirs != ray.__version__:
-        raise JobError(
-            f"the cluster at {address} runs Ray {theirs}, this machine {ray.__version__}: "
-            "install the same version of fimo and Ray on both"
-        )
-    return client
-
-
-def _knock(address: str) -> None:
-    """A connection with a time-out, which Ray's client has not; not where a proxy stands between."""
-    from requests.utils import get_environ_proxies
-
-    if get_environ_proxies(address):
-        return
-    parts = urlsplit(address)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    reason = knock(parts.hostname or "", port)
-    if reason is not None:
-        raise JobError(
-            f"no Ray head answers at {address} ({reason}): check the address (http://HEAD:8265), that the head runs, "
-            "and that its port is forwarded"
-        )
-
-
-class _Telling:
-    """Turns what Ray's client raises in the body into JobError, in one line, without the token."""
-
-    def __init__(self, address: str, job: str | None = None) -> None:
-        self.address, self.job = address, job
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, FimoError) or not isinstance(error, Exception):
-            return
-        raise JobError(self._line(error)) from None
-
-    def _line(self, error: Exception) -> str:
-        text, name = str(error), type(error).__name__
-        if name == "AuthenticationError":
-            return (
-                f"the cluster at {self.address} refuses the Ray token: set RAY_AUTH_MODE=token and the cluster's token "
-                "in RAY_AUTH_TOKEN or ~/.ray/auth_token"
-            )
-        if self.job is not None and ("404" in text or "does not exist" in text):
-            return f"the cluster at {self.address} knows no job {self.job} (was it restarted?); `fimo resume` goes on"
-        if name in ("JSONDecodeError", "KeyError", "InvalidJSONError", "HTTPError") or "404" in text:
-            return f"what answers at {self.address} is no Ray dashboard: give the head's, http://HEAD:8265"
-        if isinstance(error, OSError):
-            return f"the Ray head at {self.address} stopped answering: check that it runs, then try again"
-        return f"the cluster at {self.address}: {scrub(text, [os.environ.get('RAY_AUTH_TOKEN')])}"
-
-
-# -- heads that this machine has submitted to -----------------------------------------------------------------------
-
-
-def _heads() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "fimo" / "heads"
-
-
-def _remembered() -> set[str]:
-    try:
-        return set(_heads().read_text(encoding="utf-8").split())
-    except (OSError, ValueError):
-        return set()
-
-
-def _remember(address: str) -> None:
-    if address in _remembered():
-        return
-    try:
-        _heads().parent.mkdir(parents=True, exist_ok=True)
-        with open(_heads(), "a", encoding="utf-8") as file:
-            file.write(f"{address}\n")
-    except OSError as error:
-        sys.stderr.write(f"fimo: cannot keep the head's address ({error.strerror}): give --address to logs\n")

@@ -6,6 +6,7 @@
     NAME/estimates/DIGEST/ESTIMATOR-PARAMS/SET-….parquet   an estimator's values for the removals of SET
     NAME/replicas/DEVICE.json                        the measured number of replicas trained together
     NAME/failed/…json                                tasks set aside, with their traceback
+    NAME/jobs/ID.json                                where jobs were submitted (``orchestrator.jobs``)
     NAME/rejected/…                                  parts that did not verify
     NAME/tables/…parquet                             the tables, rewritten by every reduction
 
