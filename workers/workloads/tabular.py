@@ -1,13 +1,14 @@
 """Concrete, prepared as in the paper, with its MLP and a final model trained by a documented recipe.
 
-The recipe (``train_final_model``): SGD, learning rate 0.1, batches of 128 in the order of a seeded ``RandomSampler``,
+The recipe (``train_final_model``): SGD, learning rate 0.3, batches of 128 in the order of a seeded ``RandomSampler``,
 1000 epochs of mean squared error from torch's default initialisation under seed 0. The result ships beside the data,
 so that every machine starts from the same bytes.
 
 The rate is above the 0.03 of the paper's further training on purpose. Trained at 0.03, Concrete's final model ends on
 the edge of stability of that same rate (largest Hessian eigenvalue about 2/0.03): further training then amplifies the
-seed's noise, and one seed's effects agree with another's at a cosine of 0 to 0.4. Trained at 0.1 the eigenvalue is
-about 19, and they agree at 0.85 after one epoch (reweight).
+seed's noise, and one seed's effects agree with another's at a cosine of 0 to 0.4. Trained at 0.3 the eigenvalue is
+about 6.5, one seed agrees with another at 0.93 after one epoch and at 0.87 or more after ten (reweight), and the model
+also fits better (mean squared error 0.011 on the training rows, 0.093 on the evaluation rows).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def concrete() -> Workload:
     return regression(read_table(DATA / "concrete.csv"), model)
 
 
-def train_final_model(workload: Workload, epochs: int = 1000, lr: float = 0.1, batch_size: int = 128) -> None:
+def train_final_model(workload: Workload, epochs: int = 1000, lr: float = 0.3, batch_size: int = 128) -> None:
     """Train ``workload.model`` in place by the recipe of this module's docstring, from seed 0."""
     torch.manual_seed(0)
     for module in workload.model.modules():
