@@ -141,6 +141,9 @@ def test_a_submitted_sweep_survives_its_worker_node(shell: Shell, project: Path,
 def test_an_extended_sweep_computes_only_what_is_new(shell: Shell, project: Path) -> None:
     """Two more seeds, a removal and an estimator, submitted under the same name."""
     store = open_store(shell.store)
+    if not complete(shell, 5 * SEEDS):  # run by itself, without the test above
+        assert shell("submit", "spec.yaml", "--store", shell.store, cwd=project).returncode == 0
+        wait_until(lambda: complete(shell, 5 * SEEDS), timeout_s=180, every_s=1)
     before = sweeps.objects(store)
     text = (project / "spec.yaml").read_text()
     text = text.replace(f"seeds: {SEEDS}", f"seeds: {SEEDS + 2}").replace("count: 5", "count: 6")
