@@ -131,6 +131,9 @@ def judge(error: Exception, secrets: Iterable[str | None] = ()) -> Verdict:
     response: dict[str, Any] | None = getattr(error, "response", None)
     if isinstance(response, dict) and "Error" in response:
         return _judge_answer(response, secrets)
+    if "maximum recursion depth" in str(error):
+        # Where the stack ends decides what the RecursionError is wrapped in.
+        return Verdict(False, _FATAL_EXCEPTIONS["RecursionError"])
     for kind in type(error).__mro__:
         if kind.__name__ in _FATAL_EXCEPTIONS:
             return Verdict(False, _FATAL_EXCEPTIONS[kind.__name__])
