@@ -74,12 +74,16 @@ class EKFACMatched(Hyperparameters):
         values = torch.zeros(len(steps), len(problem.removals), len(problem.evals), dtype=torch.float64)
         with estimating(problem.model):
             size = Layout.of(problem.model.params).size
+            factored = self.form == "ekfac"
+            # Of θᶠ alone: once, however many blocks of evaluation gradients there are.
+            basis = factorised(problem, notes, self.fisher, self.samples, self.seed) if factored else None
             for columns in held_blocks(len(problem.evals), size):
                 right = measure_gradients(problem.model, problem.evals, columns)
-                if self.form == "ekfac":
-                    self._filtered(problem, settings, steps, right, values[:, :, columns.start : columns.stop], notes)
+                into = values[:, :, columns.start : columns.stop]
+                if basis is not None:
+                    self._filtered(problem, settings, steps, right, into, notes, basis)
                 else:
-                    self._recursed(problem, settings, steps, right, values[:, :, columns.start : columns.stop], notes)
+                    self._recursed(problem, settings, steps, right, into, notes)
         return Estimate(finite(values, self.name), steps, notes)
 
     def _filtered(
@@ -90,8 +94,8 @@ class EKFACMatched(Hyperparameters):
         right: Tensor,
         into: Tensor,
         notes: Notes,
+        basis: Eigenbasis,
     ) -> None:
-        basis = factorised(problem, notes, self.fisher, self.samples, self.seed)
         filters, saturated = _filters(basis, settings.optimizer, steps)
         notes["saturated_eigenvalues"] = saturated
         outside = uncovered(basis, problem)

@@ -31,6 +31,7 @@ from orchestrator.spec import Resources, Spec
 from orchestrator.store import NotFound, Store
 from orchestrator.sweep import Manifest, Sweep
 from orchestrator.tasks import Context, EstimateTask, Task, task_name
+from workers.batches import steps_recorded
 from workers.errors import StoreError, UsageError
 
 Where = Callable[[Context, bytes | None, Resources], AbstractContextManager[Pool]]
@@ -82,7 +83,7 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
         train=prepared.train,
         evals=prepared.evals,
         scalars=sum(p.numel() for p in model.params.values()),
-        steps=plan([], [], {}, training, prepared.train, prepared.evals, 1).steps,
+        steps=tuple(steps_recorded(prepared.train, training)),
         removals=tuple(removals),
         estimators=tuple(named),
     )

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -193,7 +193,7 @@ class Sweep:
         part = decode(self.store.get(listed.key), listed.key)
         if part.digest != digest or part.seed != listed.seed or set_hash(part.removals) != listed.set:
             raise BadPartError(f"part {listed.key}: it belongs under another key")
-        return replace(part)
+        return part
 
     def reject(self, key: str) -> None:
         """Set a bad object aside under ``rejected/``, so that it is computed again."""

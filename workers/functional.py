@@ -141,10 +141,6 @@ class FunctionalModel:
         wide = out.to(torch.float64) if out.is_floating_point() else out
         return self._measure(wide, to(batch, dtype=torch.float64))
 
-    def measure_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The workload's measure of given outputs, shape (B,), in the outputs' own dtype."""
-        return self._measure(outputs, batch)
-
 
 def check(
     model: FunctionalModel, batch: Batch, size: int, names: Sequence[Literal["loss", "measure"]] = ("loss", "measure")
