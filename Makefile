@@ -24,8 +24,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install
-	$(BIN)/mypy
+# mypy finds packages by folder, and `fimo` is mapped from several: a folder of links shows it the package as installed.
+.links/.made: pyproject.toml
+	mkdir -p .links/fimo
+	for part in orchestrator workers estimators; do ln -sfn ../../$$part .links/fimo/$$part; done
+	ln -sfn ../../fimo/__init__.py .links/fimo/__init__.py
+	ln -sfn ../../fimo/py.typed .links/fimo/py.typed
+	@touch $@
+
+types: install .links/.made
+	MYPYPATH=.links $(BIN)/mypy
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -37,4 +45,4 @@ bench: install
 	@for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .links build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

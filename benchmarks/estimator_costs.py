@@ -17,13 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fimo.estimators import Estimator, Problem, defaults, parse
+from fimo.estimators.operators import gradients
+from fimo.workers.examples import Batch, Examples
+from fimo.workers.functional import FunctionalModel, Tensors
+from fimo.workers.settings import FurtherTraining, Optimizer
+from fimo.workers.workloads.tabular import concrete
 from torch import Tensor
-
-from estimators import Estimator, Problem, defaults, gradients, parse
-from workers.examples import Batch, Examples
-from workers.functional import FunctionalModel, Tensors
-from workers.settings import FurtherTraining, Optimizer
-from workers.workloads.tabular import concrete
 
 
 def problem(evals: slice = slice(None)) -> Problem:

@@ -20,18 +20,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from fimo.workers.device import deterministic
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.shard import run_shard
+from fimo.workers.stacking.size import measure_stack_size
+from fimo.workers.start import Start, start_from
+from fimo.workers.workload import Workload
+from fimo.workers.workloads.tabular import concrete
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-
-from workers.device import deterministic
-from workers.examples import Examples
-from workers.functional import FunctionalModel
-from workers.further_training import Problem, problem
-from workers.settings import Evaluate, FurtherTraining, Optimizer
-from workers.shard import run_shard
-from workers.stack_size import measure_stack_size
-from workers.workload import Workload
-from workers.workloads.tabular import concrete
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Setting:
     plain_runs: int
 
 
-def steps_of(setting: Setting, problem: Problem) -> int:
-    per_epoch = -(-len(problem.train) // setting.settings.batch_size)
+def steps_of(setting: Setting, start: Start) -> int:
+    per_epoch = -(-len(start.train) // setting.settings.batch_size)
     return setting.settings.steps or per_epoch * (setting.settings.epochs or 0)
 
 
@@ -95,7 +94,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def compare(name: str, setting: Setting, rounds: int) -> None:
-    prepared = problem(
+    prepared = start_from(
         FunctionalModel(setting.workload),
         Examples(setting.workload.train),
         Examples(setting.workload.evals),

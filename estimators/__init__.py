@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from estimators.base import Estimate, Estimator, Problem
-from estimators.cg import CG
-from estimators.datainf import DataInf
-from estimators.ekfac import EKFAC
-from estimators.ekfac_matched import EKFACMatched
-from estimators.entries import parse_entry
-from estimators.grad_cos import GradCos
-from estimators.grad_dot import GradDot
-from estimators.lissa import LiSSA, LiSSAH
-from estimators.trak import TRAK
-from estimators.unrolled import Unrolled
+from fimo.estimators.base import Estimate, Estimator, Problem
+from fimo.estimators.cg import CG
+from fimo.estimators.datainf import DataInf
+from fimo.estimators.ekfac import EKFAC
+from fimo.estimators.ekfac_matched import EKFACMatched
+from fimo.estimators.entries import parse_entry
+from fimo.estimators.grad_cos import GradCos
+from fimo.estimators.grad_dot import GradDot
+from fimo.estimators.lissa import LiSSA, LiSSAH
+from fimo.estimators.trak import TRAK
+from fimo.estimators.unrolled import Unrolled
 
 __all__ = ["REGISTRY", "Estimate", "Estimator", "Problem", "defaults", "parse"]
 
@@ -36,7 +36,7 @@ def parse(entry: str | Mapping[str, Any]) -> list[Estimator]:
     """The estimators of one entry of a spec's ``estimators``; a list-valued hyper-parameter sweeps.
 
     Raises:
-        UsageError: see ``estimators.entries.parse_entry``.
+        UsageError: see ``fimo.estimators.entries.parse_entry``.
     """
     return parse_entry(REGISTRY, entry)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from estimators.base import Hyperparameters, Problem
-from workers import batches
-from workers.errors import UsageError
-from workers.settings import FurtherTraining, Optimizer
+from fimo.estimators.base import Hyperparameters, Problem
+from fimo.workers import batches
+from fimo.workers.errors import UsageError
+from fimo.workers.settings import FurtherTraining, Optimizer
 
 
 def settings_of(estimator: Hyperparameters, problem: Problem) -> FurtherTraining:

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
+from fimo.workers.errors import DivergedError, UsageError
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel, Tensors
+from fimo.workers.settings import FurtherTraining
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from workers.errors import DivergedError, UsageError
-from workers.examples import Examples
-from workers.functional import FunctionalModel, Tensors
-from workers.settings import FurtherTraining
 
 JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from fimo.estimators.base import JSON, Problem
+from fimo.estimators.influence import Influence, Notes, Preconditioner
+from fimo.estimators.operators.curvature import GaussNewton, Hessian
+from fimo.estimators.operators.spaces import Curvature, MatrixFree, Space, gauss_newton
+from fimo.workers.errors import DivergedError
 from torch import Tensor
-
-from estimators.base import JSON, Problem
-from estimators.curvature import GaussNewton, Hessian
-from estimators.influence import Influence, Notes, Preconditioner
-from estimators.spaces import Curvature, MatrixFree, Space, gauss_newton
-from workers.errors import DivergedError
 
 
 @dataclass(frozen=True)

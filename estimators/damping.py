@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-
-from estimators.base import Hyperparameters, Problem
-from estimators.gradients import Layout, mean_square
+from fimo.estimators.base import Hyperparameters, Problem
+from fimo.estimators.operators.gradients import Layout, mean_square
 
 
 @dataclass(frozen=True)

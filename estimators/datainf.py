@@ -18,12 +18,18 @@ from itertools import chain
 from typing import ClassVar
 
 import torch
+from fimo.estimators.base import Estimate, Problem, estimating, finite
+from fimo.estimators.influence import Influence, Notes, Preconditioner
+from fimo.estimators.operators import gradients
+from fimo.estimators.operators.gradients import (
+    Layout,
+    incidence,
+    loss_gradients,
+    mean_square,
+    measure_gradients,
+    unique,
+)
 from torch import Tensor
-
-from estimators import gradients
-from estimators.base import Estimate, Problem, estimating, finite
-from estimators.gradients import Layout, incidence, loss_gradients, mean_square, measure_gradients, unique
-from estimators.influence import Influence, Notes, Preconditioner
 
 Rows = Iterator[tuple[list[int], Tensor]]
 

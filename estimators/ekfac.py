@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from fimo.estimators.base import Problem
+from fimo.estimators.influence import Influence, Notes, Preconditioner
+from fimo.estimators.operators.kronecker import Eigenbasis, eigenbasis
+from fimo.estimators.operators.pseudo_gradients import PseudoGradients
+from fimo.workers.errors import UsageError
 from torch import Tensor
-
-from estimators.base import Problem
-from estimators.influence import Influence, Notes, Preconditioner
-from estimators.kronecker import Eigenbasis, eigenbasis
-from estimators.pseudo_gradients import PseudoGradients
-from workers.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from fimo.estimators.amounts import linear, recorded_steps, settings_of
+from fimo.estimators.base import Estimate, Hyperparameters, Problem, estimating, finite
+from fimo.estimators.cg import make_curvature
+from fimo.estimators.ekfac import factorised
+from fimo.estimators.influence import Notes
+from fimo.estimators.operators.gradients import Layout, held_blocks, measure_gradients, removal_gradients
+from fimo.estimators.operators.kronecker import Eigenbasis
+from fimo.workers import batches
+from fimo.workers.errors import DivergedError, UsageError
+from fimo.workers.settings import FurtherTraining, Optimizer
 from torch import Tensor
-
-from estimators.amounts import linear, recorded_steps, settings_of
-from estimators.base import Estimate, Hyperparameters, Problem, estimating, finite
-from estimators.cg import make_curvature
-from estimators.ekfac import factorised
-from estimators.gradients import Layout, held_blocks, measure_gradients, removal_gradients
-from estimators.influence import Notes
-from estimators.kronecker import Eigenbasis
-from workers import batches
-from workers.errors import DivergedError, UsageError
-from workers.settings import FurtherTraining, Optimizer
 
 
 @dataclass(frozen=True)

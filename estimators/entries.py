@@ -12,8 +12,8 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from estimators.base import Estimator
-from workers.errors import UsageError, nearest
+from fimo.estimators.base import Estimator
+from fimo.workers.errors import UsageError, nearest
 
 Registry = Mapping[str, type[Any]]
 

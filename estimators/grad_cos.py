@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from estimators.base import Estimate, Hyperparameters, Problem, estimating, finite
-from estimators.grad_dot import dot_products
+from fimo.estimators.base import Estimate, Hyperparameters, Problem, estimating, finite
+from fimo.estimators.grad_dot import dot_products
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from fimo.estimators.base import Estimate, Hyperparameters, Problem, estimating, finite
+from fimo.estimators.operators.gradients import Layout, held_blocks, measure_gradients, removal_gradients
 from torch import Tensor
-
-from estimators.base import Estimate, Hyperparameters, Problem, estimating, finite
-from estimators.gradients import Layout, held_blocks, measure_gradients, removal_gradients
 
 
 def dot_products(problem: Problem, normalise: bool) -> Tensor:

@@ -20,14 +20,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from fimo.estimators.base import JSON, Estimate, Problem, estimating, finite
+from fimo.estimators.damping import Damped
+from fimo.estimators.operators.gradients import (
+    Layout,
+    directional,
+    held_blocks,
+    loss_gradients,
+    measure_gradients,
+    removal_gradients,
+)
+from fimo.workers.errors import UsageError
+from fimo.workers.examples import Batch
+from fimo.workers.functional import Tensors
 from torch import Tensor
-
-from estimators.base import JSON, Estimate, Problem, estimating, finite
-from estimators.damping import Damped
-from estimators.gradients import Layout, directional, held_blocks, loss_gradients, measure_gradients, removal_gradients
-from workers.errors import UsageError
-from workers.examples import Batch
-from workers.functional import Tensors
 
 Preconditioner = Callable[[Tensor], Tensor]
 """Rows (k, P) -> rows (k, P): P applied to each."""

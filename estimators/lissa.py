@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from fimo.estimators.base import JSON, Problem
+from fimo.estimators.cg import make_curvature
+from fimo.estimators.influence import Influence, Notes, Preconditioner
+from fimo.estimators.operators.gradients import Layout
+from fimo.estimators.operators.spaces import Curvature, Space
+from fimo.workers.errors import DivergedError
 from torch import Tensor
-
-from estimators.base import JSON, Problem
-from estimators.cg import make_curvature
-from estimators.gradients import Layout
-from estimators.influence import Influence, Notes, Preconditioner
-from estimators.spaces import Curvature, Space
-from workers.errors import DivergedError
 
 TRACE = 20
 """Points of the convergence trace."""

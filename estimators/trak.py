@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from fimo.estimators.base import Problem, estimating
+from fimo.estimators.influence import Influence, Notes, Preconditioner
+from fimo.estimators.operators import gradients
+from fimo.estimators.operators.gradients import Layout, PerExample, loss_gradients
+from fimo.estimators.operators.output_functions import is_cross_entropy, is_scalar, labels, log_odds
+from fimo.workers.errors import WorkloadError
+from fimo.workers.examples import Batch
+from fimo.workers.functional import FunctionalModel, Tensors
 from torch import Tensor
-
-from estimators import gradients
-from estimators.base import Problem, estimating
-from estimators.gradients import Layout, PerExample, loss_gradients
-from estimators.influence import Influence, Notes, Preconditioner
-from estimators.output_functions import is_cross_entropy, is_scalar, labels, log_odds
-from workers.errors import WorkloadError
-from workers.examples import Batch
-from workers.functional import FunctionalModel, Tensors
 
 TILE = 1024
 """Parameters whose rows of S are drawn together. Part of the definition of S: it decides which numbers are drawn."""

@@ -25,17 +25,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from fimo.estimators.amounts import recorded_steps, settings_of
+from fimo.estimators.base import JSON, Estimate, Hyperparameters, Problem, estimating, finite
+from fimo.estimators.operators import gradients
+from fimo.estimators.operators.gradients import Layout, directional, measure_gradients
+from fimo.estimators.operators.optimizers import State
+from fimo.estimators.operators.trajectory import Point, Step, Trajectory
+from fimo.workers.errors import UsageError
+from fimo.workers.examples import Batch
 from torch import Tensor
 from torch.func import vjp, vmap
-
-from estimators import gradients
-from estimators.amounts import recorded_steps, settings_of
-from estimators.base import JSON, Estimate, Hyperparameters, Problem, estimating, finite
-from estimators.gradients import Layout, directional, measure_gradients
-from estimators.optimizers import State
-from estimators.trajectory import Point, Step, Trajectory
-from workers.errors import UsageError
-from workers.examples import Batch
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from fimo.orchestrator.run import driver as runs
+from fimo.orchestrator.spec.spec import read
 
-from orchestrator import run as runs
-from orchestrator.spec import read
-from tests.orchestrator.conftest import run_here
+from tests.support.small_sweep import run_here
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,9 +54,8 @@ def test_the_paper_s_setting_is_the_paper_s():
 
 
 def test_every_command_that_the_readme_names_exists():
+    from fimo.orchestrator.commands.cli import app
     from typer.main import get_command
-
-    from orchestrator.cli import app
 
     known = set(get_command(app).commands)
     named = set(re.findall(r"(?:^|`|bin/)fimo ([a-z-]+) ", README, re.MULTILINE))

@@ -19,11 +19,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from fimo.workers.errors import UsageError
+from fimo.workers.settings import FurtherTraining
 from torch import Tensor
 from torch.utils.data import RandomSampler
-
-from workers.errors import UsageError
-from workers.settings import FurtherTraining
 
 Removal = tuple[int, ...]
 """Training indices left out; empty = the baseline."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from fimo.workers.errors import WorkloadError
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
-
-from workers.errors import WorkloadError
 
 
 def read_final_model(data: bytes, name: str) -> dict[str, Tensor]:

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from fimo.workers.errors import WorkloadError
+from fimo.workers.examples import Batch, to
+from fimo.workers.workload import Workload
 from torch import Tensor, nn
 from torch.func import functional_call
-
-from workers.errors import WorkloadError
-from workers.examples import Batch, to
-from workers.workload import Workload
 
 Tensors = dict[str, Tensor]
 """Parameters or buffers by the model's own dotted names."""
@@ -50,7 +49,7 @@ class FunctionalModel:
 
     Args:
         workload: the model and its functions; the model is deep-copied.
-        state: θᶠ as a state dict; None = the parameters the model carries. See ``workers.final_model``.
+        state: θᶠ as a state dict; None = the parameters the model carries. See ``fimo.workers.final_model``.
         device, dtype: where and in which floating-point type the copy lives.
     """
 

@@ -3,7 +3,7 @@
     a*_i(z, t) = E_ξ [ g(z, θᶠ + Δθ_t(𝒟₋ᵢ, ξ)) − g(z, θᶠ + Δθ_t(𝒟, ξ)) ]      (Wei et al. 2025, eq. 17)
 
 ``further_train`` trains a stack of replicas that differ only in their removals, with one seed's randomness ξ, and
-records g(z, θᶠ + Δθ_t) − g(z, θᶠ). It does not average, subtract the baseline or store: see ``orchestrator.reduce``.
+records g(z, θᶠ + Δθ_t) − g(z, θᶠ). It does not average, subtract the baseline or store.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from fimo.workers import batches, device
+from fimo.workers.batches import Removal
+from fimo.workers.examples import Batch, Examples
+from fimo.workers.functional import Tensors
+from fimo.workers.stacking import replicas
+from fimo.workers.stacking.replay import Replayed
+from fimo.workers.stacking.replicas import Gradients
+from fimo.workers.start import Start
 from torch import Tensor
 
-from workers import batches, device, replicas
-from workers.batches import Removal
-from workers.examples import Batch, Examples
-from workers.functional import Tensors
-from workers.problem import Problem, problem
-from workers.replay import Replayed
-from workers.replicas import Gradients
-
-__all__ = ["Problem", "Trajectory", "dropout_seed", "further_train", "problem"]
+__all__ = ["Deltas", "further_train"]
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Deltas:
     """What a stack's replicas did.
 
     Attributes:
@@ -43,12 +43,12 @@ class Trajectory:
 
 
 def further_train(
-    problem: Problem,
+    start: Start,
     lanes: Sequence[Removal],
     seed: int,
     watch: Callable[[int, Tensors], None] | None = None,
     last: int | None = None,
-) -> Trajectory:
+) -> Deltas:
     """Train ``len(lanes)`` replicas from θᶠ with one seed's randomness and record their deltas.
 
     Args:
@@ -60,12 +60,12 @@ def further_train(
         UsageError: a removal is not a set of training indices, or leaves nothing to train on.
         WorkloadError: a buffer changes that did not change in the first forward.
     """
-    settings, n = problem.settings, len(problem.train)
-    stack = _Stack(problem, lanes, seed)
+    settings, n = start.settings, len(start.train)
+    stack = _Stack(start, lanes, seed)
     optimizer = replicas.make_optimizer(settings.optimizer, list(stack.params.values()))
-    record = _Record(problem, lanes)
-    schedule = batches.schedule(n, lanes, settings, seed, problem.traits.coupled, problem.folds)
-    with torch.no_grad(), problem.model.mode(settings.mode), problem.model.buffers_kept():
+    record = _Record(start, lanes)
+    schedule = batches.schedule(n, lanes, settings, seed, start.traits.coupled, start.folds)
+    with torch.no_grad(), start.model.mode(settings.mode), start.model.buffers_kept():
         for step, blocks in enumerate(schedule, start=1):
             grads = stack.gradients(step, blocks)
             if settings.clip_norm is not None:
@@ -78,22 +78,22 @@ def further_train(
                 watch(step, stack.params)
             if record.complete or step == last:
                 break
-    return record.trajectory()
+    return record.result()
 
 
 class _Stack:
     """Replicas in training: their parameters and buffers (R, …), and the gradients of their losses."""
 
-    def __init__(self, problem: Problem, lanes: Sequence[Removal], seed: int) -> None:
-        self.problem, self.seed, self.size = problem, seed, len(lanes)
-        model = problem.model
+    def __init__(self, start: Start, lanes: Sequence[Removal], seed: int) -> None:
+        self.start, self.seed, self.size = start, seed, len(lanes)
+        model = start.model
         self.params = replicas.stacked(model.params, self.size)
-        self.buffers = replicas.stacked({name: model.fixed[name] for name in problem.traits.mutable}, self.size)
-        subtracted_apart = problem.settings.removal_mode == "reweight" and not problem.folds
-        self.removed = _removed(problem.train, lanes) if subtracted_apart else []
+        self.buffers = replicas.stacked({name: model.fixed[name] for name in start.traits.mutable}, self.size)
+        subtracted_apart = start.settings.removal_mode == "reweight" and not start.folds
+        self.removed = _removed(start.train, lanes) if subtracted_apart else []
         # What vmap takes has no decisions on data, which a graph would hold fast: a stack is vmapped over its replicas,
         # and where examples are proven independent the forward was vmapped over them.
-        graphs = problem.graphs if self.size > 1 or problem.traits.independent else None
+        graphs = start.graphs if self.size > 1 or start.traits.independent else None
         self._batch_gradients = Replayed(partial(replicas.gradients, model), "batch", graphs)
         self._removed_gradients = Replayed(partial(replicas.gradients, model), "removed", graphs)
         self.measures = Replayed(partial(replicas.measures, model), "measures", graphs)
@@ -107,22 +107,22 @@ class _Stack:
             self._subtract_removed(grads, lanes, batch, dropout_seed(self.seed, step, "removed"))
         if not blocks:
             # Every example is masked: the loss is 0, and momentum and weight decay go on.
-            grads = {name: torch.zeros_like(self.params[name]) for name in self.problem.traits.used}
+            grads = {name: torch.zeros_like(self.params[name]) for name in self.start.traits.used}
         return grads
 
     def _add_batch(self, grads: Gradients, block: batches.Block, seed: int) -> None:
-        for lanes, batch, weights, shared in replicas.fetch(self.problem.train, block):
+        for lanes, batch, weights, shared in replicas.fetch(self.start.train, block):
             params, buffers = self.take(lanes)
-            device.seed(seed, self.problem.model.device)
+            device.seed(seed, self.start.model.device)
             part, after = self._batch_gradients(params, buffers, batch, weights, shared)
             replicas.add(grads, part, lanes, self.size)
             replicas.put_back(self.buffers, after, lanes)
 
     def _subtract_removed(self, grads: Gradients, lanes: tuple[int, ...], batch: Batch, seed: int) -> None:
         """Batch-norm statistics are read but not updated."""
-        model, settings = self.problem.model, self.problem.settings
+        model, settings = self.start.model, self.start.settings
         params, buffers = self.take(lanes)
-        weights = torch.tensor([-1.0 / len(self.problem.train)], dtype=torch.float64)
+        weights = torch.tensor([-1.0 / len(self.start.train)], dtype=torch.float64)
         device.seed(seed, model.device)
         with model.mode(settings.mode, norm="eval"):
             part, _ = self._removed_gradients(params, buffers, batch, weights, False)
@@ -155,9 +155,9 @@ def dropout_seed(seed: int, step: int, what: str) -> int:
 class _Record:
     """Evaluates lanes when they are due and keeps the results on the CPU."""
 
-    def __init__(self, problem: Problem, lanes: Sequence[Removal]) -> None:
-        self.problem = problem
-        n, settings = len(problem.train), problem.settings
+    def __init__(self, start: Start, lanes: Sequence[Removal]) -> None:
+        self.start = start
+        n, settings = len(start.train), start.settings
         self.steps = batches.steps_recorded(n, settings)
         self.due: dict[int, list[tuple[int, int]]] = {}
         for lane, removal in enumerate(lanes):
@@ -165,7 +165,7 @@ class _Record:
                 self.due.setdefault(own_step, []).append((lane, place))
         shape = (len(lanes), len(self.steps))
         # NaN, not zero: a result that was never written must not pass for a number.
-        self.deltas = torch.full((*shape, len(problem.at_final)), torch.nan, dtype=torch.float64)
+        self.deltas = torch.full((*shape, len(start.at_final)), torch.nan, dtype=torch.float64)
         self.distances = torch.full(shape, torch.nan, dtype=torch.float64)
 
     @property
@@ -177,17 +177,17 @@ class _Record:
         due = self.due.pop(step, [])
         if not due:
             return
-        model = self.problem.model
+        model = self.start.model
         lanes = tuple(sorted({lane for lane, _ in due}))
         params, buffers = stack.take(lanes)
         with model.mode("eval"):
-            g = torch.cat([stack.measures(params, buffers, batch) for batch in self.problem.evals], dim=1)
+            g = torch.cat([stack.measures(params, buffers, batch) for batch in self.start.evals], dim=1)
         moved = [(p - model.params[n]).flatten(1) for n, p in params.items()]
         squares = [torch.linalg.vector_norm(m, dim=1, dtype=torch.float64) ** 2 for m in moved]
-        delta, distance = g.cpu() - self.problem.at_final, torch.stack(squares).sum(dim=0).sqrt().cpu()
+        delta, distance = g.cpu() - self.start.at_final, torch.stack(squares).sum(dim=0).sqrt().cpu()
         row = {lane: i for i, lane in enumerate(lanes)}
         for lane, place in due:
             self.deltas[lane, place], self.distances[lane, place] = delta[row[lane]], distance[row[lane]]
 
-    def trajectory(self) -> Trajectory:
-        return Trajectory(tuple(self.steps), self.deltas, self.distances)
+    def result(self) -> Deltas:
+        return Deltas(tuple(self.steps), self.deltas, self.distances)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from fimo.workers.batches import BASELINE, Removal, amounts, first_difference
+from fimo.workers.further_training import Deltas, further_train
+from fimo.workers.start import Start
 from torch import Tensor
-
-from workers.batches import BASELINE, Removal, amounts, first_difference
-from workers.further_training import Problem, Trajectory, further_train
 
 BASELINE_ROW, FLOOR_ROW = -1, -2
 
@@ -45,7 +45,7 @@ class ShardResult:
 
 
 def run_shard(
-    problem: Problem,
+    start: Start,
     removals: Sequence[Removal],
     seed: int,
     replicas: int,
@@ -61,34 +61,34 @@ def run_shard(
         progress: called with (cells done, cells in all).
     """
     started = time.monotonic()
-    if problem.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(problem.model.device)
+    if start.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(start.model.device)
     cells = [BASELINE, *removals]
-    results, replicas = _in_stacks(problem, cells, seed, replicas, progress)
-    floor = _floor(problem, seed, replicas)
+    results, replicas = _in_stacks(start, cells, seed, replicas, progress)
+    floor = _floor(start, seed, replicas)
     deltas = torch.cat([*(r.deltas for r in results), floor.deltas])
     distances = torch.cat([*(r.distances for r in results), floor.distances])
     # Removals first, then the baseline, then the second baseline.
     order = [*range(1, len(cells)), 0, len(cells)]
     deltas, distances = deltas[order], distances[order]
-    _copy_before_first_difference(problem, removals, seed, deltas, distances)
-    peak = torch.cuda.max_memory_allocated(problem.model.device) if problem.model.device.type == "cuda" else 0
+    _copy_before_first_difference(start, removals, seed, deltas, distances)
+    peak = torch.cuda.max_memory_allocated(start.model.device) if start.model.device.type == "cuda" else 0
     return ShardResult(seed, floor.steps, deltas, distances, replicas, time.monotonic() - started, peak)
 
 
 def _in_stacks(
-    problem: Problem,
+    start: Start,
     cells: Sequence[Removal],
     seed: int,
     replicas: int,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[Trajectory], int]:
-    results: list[Trajectory] = []
+) -> tuple[list[Deltas], int]:
+    results: list[Deltas] = []
     done = 0
     while done < len(cells):
         stack = cells[done : done + replicas]
         try:
-            results.append(further_train(problem, stack, seed))
+            results.append(further_train(start, stack, seed))
         except RuntimeError as error:
             if len(stack) == 1:
                 raise
@@ -103,10 +103,10 @@ def _in_stacks(
     return results, replicas
 
 
-def _floor(problem: Problem, seed: int, replicas: int) -> Trajectory:
+def _floor(start: Start, seed: int, replicas: int) -> Deltas:
     stack = [BASELINE] if replicas > 1 else [BASELINE, BASELINE]
     try:
-        both: Trajectory | None = further_train(problem, stack, seed)
+        both: Deltas | None = further_train(start, stack, seed)
     except RuntimeError:
         # A model that cannot be stacked, or only just fits, has its second baseline trained alone.
         if len(stack) == 1:
@@ -114,15 +114,15 @@ def _floor(problem: Problem, seed: int, replicas: int) -> Trajectory:
         both = None
     if both is None:
         _release()
-        both = further_train(problem, [BASELINE], seed)
-    return Trajectory(both.steps, both.deltas[-1:], both.distances[-1:])
+        both = further_train(start, [BASELINE], seed)
+    return Deltas(both.steps, both.deltas[-1:], both.distances[-1:])
 
 
 def _copy_before_first_difference(
-    problem: Problem, removals: Sequence[Removal], seed: int, deltas: Tensor, distances: Tensor
+    start: Start, removals: Sequence[Removal], seed: int, deltas: Tensor, distances: Tensor
 ) -> None:
     """Make the effect exactly 0 while a cell has seen only the baseline's batches, whatever the stack rounded."""
-    n, settings = len(problem.train), problem.settings
+    n, settings = len(start.train), start.settings
     baseline = len(removals)
     for cell, removal in enumerate(removals):
         first = first_difference(n, removal, settings, seed)

@@ -17,10 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fimo.workers.errors import UsageError, WorkloadError, nearest
+from fimo.workers.examples import Batch, Dataset
 from torch import Tensor, nn
-
-from workers.errors import UsageError, WorkloadError, nearest
-from workers.examples import Batch, Dataset
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def find_module(reference: str, beside: Path) -> tuple[str, str, Path | None]:
 
     Returns:
         (module, function, path), path None where the module is an installed one (such as
-        ``workers.workloads.tabular``).
+        ``fimo.workers.workloads.tabular``).
 
     Raises:
         UsageError: the reference is not of the form ``module:function``.
@@ -105,7 +104,9 @@ def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) ->
     except Exception as error:
         raise WorkloadError(f"workload {reference} failed: {_line(error)}") from error
     if not isinstance(workload, Workload):
-        raise WorkloadError(f"workload {reference} returned {type(workload).__name__}, not a workers.workload.Workload")
+        raise WorkloadError(
+            f"workload {reference} returned {type(workload).__name__}, not a fimo.workers.workload.Workload"
+        )
     return workload
 
 
@@ -118,9 +119,9 @@ def _refuse_foreign(module: str) -> None:
     if spec is None:
         return
     source = spec.loader.get_source(module) if isinstance(spec.loader, InspectLoader) else None
-    if source is None or "workers.workload" not in source:
+    if source is None or "fimo.workers.workload" not in source:
         raise UsageError(
-            f"module '{module}' is installed but no module of workloads: it does not import workers.workload"
+            f"module '{module}' is installed but no module of workloads: it does not import fimo.workers.workload"
         )
 
 

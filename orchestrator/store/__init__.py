@@ -4,11 +4,11 @@ All truth about a sweep is in its store. See `Store` for the contract and `open_
 that a user writes.
 """
 
-from orchestrator.store.base import Entry, NotFound, Store, validate_key
-from orchestrator.store.local import LocalStore
-from orchestrator.store.memory import MemoryStore
-from orchestrator.store.s3 import S3Store
-from orchestrator.store.uri import open_store, split_sweep
+from fimo.orchestrator.store.base import Entry, NotFound, Store, validate_key
+from fimo.orchestrator.store.local import LocalStore
+from fimo.orchestrator.store.memory import MemoryStore
+from fimo.orchestrator.store.s3 import S3Store
+from fimo.orchestrator.store.uri import open_store, split_sweep
 
 __all__ = [
     "Entry",

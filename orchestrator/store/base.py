@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, runtime_checkable
 
-from workers.errors import StoreError
+from fimo.workers.errors import StoreError
 
 MAX_KEY_BYTES = 512
 """Longest key in UTF-8. S3 allows 1024 bytes for the store's own prefix and the key together."""

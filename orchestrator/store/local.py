@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from orchestrator.store.base import Entry, NotFound, check_store, is_key, short, validate_key, validate_prefix
-from workers.errors import StoreError
+from fimo.orchestrator.store.base import Entry, NotFound, check_store, is_key, short, validate_key, validate_prefix
+from fimo.workers.errors import StoreError
 
 UNFINISHED = ".fimo-unfinished"
 """The folder of unfinished writes, directly under the store. No key can lead into it."""
@@ -40,7 +40,7 @@ _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True)
 class LocalStore:
-    """See `orchestrator.store.base.Store`. The directory is created by the first write."""
+    """See `fimo.orchestrator.store.base.Store`. The directory is created by the first write."""
 
     uri: str
     root: Path = field(repr=False)

@@ -13,15 +13,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
-from orchestrator.store.base import Entry, NotFound, check_store, short, validate_key, validate_prefix
-from workers.errors import StoreError
+from fimo.orchestrator.store.base import Entry, NotFound, check_store, short, validate_key, validate_prefix
+from fimo.workers.errors import StoreError
 
 _numbers = itertools.count()
 _living: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
 
 
 class MemoryStore:
-    """See `orchestrator.store.base.Store`."""
+    """See `fimo.orchestrator.store.base.Store`."""
 
     def __init__(self) -> None:
         self.uri = f"memory:{next(_numbers)}"

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC
 from typing import Any, TypeVar
 
-from orchestrator.store.base import Entry, NotFound, check_store, is_key, short, validate_key, validate_prefix
-from orchestrator.store.weather import Verdict, judge
-from workers.errors import StoreError
+from fimo.orchestrator.store.base import Entry, NotFound, check_store, is_key, short, validate_key, validate_prefix
+from fimo.orchestrator.store.weather import Verdict, judge
+from fimo.workers.errors import StoreError
 
 MAX_OBJECT_BYTES = 5 * 2**30
 """S3's limit for one `PutObject`."""
@@ -49,7 +49,7 @@ _Answer = TypeVar("_Answer")
 
 
 class S3Store:
-    """See `orchestrator.store.base.Store`.
+    """See `fimo.orchestrator.store.base.Store`.
 
     `bucket` must exist. `prefix` is "" or a key. Each process makes its own client at first use, so a
     store may be pickled and may be used after a fork.

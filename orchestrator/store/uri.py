@@ -6,10 +6,10 @@ import os
 import re
 from pathlib import Path
 
-from orchestrator.store.base import Store, is_key, short
-from orchestrator.store.local import LocalStore
-from orchestrator.store.s3 import S3Store
-from workers.errors import UsageError
+from fimo.orchestrator.store.base import Store, is_key, short
+from fimo.orchestrator.store.local import LocalStore
+from fimo.orchestrator.store.s3 import S3Store
+from fimo.workers.errors import UsageError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")

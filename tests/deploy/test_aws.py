@@ -11,17 +11,18 @@ import boto3
 import botocore.validate
 import pytest
 import yaml
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.orchestrator.store.base import PROBE_PREFIX
+from fimo.orchestrator.sweep import estimates as estimate_parts
+from fimo.orchestrator.sweep import parts
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from orchestrator import estimate_parts, parts
-from orchestrator.removals import Removal
-from orchestrator.store.base import PROBE_PREFIX
 from tests.deploy.manifests import DEPLOY, filled, json_document
 
 IDENTITY_POLICIES = ["aws/iam-policy.json", "aws/iam-policy-driver.json", "aws/iam-policy-autoscaler.json"]
 POLICIES = [*IDENTITY_POLICIES, "aws/bucket-policy.json", "aws/trust-ec2.json"]
 
-REMOVALS = (Removal(0, "0", (1,)), Removal(1, "1", (2,)))
+REMOVALS = (NamedRemoval(0, "0", (1,)), NamedRemoval(1, "1", (2,)))
 PART = "runs/" + parts.part_key("concrete", "d" * 64, 3, REMOVALS)
 ESTIMATE = "runs/" + estimate_parts.key("concrete", "d" * 64, "cg", "{}", REMOVALS, 0, 10)
 REPLICAS = "runs/concrete/replicas/dddd-cpu.json"

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from fimo.orchestrator.store import open_store
+from fimo.workers.errors import StoreError
 
-from orchestrator.store import open_store
 from tests.deploy.manifests import DEPLOY
-from tests.seaweed import set_environment
-from workers.errors import StoreError
+from tests.support.seaweed import set_environment
 
 pytestmark = pytest.mark.slow
 

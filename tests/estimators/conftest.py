@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import pytest
-
-from estimators import gradients
+from fimo.estimators.operators import gradients
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,12 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
+from fimo.estimators import Problem
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel
+from fimo.workers.workload import Workload
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from estimators import Problem
-from workers.examples import Examples
-from workers.functional import FunctionalModel
-from workers.workload import Workload
 
 
 def outputs_x(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fimo.estimators import parse
+from fimo.estimators.base import estimating
+from fimo.estimators.operators.kronecker import eigenbasis
+from fimo.estimators.operators.pseudo_gradients import PseudoGradients
+from fimo.workers.workload import Workload
 from torch import nn
 
-from estimators import parse
-from estimators.base import estimating
-from estimators.kronecker import eigenbasis
-from estimators.pseudo_gradients import PseudoGradients
 from tests.estimators import problems
-from workers.workload import Workload
 
 
 def estimate(entry, problem):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fimo.estimators import parse
+from fimo.estimators.ekfac_matched import spectral_filter
+from fimo.workers.errors import DivergedError, UsageError
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 
-from estimators import parse
-from estimators.ekfac_matched import spectral_filter
 from tests.estimators import problems
-from workers.errors import DivergedError, UsageError
-from workers.settings import Evaluate, FurtherTraining, Optimizer
 
 
 def training(steps, at=None, batch_size=10, **optimizer):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from estimators import REGISTRY, parse
-from workers.errors import UsageError
+from fimo.estimators import REGISTRY, parse
+from fimo.workers.errors import UsageError
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fimo.estimators import parse
+from fimo.estimators.operators import gradients
+from fimo.workers.examples import Examples
 
-from estimators import gradients, parse
 from tests.estimators import problems
-from workers.examples import Examples
 
 KINDS = [problems.classification, problems.regression]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fimo.estimators import parse
+from fimo.estimators.base import estimating
+from fimo.estimators.operators import gradients
+from fimo.estimators.operators.curvature import GaussNewton, Hessian
+from fimo.estimators.operators.spaces import Compressed, MatrixFree
+from fimo.workers.errors import DivergedError, UsageError
 
-from estimators import gradients, parse
-from estimators.base import estimating
-from estimators.curvature import GaussNewton, Hessian
-from estimators.spaces import Compressed, MatrixFree
 from tests.estimators import problems
-from workers.errors import DivergedError, UsageError
 
 KINDS = [problems.classification, problems.regression]
 

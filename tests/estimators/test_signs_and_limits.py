@@ -6,19 +6,19 @@ import dataclasses
 
 import pytest
 import torch
+from fimo.estimators import DEFAULTS, REGISTRY, defaults, parse
+from fimo.workers.further_training import further_train
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.start import start_from
+from fimo.workers.workload import Workload
 from torch import nn
 
-from estimators import DEFAULTS, REGISTRY, defaults, parse
 from tests.estimators import problems
-from workers.further_training import further_train
-from workers.further_training import problem as training_problem
-from workers.settings import Evaluate, FurtherTraining, Optimizer
-from workers.workload import Workload
 
 
 def gold_standard(p, seed=0):
     """Effects (T, R, E) of the sweep's own loop."""
-    whole = training_problem(p.model, p.train, p.evals, p.further_training)
+    whole = start_from(p.model, p.train, p.evals, p.further_training)
     deltas = further_train(whole, [(), *(tuple(r) for r in p.removals)], seed).deltas
     return (deltas[1:] - deltas[:1]).transpose(0, 1)
 

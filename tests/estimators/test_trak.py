@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fimo.estimators import parse, trak
+from fimo.estimators.operators import gradients
+from fimo.estimators.operators.output_functions import is_cross_entropy, log_odds
+from fimo.workers.errors import WorkloadError
+from fimo.workers.workload import Workload
 
-from estimators import gradients, parse, trak
-from estimators.output_functions import is_cross_entropy, log_odds
 from tests.estimators import problems
-from workers.errors import WorkloadError
-from workers.workload import Workload
 
 
 def estimate(entry, problem):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fimo.estimators import REGISTRY, parse
+from fimo.estimators.base import estimating
+from fimo.estimators.operators.curvature import Hessian
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.workload import Workload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from estimators import REGISTRY, parse
-from estimators.base import estimating
-from estimators.curvature import Hessian
 from tests.estimators import problems
-from workers.settings import Evaluate, FurtherTraining, Optimizer
-from workers.workload import Workload
 
 transformers = pytest.importorskip("transformers")
 

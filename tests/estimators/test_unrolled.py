@@ -6,17 +6,18 @@ import dataclasses
 
 import pytest
 import torch
+from fimo.estimators import parse
+from fimo.estimators.operators import trajectory
+from fimo.workers.errors import UsageError
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel
+from fimo.workers.further_training import further_train
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.start import start_from
+from fimo.workers.workload import Workload
 from torch import nn
 
-from estimators import parse, trajectory
 from tests.estimators import problems
-from workers.errors import UsageError
-from workers.examples import Examples
-from workers.functional import FunctionalModel
-from workers.further_training import further_train
-from workers.further_training import problem as training_problem
-from workers.settings import Evaluate, FurtherTraining, Optimizer
-from workers.workload import Workload
 
 OPTIMIZERS = {
     "sgd": Optimizer("sgd", 0.05),
@@ -34,7 +35,7 @@ def settings_for(optimizer="sgd", mode="reweight", **options):
 
 def gold_standard(p, seed, removals=None):
     """Effects (T, R, E) of the sweep's own loop."""
-    whole = training_problem(p.model, p.train, p.evals, p.further_training)
+    whole = start_from(p.model, p.train, p.evals, p.further_training)
     lanes = [(), *(tuple(r) for r in (removals or p.removals))]
     deltas = further_train(whole, lanes, seed).deltas
     return (deltas[1:] - deltas[:1]).transpose(0, 1)
@@ -136,7 +137,7 @@ def test_dropout_draws_what_the_sweep_draws_and_leaves_the_callers_random_state(
 def test_memory_forces_blocks_of_removals_or_evaluation_examples(monkeypatch):
     p = problems.classification(further_training=settings_for("adam"), seeds=(3,))
     whole = estimate(p).values
-    monkeypatch.setattr("estimators.gradients.HELD", 4 * 117 * 2)
+    monkeypatch.setattr("fimo.estimators.operators.gradients.HELD", 4 * 117 * 2)
     for direction in ("forward", "adjoint"):
         torch.testing.assert_close(estimate(p, direction=direction).values, whole, rtol=1e-8, atol=1e-13)
 
@@ -164,7 +165,7 @@ def test_what_cannot_be_followed_is_refused_in_one_line():
 def test_it_follows_the_sweeps_own_baseline():
     p = problems.classification(further_training=settings_for("adamw", clip_norm=0.2), seeds=(3,))
     seen = {}
-    whole = training_problem(p.model, p.train, p.evals, p.further_training)
+    whole = start_from(p.model, p.train, p.evals, p.further_training)
     further_train(
         whole, [()], 3, watch=lambda s, params: seen.update({s: {n: t[0].clone() for n, t in params.items()}})
     )

@@ -12,12 +12,12 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from orchestrator.run import Where
-from orchestrator.schedule import Failed, Lost, Result
-from orchestrator.spec import Resources
-from orchestrator.store import Entry, Store
-from orchestrator.tasks import Context, Receipt, Task, run_task
-from workers.errors import StoreError
+from fimo.orchestrator.run.driver import Where
+from fimo.orchestrator.run.schedule import Failed, Lost, Result
+from fimo.orchestrator.run.tasks import Context, Receipt, Task, run_task
+from fimo.orchestrator.spec.spec import Resources
+from fimo.orchestrator.store import Entry, Store
+from fimo.workers.errors import StoreError
 
 KINDS = ("refused", "answer_lost", "killed_before", "killed_after")
 """Before or after the operation took effect: an error of the store, or the end of the whole process."""

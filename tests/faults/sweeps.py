@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import run as runs
-from orchestrator.parts import decode
-from orchestrator.run import Listener, Report, Resolved, Where
-from orchestrator.schedule import in_process
-from orchestrator.spec import Spec, read
-from orchestrator.store import LocalStore, Store
+from fimo.orchestrator.run import driver as runs
+from fimo.orchestrator.run.driver import Listener, Report, Resolved, Where
+from fimo.orchestrator.run.schedule import in_process
+from fimo.orchestrator.spec.spec import Spec, read
+from fimo.orchestrator.store import LocalStore, Store
+from fimo.orchestrator.sweep.parts import decode_part
 
 HELPER = """
 import torch
@@ -30,7 +30,7 @@ import time
 import torch
 
 import faults_helper
-from workers.workload import Workload
+from fimo.workers.workload import Workload
 
 def outputs(model, batch):
     return model(batch["x"]).squeeze(-1)
@@ -106,7 +106,7 @@ def objects(store: Store) -> dict[str, bytes]:
 
 def held_cells(store: Store) -> Counter[tuple[int, tuple[int, ...]]]:
     """(seed, removed indices) -> the number of parts that hold the cell."""
-    parts = [decode(store.get(key), key) for key in part_keys(store)]
+    parts = [decode_part(store.get(key), key) for key in part_keys(store)]
     return Counter((part.seed, removal.indices) for part in parts for removal in part.removals)
 
 

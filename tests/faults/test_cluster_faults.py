@@ -20,12 +20,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from fimo.orchestrator.store import MemoryStore, S3Store
 
-from orchestrator.store import MemoryStore, S3Store
 from tests.faults import sweeps
 from tests.faults.processes import FIMO, busy_workers, environment, kill, wait_until
-from tests.seaweed import BUCKET, Seaweed, set_environment
-from tests.weather_proxy import bad_weather
+from tests.support.seaweed import BUCKET, Seaweed, set_environment
+from tests.support.weather_proxy import bad_weather
 
 SEEDS = 12
 CELLS = 5 * SEEDS

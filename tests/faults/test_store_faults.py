@@ -11,18 +11,19 @@ from random import Random
 from typing import Any
 
 import pytest
+from fimo.orchestrator.run import tasks
+from fimo.orchestrator.run.driver import Resolved
+from fimo.orchestrator.run.plan import Shard
+from fimo.orchestrator.run.schedule import LocalPool, Result, drive
+from fimo.orchestrator.run.tasks import Receipt
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.orchestrator.store import MemoryStore, Store
+from fimo.orchestrator.sweep import parts
+from fimo.workers.errors import FimoError, StoreError
+from fimo.workers.shard import ShardResult, run_shard
 
-from orchestrator import parts, tasks
-from orchestrator.plan import Shard
-from orchestrator.removals import Removal
-from orchestrator.run import Resolved
-from orchestrator.schedule import LocalPool, Result, drive
-from orchestrator.store import MemoryStore, Store
-from orchestrator.tasks import Receipt
 from tests.faults import sweeps
 from tests.faults.faulty import KINDS, FaultyStore, Killed
-from workers.errors import FimoError, StoreError
-from workers.shard import ShardResult, run_shard
 
 CELLS = 15
 FAULTS = 4
@@ -48,7 +49,7 @@ class Watch:
         self.computed = 0
 
     def __call__(self, problem: Any, removals: Sequence[tuple[int, ...]], seed: int, replicas: int) -> ShardResult:
-        numbered = [Removal(i[0] // 4, "", i) for i in removals]
+        numbered = [NamedRemoval(i[0] // 4, "", i) for i in removals]
         key = parts.part_key("tiny", self.digest, seed, numbered)
         assert key not in sweeps.part_keys(self.store), f"{key} is committed and computed again"
         self.computed += 1

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.start import Start, start_from
+from fimo.workers.workload import Workload
 from torch import Tensor, nn
-
-from workers.examples import Examples
-from workers.functional import FunctionalModel
-from workers.further_training import Problem, problem
-from workers.settings import Evaluate, FurtherTraining, Optimizer
-from workers.workload import Workload
 
 N = 23
 SGD = Optimizer("sgd", lr=0.05)
@@ -23,10 +22,10 @@ def settings(
     return FurtherTraining(optimizer, batch_size=batch_size, precision=precision, **more)
 
 
-def make(workload: Workload, chosen: FurtherTraining) -> Problem:
+def make(workload: Workload, chosen: FurtherTraining) -> Start:
     dtype = getattr(torch, chosen.precision)
     train, evals = (Examples(s, workload.collate, dtype=dtype) for s in (workload.train, workload.evals))
-    return problem(FunctionalModel(workload, dtype=dtype), train, evals, chosen)
+    return start_from(FunctionalModel(workload, dtype=dtype), train, evals, chosen)
 
 
 def every_step(last: int) -> Evaluate:

@@ -1,6 +1,6 @@
 """Further training written plainly: one run, one model, torch's own modules, optimizers and samplers.
 
-This is what ``workers.further_training`` is held against. It shares with it the settings, the definition of the
+This is what ``fimo.workers.further_training`` is held against. It shares with it the settings, the definition of the
 dropout seed and nothing else: no stacking, no vmap, no functional call.
 """
 
@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 
 import torch
+from fimo.workers.further_training import dropout_seed
+from fimo.workers.settings import FurtherTraining, Optimizer
+from fimo.workers.workload import Workload
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-
-from workers.further_training import dropout_seed
-from workers.settings import FurtherTraining, Optimizer
-from workers.workload import Workload
 
 
 def make_optimizer(model: nn.Module, o: Optimizer) -> torch.optim.Optimizer:

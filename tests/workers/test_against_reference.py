@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fimo.workers.batches import amounts, orders
+from fimo.workers.further_training import further_train
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.workload import Workload
 
 from tests.workers.problems import classification, every_step, make, regression, sentences, settings
 from tests.workers.reference import train_one
-from workers.batches import amounts, orders
-from workers.further_training import further_train
-from workers.settings import Evaluate, FurtherTraining, Optimizer
-from workers.workload import Workload
 
 MODES = ["drop", "mask", "reweight"]
 GROUPS = [(), (3,), (4, 9, 20), (17,), (0, 1, 2, 5, 6, 7, 8)]
@@ -31,11 +31,11 @@ OPTIMIZERS = {
 
 def hold(workload: Workload, chosen: FurtherTraining, lanes: list[tuple[int, ...]], seed: int = 5) -> None:
     """The stack's deltas and distances equal the reference's, lane by lane and step by step."""
-    problem = make(workload, chosen)
-    got = further_train(problem, lanes, seed)
+    start = make(workload, chosen)
+    got = further_train(start, lanes, seed)
     tight = {"float64": 1e-11, "float32": 2e-6}[chosen.precision]
     for lane, removal in enumerate(lanes):
-        own_steps = [own for own, _ in amounts(len(problem.train), removal, chosen)]
+        own_steps = [own for own, _ in amounts(len(start.train), removal, chosen)]
         deltas, distances, _ = train_one(workload, chosen, removal, seed, own_steps)
         assert deltas.abs().max() > 1e-3, "a run that does not move shows nothing"
         torch.testing.assert_close(got.deltas[lane], deltas, rtol=tight, atol=tight)
@@ -144,10 +144,10 @@ def test_frozen_parameters_stay_and_unused_ones_do_not_decay() -> None:
     chosen = settings(OPTIMIZERS["adamw"], removal_mode="drop")
     hold(workload, chosen, [(), (3,)])
     seen = {}
-    problem = make(workload, chosen)
-    further_train(problem, [(), (3,)], 5, watch=lambda step, params: seen.update(params))
+    start = make(workload, chosen)
+    further_train(start, [(), (3,)], 5, watch=lambda step, params: seen.update(params))
     assert set(seen) == {"last.weight", "last.bias", "unused.weight", "unused.bias"}
-    assert torch.equal(seen["unused.weight"][0], problem.model.params["unused.weight"])
+    assert torch.equal(seen["unused.weight"][0], start.model.params["unused.weight"])
 
 
 def test_tied_weights_are_one_parameter() -> None:
@@ -173,6 +173,6 @@ def test_convolutions(mode: str) -> None:
 
 def test_batches_are_in_the_order_of_torchs_sampler_over_the_epochs() -> None:
     """Another seed gives another run: the reference would not agree by accident."""
-    problem = make(regression(), settings())
-    one, other = (further_train(problem, [()], seed).deltas for seed in (5, 6))
+    start = make(regression(), settings())
+    one, other = (further_train(start, [()], seed).deltas for seed in (5, 6))
     assert (one - other).abs().max() > 1e-4

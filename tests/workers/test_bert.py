@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fimo.workers.further_training import further_train
+from fimo.workers.settings import Evaluate, Optimizer
+from fimo.workers.workload import Workload
 from torch import nn
 
 from tests.workers.problems import Sentences, cross_entropy, make, settings
 from tests.workers.test_against_reference import hold
-from workers.further_training import further_train
-from workers.settings import Evaluate, Optimizer
-from workers.workload import Workload
 
 transformers = pytest.importorskip("transformers")
 ADAMW = Optimizer("adamw", lr=1e-3, weight_decay=0.1)
@@ -62,11 +62,11 @@ def test_an_unused_pooler_is_skipped_as_torch_skips_it() -> None:
     workload = text(bert("BertModel"), lambda out: out.last_hidden_state[:, 0, :3])
     chosen = settings(ADAMW, clip_norm=1.0, steps=4, batch_size=8, removal_mode="drop")
     hold(workload, chosen, [(), (3,)])
-    problem, seen = make(workload, chosen), {}
-    further_train(problem, [(), (3,)], 0, watch=lambda step, params: seen.update(params))
+    start, seen = make(workload, chosen), {}
+    further_train(start, [(), (3,)], 0, watch=lambda step, params: seen.update(params))
     name = "pooler.dense.weight"
-    assert name not in problem.traits.used
-    assert torch.equal(seen[name][1], problem.model.params[name]), "no weight decay without a gradient"
+    assert name not in start.traits.used
+    assert torch.equal(seen[name][1], start.model.params[name]), "no weight decay without a gradient"
 
 
 def test_tied_embeddings_are_trained_as_one() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.workloads import tabular
 from safetensors.torch import load_file
 from torch import nn
 
 from tests.workers.test_against_reference import hold
-from workers.settings import Evaluate, FurtherTraining, Optimizer
-from workers.workloads import tabular
 
 
 def test_the_table_is_ucis() -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fimo.workers.batches import amounts
+from fimo.workers.device import deterministic, prepare_environment
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel
+from fimo.workers.settings import FurtherTraining, Optimizer
+from fimo.workers.shard import run_shard
+from fimo.workers.stacking.size import measure_stack_size
+from fimo.workers.start import Start, start_from
 from torch import nn
 
 from tests.workers.problems import Workload, classification, regression, sentences, settings
 from tests.workers.reference import train_one
-from workers.batches import amounts
-from workers.device import deterministic, prepare_environment
-from workers.examples import Examples
-from workers.functional import FunctionalModel
-from workers.further_training import Problem, problem
-from workers.settings import FurtherTraining, Optimizer
-from workers.shard import run_shard
-from workers.stack_size import measure_stack_size
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda", 0)
@@ -23,10 +23,10 @@ REMOVALS = [(3,), (4, 9), (17,), (22,)]
 prepare_environment()
 
 
-def on_gpu(workload: Workload, chosen: FurtherTraining) -> Problem:
+def on_gpu(workload: Workload, chosen: FurtherTraining) -> Start:
     dtype = getattr(torch, chosen.precision)
     train, evals = (Examples(s, workload.collate, DEVICE, dtype) for s in (workload.train, workload.evals))
-    return problem(FunctionalModel(workload, device=DEVICE, dtype=dtype), train, evals, chosen)
+    return start_from(FunctionalModel(workload, device=DEVICE, dtype=dtype), train, evals, chosen)
 
 
 def normed() -> Workload:

@@ -6,15 +6,15 @@ import copy
 
 import pytest
 import torch
+from fimo.workers.displacement import mean_displacement
+from fimo.workers.errors import UsageError
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel
+from fimo.workers.settings import FurtherTraining, Optimizer
+from fimo.workers.start import start_from
 from torch.utils.data import RandomSampler
 
-from tests.own.flowers import flowers
-from workers.displacement import mean_displacement
-from workers.errors import UsageError
-from workers.examples import Examples
-from workers.functional import FunctionalModel
-from workers.further_training import problem
-from workers.settings import FurtherTraining, Optimizer
+from tests.support.own.flowers import flowers
 
 
 def test_the_mean_displacement_is_that_of_plain_baselines():
@@ -23,7 +23,7 @@ def test_the_mean_displacement_is_that_of_plain_baselines():
     model = FunctionalModel(workload, dtype=torch.float64)
     train = Examples(workload.train, dtype=torch.float64)
     found = mean_displacement(
-        problem(model, train, Examples(workload.evals, dtype=torch.float64), settings), [3, 4], [2, 7]
+        start_from(model, train, Examples(workload.evals, dtype=torch.float64), settings), [3, 4], [2, 7]
     )
 
     expected = {step: {n: torch.zeros_like(p) for n, p in model.params.items()} for step in (2, 7)}
@@ -48,6 +48,6 @@ def test_the_mean_displacement_is_that_of_plain_baselines():
 def test_a_step_beyond_the_sweep_is_refused():
     workload = flowers()
     settings = FurtherTraining(Optimizer("sgd", 0.1), 5, epochs=1)
-    given = problem(FunctionalModel(workload), Examples(workload.train), Examples(workload.evals), settings)
+    given = start_from(FunctionalModel(workload), Examples(workload.train), Examples(workload.evals), settings)
     with pytest.raises(UsageError, match="beyond"):
         mean_displacement(given, [0], [99])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fimo.workers.errors import WorkloadError
+from fimo.workers.further_training import dropout_seed, further_train
+from fimo.workers.settings import Optimizer
+from fimo.workers.shard import run_shard
 from torch import Tensor, nn
 
 from tests.workers.problems import classification, every_step, make, regression, sentences, settings
 from tests.workers.test_against_reference import MODES, hold
-from workers.errors import WorkloadError
-from workers.further_training import dropout_seed, further_train
-from workers.settings import Optimizer
-from workers.shard import run_shard
 
 ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
 
@@ -33,8 +33,8 @@ def test_dropout_in_groups_and_ragged_sentences(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_empty_removal_has_no_effect_under_dropout(mode: str) -> None:
-    problem = make(regression(middle=nn.Dropout(0.5)), settings(removal_mode=mode, precision="float32"))
-    got = run_shard(problem, [(1,), (), (2,)], 0, replicas=2)
+    start = make(regression(middle=nn.Dropout(0.5)), settings(removal_mode=mode, precision="float32"))
+    got = run_shard(start, [(1,), (), (2,)], 0, replicas=2)
     assert torch.equal(got.deltas[1], got.deltas[-2])
 
 
@@ -85,10 +85,10 @@ def test_convolutions_with_batch_norm(mode: str) -> None:
 def test_mode_eval_freezes_dropout_and_statistics(mode: str) -> None:
     model = nn.Sequential(batch_norm(), nn.Dropout(0.5), nn.Linear(3, 3))
     workload, chosen = classification(model=model), settings(removal_mode=mode, mode="eval")
-    problem = make(workload, chosen)
-    assert (problem.traits.mutable, problem.traits.coupled, problem.traits.random) == ((), False, False)
+    start = make(workload, chosen)
+    assert (start.traits.mutable, start.traits.coupled, start.traits.random) == ((), False, False)
     hold(workload, chosen, [(), (3,), (4, 9)])
-    assert torch.equal(problem.model.fixed["0.1.running_mean"], torch.zeros(8, dtype=torch.float64))
+    assert torch.equal(start.model.fixed["0.1.running_mean"], torch.zeros(8, dtype=torch.float64))
 
 
 class Counts(nn.Module):
@@ -120,9 +120,9 @@ def test_buffers_of_the_users_own_are_each_replicas(replicas: int) -> None:
 
 def test_a_buffer_that_changes_only_later_is_refused() -> None:
     """It would be shared between replicas and between runs."""
-    problem = make(classification(model=Counts(first_change=8)), settings(removal_mode="drop"))
+    start = make(classification(model=Counts(first_change=8)), settings(removal_mode="drop"))
     with pytest.raises(WorkloadError, match="'seen' changes during training but not in the first forward"):
-        run_shard(problem, [(1,), (2,)], 0, replicas=4)
+        run_shard(start, [(1,), (2,)], 0, replicas=4)
 
 
 def test_what_the_training_forward_does_is_found_by_running_it() -> None:
@@ -152,7 +152,7 @@ def test_a_masked_example_leaves_a_batch_that_is_mixed_by_other_means_than_batch
             return x - x.mean(0) if self.training else x
 
     model = nn.Sequential(nn.Linear(4, 8), Centred(), nn.Tanh(), nn.Linear(8, 3))
-    problem = make(classification(model=model), settings(removal_mode="mask", batch_size=23, steps=1))
-    masked = further_train(problem, [(3,)], 0).deltas
+    start = make(classification(model=model), settings(removal_mode="mask", batch_size=23, steps=1))
+    masked = further_train(start, [(3,)], 0).deltas
     without = make(classification(model=model), settings(removal_mode="drop", batch_size=23, steps=1))
     torch.testing.assert_close(masked, further_train(without, [(3,)], 0).deltas, rtol=1e-11, atol=1e-11)

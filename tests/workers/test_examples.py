@@ -6,13 +6,13 @@ from collections import UserDict
 
 import pytest
 import torch
+from fimo.workers.errors import WorkloadError
+from fimo.workers.examples import Examples, as_batch
+from fimo.workers.further_training import further_train
+from fimo.workers.workload import Workload
 
 from tests.workers.problems import Sentences, make, settings
 from tests.workers.test_against_reference import hold
-from workers.errors import WorkloadError
-from workers.examples import Examples, as_batch
-from workers.further_training import further_train
-from workers.workload import Workload
 
 
 def test_tensors_by_index_in_order_and_dtype() -> None:

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fimo.workers.device import deterministic, pick_device
+from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
+from fimo.workers.further_training import further_train
+from fimo.workers.shard import run_shard
+from fimo.workers.workload import Workload
 
 from tests.workers.problems import classification, make, regression, sentences, settings
-from workers.device import deterministic, pick_device
-from workers.errors import DivergedError, FimoError, UsageError, WorkloadError
-from workers.further_training import further_train
-from workers.shard import run_shard
-from workers.workload import Workload
 
 
 def one_line(error: pytest.ExceptionInfo[FimoError]) -> str:
@@ -128,29 +128,29 @@ def test_the_users_model_is_never_touched(fails: bool, training: bool) -> None:
     workload.model.train(training)
     next(workload.model.children()).eval()
     before = _state(workload)
-    problem = make(workload, settings(removal_mode="drop", clip_norm=1.0))
+    start = make(workload, settings(removal_mode="drop", clip_norm=1.0))
     if fails:
         with pytest.raises(RuntimeError, match="a fault of the model's own"):
-            run_shard(problem, [(1,), (2,)], 0, replicas=3)
+            run_shard(start, [(1,), (2,)], 0, replicas=3)
     else:
-        run_shard(problem, [(1,), (2,)], 0, replicas=3)
+        run_shard(start, [(1,), (2,)], 0, replicas=3)
     after = _state(workload)
     assert before[1:] == after[1:]
     assert all(torch.equal(before[0][n], after[0][n]) for n in before[0])
     assert all(p.grad is None for p in workload.model.parameters())
-    assert {n: m.training for n, m in problem.model.module.named_modules()} == before[1]
+    assert {n: m.training for n, m in start.model.module.named_modules()} == before[1]
 
 
 def test_the_problem_can_be_used_again_after_an_error() -> None:
-    problem = make(regression(middle=torch.nn.Dropout(0.5)), settings())
-    first = further_train(problem, [(), (3,)], 0).deltas
+    start = make(regression(middle=torch.nn.Dropout(0.5)), settings())
+    first = further_train(start, [(), (3,)], 0).deltas
 
     def interrupt(step: int, params: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        further_train(problem, [(), (4,)], 1, watch=interrupt)
-    assert torch.equal(further_train(problem, [(), (3,)], 0).deltas, first)
+        further_train(start, [(), (4,)], 1, watch=interrupt)
+    assert torch.equal(further_train(start, [(), (3,)], 0).deltas, first)
 
 
 def _global_state() -> tuple[object, ...]:

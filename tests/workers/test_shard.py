@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fimo.workers import shard as shards
+from fimo.workers.batches import amounts, orders
+from fimo.workers.further_training import further_train
+from fimo.workers.settings import Evaluate, Optimizer
+from fimo.workers.shard import run_shard
+from fimo.workers.stacking.size import measure_stack_size
 
 from tests.workers.problems import Workload, classification, every_step, make, regression, sentences, settings
 from tests.workers.reference import train_one
-from workers import shard as shards
-from workers.batches import amounts, orders
-from workers.further_training import further_train
-from workers.settings import Evaluate, Optimizer
-from workers.shard import run_shard
-from workers.stack_size import measure_stack_size
 
 MODES = ["drop", "mask", "reweight"]
 REMOVALS = [(i,) for i in range(12)]
@@ -25,8 +25,8 @@ ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("workload", [regression, sentences])
 def test_the_stack_size_changes_nothing_beyond_ten_times_the_noise_floor(workload, mode: str) -> None:
-    problem = make(workload(), settings(precision="float32", removal_mode=mode, epochs=2))
-    results = [run_shard(problem, REMOVALS, 4, replicas).deltas for replicas in (1, 3, 32, 13)]
+    start = make(workload(), settings(precision="float32", removal_mode=mode, epochs=2))
+    results = [run_shard(start, REMOVALS, 4, replicas).deltas for replicas in (1, 3, 32, 13)]
     # A floor of exactly 0 happens on so small a model; one rounding of the outputs is then the measure.
     floor = max(float((r[-1] - r[-2]).abs().max()) for r in results)
     for other in results[1:]:
@@ -57,8 +57,8 @@ def test_rows_are_the_removals_in_order_then_the_two_baselines() -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("replicas", [1, 2, 7])
 def test_an_empty_removal_has_an_effect_of_exactly_0(mode: str, replicas: int) -> None:
-    problem = make(regression(), settings(precision="float32", removal_mode=mode))
-    got = run_shard(problem, [(1,), (2,), (), (3,), ()], 0, replicas)
+    start = make(regression(), settings(precision="float32", removal_mode=mode))
+    got = run_shard(start, [(1,), (2,), (), (3,), ()], 0, replicas)
     baseline = got.deltas[-2]
     assert torch.equal(got.deltas[2], baseline)
     assert torch.equal(got.deltas[4], baseline)
@@ -67,11 +67,9 @@ def test_an_empty_removal_has_an_effect_of_exactly_0(mode: str, replicas: int) -
 
 @pytest.mark.parametrize("replicas", [1, 2, 7])
 def test_a_removal_that_is_never_in_a_batch_has_an_effect_of_exactly_0_in_mask_mode(replicas: int) -> None:
-    problem = make(regression(), settings(precision="float32", removal_mode="mask", steps=3, evaluate=every_step(3)))
+    start = make(regression(), settings(precision="float32", removal_mode="mask", steps=3, evaluate=every_step(3)))
     order = next(orders(23, 8)).tolist()
-    got = run_shard(
-        problem, [(order[15],), (order[22],), (order[0],), (order[10],), (order[12], order[20])], 8, replicas
-    )
+    got = run_shard(start, [(order[15],), (order[22],), (order[0],), (order[10],), (order[12], order[20])], 8, replicas)
     effect = got.deltas - got.deltas[-2]
     assert (effect[:2] == 0).all()
     assert (effect[2].abs().amax(dim=1) > 0).all(), "removed from the first batch"
@@ -83,21 +81,21 @@ def test_a_removal_that_is_never_in_a_batch_has_an_effect_of_exactly_0_in_mask_m
 def _out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     tried: list[int] = []
 
-    def limited(problem, lanes: Sequence, *more, **options):
+    def limited(start, lanes: Sequence, *more, **options):
         tried.append(len(lanes))
         if len(lanes) > limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return further_train(problem, lanes, *more, **options)
+        return further_train(start, lanes, *more, **options)
 
     monkeypatch.setattr(shards, "further_train", limited)
     return tried
 
 
 def test_lack_of_memory_halves_the_stack_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make(regression(), settings(removal_mode="drop"))
-    undisturbed = run_shard(problem, REMOVALS, 1, 13)
+    start = make(regression(), settings(removal_mode="drop"))
+    undisturbed = run_shard(start, REMOVALS, 1, 13)
     tried = _out_of_memory_above(4, monkeypatch)
-    got = run_shard(problem, REMOVALS, 1, 13)
+    got = run_shard(start, REMOVALS, 1, 13)
     assert tried == [13, 6, 3, 3, 3, 3, 1, 1]
     assert got.replicas == 3
     torch.testing.assert_close(got.deltas, undisturbed.deltas, rtol=1e-11, atol=1e-11)
@@ -124,9 +122,9 @@ class Branches(torch.nn.Module):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_that_cannot_be_stacked_trains_one_at_a_time(mode: str) -> None:
     workload, chosen = classification(model=Branches()), settings(removal_mode=mode)
-    problem = make(workload, chosen)
-    assert measure_stack_size(problem, 8)[0] == 1
-    got = run_shard(problem, [(3,), (4,)], 2, replicas=8)
+    start = make(workload, chosen)
+    assert measure_stack_size(start, 8)[0] == 1
+    got = run_shard(start, [(3,), (4,)], 2, replicas=8)
     assert got.replicas == 1
     for row, removal in enumerate([(3,), (4,), (), ()]):
         deltas, _, _ = train_one(workload, chosen, removal, 2, [own for own, _ in amounts(23, removal, chosen)])
@@ -134,12 +132,12 @@ def test_a_model_that_cannot_be_stacked_trains_one_at_a_time(mode: str) -> None:
 
 
 def test_the_measured_stack_size_is_one_that_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make(regression(), settings(precision="float32"))
-    size, seconds = measure_stack_size(problem, 10)
+    start = make(regression(), settings(precision="float32"))
+    size, seconds = measure_stack_size(start, 10)
     assert size in seconds
     assert set(seconds) <= {1, 2, 4, 8}
     assert seconds[size] == min(seconds.values())
-    assert measure_stack_size(problem, 1)[0] == 1
+    assert measure_stack_size(start, 1)[0] == 1
 
 
 def _outlier() -> Workload:
@@ -155,12 +153,12 @@ def test_a_diverged_replica_harms_no_other(mode: str) -> None:
     linear = torch.nn.Linear(4, 1)
     workload = replace(_outlier(), model=linear)
     chosen = settings(Optimizer("sgd", lr=0.05), precision="float32", removal_mode=mode, epochs=20, batch_size=23)
-    problem = make(workload, chosen)
-    got = further_train(problem, [(), (7,), (3,), (3, 7)], 0).deltas
+    start = make(workload, chosen)
+    got = further_train(start, [(), (7,), (3,), (3, 7)], 0).deltas
     assert not got[0, -1].isfinite().any()
     assert not got[2, -1].isfinite().any()
     if mode == "reweight":
         return  # The outlier is in every batch, and subtracted: too large to cancel in float32.
-    alone = further_train(problem, [(7,), (3, 7)], 0).deltas
+    alone = further_train(start, [(7,), (3, 7)], 0).deltas
     assert got[[1, 3]].isfinite().all()
     torch.testing.assert_close(got[[1, 3]], alone, rtol=1e-4, atol=1e-5)

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from workers.errors import FimoError, UsageError, WorkloadError
-from workers.workload import Workload, find_module, load_workload
+from fimo.workers.errors import FimoError, UsageError, WorkloadError
+from fimo.workers.workload import Workload, find_module, load_workload
 
 MODULE = """
 import torch
-from workers.workload import Workload
+from fimo.workers.workload import Workload
 
 SCALE = {scale}
 
@@ -55,8 +54,8 @@ def test_another_folders_module_of_the_same_name_is_not_mistaken_for_it(folder: 
 
 
 def test_an_installed_module(tmp_path: Path) -> None:
-    assert find_module("workers.workloads.tabular:concrete", tmp_path)[2] is None
-    assert isinstance(load_workload("workers.workloads.tabular:concrete", {}, tmp_path), Workload)
+    assert find_module("fimo.workers.workloads.tabular:concrete", tmp_path)[2] is None
+    assert isinstance(load_workload("fimo.workers.workloads.tabular:concrete", {}, tmp_path), Workload)
 
 
 @pytest.mark.parametrize(

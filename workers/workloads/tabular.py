@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fimo.workers.examples import Batch
+from fimo.workers.workload import Workload
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-
-from workers.examples import Batch
-from workers.workload import Workload
 
 DATA = Path(__file__).parent / "data"
 
@@ -103,7 +102,7 @@ def train_final_model(workload: Workload, epochs: int = 1000, lr: float = 0.3, b
 
 
 def main() -> None:
-    """Train Concrete's final model again: ``python -m workers.workloads.tabular``."""
+    """Train Concrete's final model again: ``python -m fimo.workers.workloads.tabular``."""
     workload = regression(read_table(DATA / "concrete.csv"), mlp(8, 128, 128, 1))
     train_final_model(workload)
     save_file(workload.model.state_dict(), DATA / "concrete.safetensors")

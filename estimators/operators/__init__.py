@@ -1,0 +1,1 @@
+"""Gradients, curvature, factors and trajectories: what estimators are made of."""

@@ -1,0 +1,218 @@
+"""Per-example gradients of losses and measures, as rows of matrices over the flattened trainable parameters.
+
+Invariant: no matrix held here has more than ``HELD`` scalars and no block of per-example gradients more than
+``STREAM``, so that n × P gradients are never in memory at once. Rows are in the model's dtype and on its
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from fimo.estimators.base import Problem
+from fimo.workers.examples import Batch, Examples
+from fimo.workers.functional import FunctionalModel, Tensors
+from fimo.workers.stacking.agreement import ReplicasAgree
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from torch.utils import _pytree as pytree
+
+STREAM = 2**25
+"""Scalars in one block of per-example gradients (128 MiB in float32)."""
+
+HELD = 2**28
+"""Scalars that an estimator may keep over a pass through the training examples (1 GiB in float32)."""
+
+BLOCK = 256
+"""Examples in a block at most: activations grow with the block even where the model has few parameters."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the trainable parameters lie in a row of P scalars, in the model's own order."""
+
+    shapes: dict[str, torch.Size]
+
+    @classmethod
+    def of(cls, params: Tensors) -> Layout:
+        """The layout of a dict of parameters."""
+        return cls({name: tensor.shape for name, tensor in params.items()})
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Where each parameter tensor lies."""
+        found, start = {}, 0
+        for name, shape in self.shapes.items():
+            found[name] = slice(start, start + shape.numel())
+            start += shape.numel()
+        return found
+
+    def rows(self, tensors: Tensors) -> Tensor:
+        """Tensors with leading dimensions (…, *shape) as rows (…, P)."""
+        parts = []
+        for name, shape in self.shapes.items():
+            tensor = tensors[name]
+            parts.append(tensor.reshape(*tensor.shape[: tensor.dim() - len(shape)], shape.numel()))
+        return torch.cat(parts, dim=-1)
+
+    def tensors(self, rows: Tensor) -> Tensors:
+        """Rows (…, P) as tensors (…, *shape)."""
+        lead = rows.shape[:-1]
+        return {n: rows[..., s].reshape(*lead, *self.shapes[n]) for n, s in self.slices.items()}
+
+
+def block_size(scalars: int, budget: int | None = None) -> int:
+    """How many examples of ``scalars`` scalars each make a block: at least 1, at most ``BLOCK``."""
+    return max(1, min(BLOCK, (STREAM if budget is None else budget) // max(1, scalars)))
+
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+PerExample = Callable[[Tensors, Batch], Tensor]
+"""(parameters, batch of B) -> (B,): a loss or a measure."""
+
+
+def single(function: PerExample) -> Callable[[Tensors, Batch], Tensor]:
+    """``function`` for one example without its batch dimension, to be vmapped: scalar."""
+
+    def of_one(params: Tensors, example: Batch) -> Tensor:
+        batch = pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, example)
+        return function(params, batch).squeeze(0)
+
+    return of_one
+
+
+def over_examples(batch: Batch) -> Batch:
+    """vmap's ``in_dims`` for a batch: 0 for its tensors, None for whatever else it carries."""
+    return pytree.tree_map(lambda t: 0 if isinstance(t, Tensor) else None, batch)
+
+
+def each_example(
+    function: Callable[[Batch], Out],
+    batch: Batch,
+    randomness: Literal["error", "same"] = "error",
+    reseed: Callable[[], object] | None = None,
+) -> Out:
+    """``function`` of every example of a batch, stacked: vmapped, or one at a time where vmap refuses.
+
+    It refuses a forward that decides on its data (transformers asks whether there is any padding) where examples
+    decide differently.
+
+    Args:
+        function: of one example, without its batch dimension; returns a pytree of tensors.
+        randomness: "same" lets every example draw the same random numbers.
+        reseed: called before each example where they are taken one at a time, to the same end.
+    """
+    try:
+        with ReplicasAgree():
+            stacked: Out = vmap(function, in_dims=(over_examples(batch),), randomness=randomness)(batch)
+            return stacked
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+    count = next(len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+    results = []
+    for position in range(count):
+        example = pytree.tree_map(lambda t, at=position: t[at] if isinstance(t, Tensor) else t, batch)
+        if reseed is not None:
+            reseed()
+        results.append(function(example))
+    found: Out = pytree.tree_map(lambda *leaves: torch.stack(leaves), *results)
+    return found
+
+
+def per_example(function: PerExample, params: Tensors, batch: Batch, layout: Layout) -> Tensor:
+    """Gradients of ``function`` for every example of a batch, rows (B, P): one forward and backward each."""
+    slope = grad(single(function))
+    return layout.rows(each_example(lambda example: slope(params, example), batch)).detach()
+
+
+def loss_gradients(
+    model: FunctionalModel,
+    examples: Examples,
+    indices: Sequence[int] | None = None,
+    params: Tensors | None = None,
+    loss: PerExample | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """∇ℓ_j in blocks (indices, rows (b, P)), at ``params`` (or θᶠ), of ``loss`` (or the workload's)."""
+    layout, at = Layout.of(model.params), model.params if params is None else params
+    for block, batch in examples.batches(block_size(layout.size), indices):
+        yield block, per_example(model.loss if loss is None else loss, at, batch, layout)
+
+
+def measure_gradients(
+    model: FunctionalModel, evals: Examples, indices: Sequence[int] | None = None, params: Tensors | None = None
+) -> Tensor:
+    """∇g(z) of the evaluation examples at ``params`` (or θᶠ), rows (len(indices), P); the measure in float64."""
+    layout, at = Layout.of(model.params), model.params if params is None else params
+    size = block_size(layout.size)
+    blocks = [per_example(model.measure, at, batch, layout) for _, batch in evals.batches(size, indices)]
+    return torch.cat(blocks) if blocks else torch.empty(0, layout.size, dtype=model.dtype, device=model.device)
+
+
+def directional(function: Callable[[In], Out], at: In, tangents: In) -> tuple[Out, Out]:
+    """(function(θ), its derivative at θ along ``tangents``), by forward-mode differentiation."""
+    value, slope, *_ = jvp(function, (at,), (tangents,))
+    return value, slope
+
+
+def held_blocks(count: int, scalars: int) -> list[range]:
+    """``range(count)`` in blocks whose rows of ``scalars`` scalars fit ``HELD``; most often one block."""
+    size = max(1, HELD // max(1, scalars))
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def incidence(removals: Sequence[Sequence[int]], indices: Sequence[int]) -> Tensor:
+    """M (removals, indices) with M[r, j] = how often the removal r lists ``indices[j]``, float64."""
+    column = {index: position for position, index in enumerate(indices)}
+    matrix = torch.zeros(len(removals), len(indices), dtype=torch.float64)
+    for row, removal in enumerate(removals):
+        for index in removal:
+            matrix[row, column[index]] += 1
+    return matrix
+
+
+def unique(removals: Sequence[Sequence[int]]) -> list[int]:
+    """The training indices that occur in any removal, ascending."""
+    return sorted({index for removal in removals for index in removal})
+
+
+def removal_gradients(
+    problem: Problem, params: Tensors | None = None, loss: PerExample | None = None
+) -> Iterator[tuple[range, Tensor]]:
+    """Σ_{i∈removal} ∇ℓ_i for blocks of removals: (which, rows (b, P)).
+
+    An index is differentiated once a block.
+    """
+    model, layout = problem.model, Layout.of(problem.model.params)
+    size = block_size(layout.size)
+    for start in range(0, len(problem.removals), size):
+        which = range(start, min(start + size, len(problem.removals)))
+        groups = [problem.removals[r] for r in which]
+        rows = torch.zeros(len(groups), layout.size, dtype=model.dtype, device=model.device)
+        for indices, gradients in loss_gradients(model, problem.train, unique(groups), params, loss):
+            here = set(indices)
+            inside = [[i for i in group if i in here] for group in groups]
+            rows += incidence(inside, indices).to(rows) @ gradients
+        yield which, rows
+
+
+def mean_square(model: FunctionalModel, examples: Examples) -> Tensor:
+    """Mean over all training examples of the mean squared entry of each layer's gradient, float64 (layers,).
+
+    A layer is one parameter tensor. The mean over all P entries is ``(mean_square * sizes).sum() / P``.
+    """
+    slices = list(Layout.of(model.params).slices.values())
+    total = torch.zeros(len(slices), dtype=torch.float64, device=model.device)
+    for _, rows in loss_gradients(model, examples):
+        total += torch.stack([rows[:, s].double().square().mean(dim=1).sum() for s in slices])
+    return total / len(examples)

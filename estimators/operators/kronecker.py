@@ -1,0 +1,296 @@
+"""The eigenvalue-corrected Kronecker-factored approximation of the Gauss-Newton matrix, block by layer.
+
+A layer's gradient is the matrix Σ_t g_t a_tᵀ (out × in, the bias as a further input of 1), t over the positions that
+share the weight. K-FAC takes E[aaᵀ] ⊗ E[ggᵀ] for its block; EK-FAC keeps those eigenvectors Q_A, Q_B and takes for
+eigenvalues the second moments of the gradient in that basis, Λ = E[(Q_Bᵀ (Σ_t g_t a_tᵀ) Q_A)²], which is the best
+diagonal there. Sources: Martens and Grosse (2015); George et al. (2018); Grosse et al. (2023), section 3.
+
+Covered: Linear and Conv2d (one group, zero padding). Other trainable tensors of at most ``EXACT`` entries (LayerNorm)
+get their exact dense block; the rest (embeddings, tied weights) are left out, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from fimo.estimators.base import Problem
+from fimo.estimators.operators import gradients
+from fimo.estimators.operators.gradients import Layout
+from fimo.estimators.operators.pseudo_gradients import PseudoGradients
+from fimo.estimators.operators.spaces import linearised
+from fimo.workers.examples import Batch
+from fimo.workers.functional import FunctionalModel
+from torch import Tensor, nn
+
+EXACT = 1024
+"""Entries up to which a tensor that no layer type covers gets a dense block."""
+
+
+class Block(Protocol):
+    """A diagonal block of the curvature in its eigenbasis."""
+
+    values: Tensor
+    """Eigenvalues, float64 (m,)."""
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Rows (k, P) -> (k, m), in the eigenbasis."""
+        ...
+
+    def restore(self, coordinates: Tensor, into: Tensor) -> None:
+        """Write (k, m) back to where the block lies in rows (k, P)."""
+        ...
+
+
+@dataclass
+class LayerBlock:
+    """A Linear or Conv2d: weight (out, …) and, where it is trainable, bias (out,)."""
+
+    module: nn.Module
+    weight: slice
+    bias: slice | None
+    out: int
+    values: Tensor = field(init=False)
+    left: Tensor = field(init=False)
+    right: Tensor = field(init=False)
+
+    def weight_of(self) -> Tensor:
+        """The module's own weight, for its shape, dtype and device."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The layer's input as rows that meet its weight, (B, T, in [+ 1])."""
+        if isinstance(self.module, nn.Conv2d):
+            m = self.module
+            assert not isinstance(m.padding, str)
+            unfolded = nn.functional.unfold(x, m.kernel_size, m.dilation, m.padding, m.stride)
+            a = unfolded.transpose(1, 2)
+        else:
+            a = x.reshape(len(x), -1, x.shape[-1])
+        return a if self.bias is None else torch.cat([a, torch.ones_like(a[..., :1])], dim=2)
+
+    def outputs(self, g: Tensor) -> Tensor:
+        """A gradient at the layer's output as (B, T, out)."""
+        if isinstance(self.module, nn.Conv2d):
+            return g.flatten(2).transpose(1, 2)
+        return g.reshape(len(g), -1, g.shape[-1])
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """See ``Block``."""
+        matrix = rows[:, self.weight].reshape(len(rows), self.out, -1)
+        if self.bias is not None:
+            matrix = torch.cat([matrix, rows[:, self.bias, None]], dim=2)
+        return (self.left.T @ matrix @ self.right).flatten(1)
+
+    def restore(self, coordinates: Tensor, into: Tensor) -> None:
+        """See ``Block``."""
+        matrix = self.left @ coordinates.reshape(len(coordinates), self.out, -1) @ self.right.T
+        if self.bias is not None:
+            into[:, self.bias] = matrix[:, :, -1]
+            matrix = matrix[:, :, :-1]
+        into[:, self.weight] = matrix.flatten(1)
+
+
+@dataclass
+class DenseBlock:
+    """A small tensor with its exact block."""
+
+    where: slice
+    values: Tensor
+    vectors: Tensor
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """See ``Block``."""
+        return rows[:, self.where] @ self.vectors
+
+    def restore(self, coordinates: Tensor, into: Tensor) -> None:
+        """See ``Block``."""
+        into[:, self.where] = coordinates @ self.vectors.T
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """The whole approximation: its blocks, and the parameters that none of them covers."""
+
+    blocks: list[Block]
+    left_out: list[str]
+
+    def apply(self, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """f(G̃) on rows (k, P), f given on eigenvalues; 0 for parameters that are left out."""
+        result = torch.zeros_like(rows)
+        for block in self.blocks:
+            block.restore(block.coordinates(rows) * function(block.values).to(rows), result)
+        return result
+
+
+def eigenbasis(problem: Problem, draw: Callable[[Batch], PseudoGradients], corrected: bool = True) -> Eigenbasis:
+    """Two passes over 𝒟, one for the eigenvectors and one for the eigenvalues.
+
+    Args:
+        draw: makes the source of vectors at the outputs, given a first batch.
+        corrected: False keeps K-FAC's own eigenvalues, products of those of its factors.
+    """
+    model, examples = problem.model, problem.train
+    layers, others = _layers(model)
+    size = gradients.block_size(max([layer.out for layer in layers], default=1) * 512)
+    source = draw(examples.batch(range(min(8, len(examples)))))
+    _factor(layers, _passes(model, problem, layers, source, size), len(examples))
+    if corrected:
+        source.restart()
+        _correct(layers, _passes(model, problem, layers, source, size), len(examples))
+    dense, left_out = _dense(problem, others)
+    return Eigenbasis([*layers, *dense], left_out)
+
+
+def _layers(model: FunctionalModel) -> tuple[list[LayerBlock], list[str]]:
+    """The layers that Kronecker factors cover, and the names of all other trainable tensors."""
+    slices = Layout.of(model.params).slices
+    owners: dict[int, int] = {}
+    for _, parameter in model.module.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    layers, covered = [], set()
+    for name, module in model.module.named_modules():
+        weight, bias = (f"{name}.{part}" if name else part for part in ("weight", "bias"))
+        plain = isinstance(module, nn.Linear) or (
+            isinstance(module, nn.Conv2d)
+            and module.groups == 1
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+        )
+        # A tied weight's gradient is a sum over its layers, which is no Kronecker product of either.
+        if not plain or weight not in slices or owners[id(module.weight)] > 1:
+            continue
+        free = bias in slices and owners[id(module.bias)] == 1
+        layers.append(LayerBlock(module, slices[weight], slices[bias] if free else None, len(module.weight)))
+        covered |= {weight, bias} if free else {weight}
+    return layers, [name for name in slices if name not in covered]
+
+
+Seen = list[tuple[LayerBlock, Tensor, list[Tensor]]]
+"""One batch: for each call of a layer its inputs (B, T, in), and gradients (B, T, out), one for each vector s."""
+
+
+def _passes(
+    model: FunctionalModel, problem: Problem, layers: list[LayerBlock], source: PseudoGradients, size: int
+) -> Iterator[Seen]:
+    for _, batch in problem.train.batches(size):
+        with _watched(layers) as calls, torch.enable_grad():
+            outputs = model.outputs(model.params, batch)
+            targets = [out for _, _, out in calls]
+            found: list[list[Tensor]] = [[] for _ in calls]
+            for s in source(outputs.detach(), batch) if outputs.requires_grad else ():
+                grads = torch.autograd.grad(outputs, targets, s, retain_graph=True, allow_unused=True)
+                for (layer, _, out), g, into in zip(calls, grads, found, strict=True):
+                    into.append(layer.outputs(torch.zeros_like(out) if g is None else g))
+        yield [(layer, a, gs) for (layer, a, _), gs in zip(calls, found, strict=True)]
+
+
+@contextmanager
+def _watched(layers: list[LayerBlock]) -> Iterator[list[tuple[LayerBlock, Tensor, Tensor]]]:
+    """Collect (layer, inputs, output) of every call; the hooks are gone afterwards, whatever happens."""
+    calls: list[tuple[LayerBlock, Tensor, Tensor]] = []
+
+    def watch(layer: LayerBlock) -> Callable[..., Any]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            if not out.requires_grad:
+                out.requires_grad_()
+            calls.append((layer, layer.inputs(arguments[0].detach().clone()), out))
+            # What follows may work in place, which must not change the tensor that the gradient is taken at.
+            return out.clone()
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(watch(layer)) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Factors:
+    """Σ aaᵀ and Σ ggᵀ, float64, and how many positions the first is over."""
+
+    inputs: Tensor | float = 0.0
+    outputs: Tensor | float = 0.0
+    positions: int = 0
+
+
+def _factor(layers: list[LayerBlock], passes: Iterator[Seen], n: int) -> None:
+    """Set each layer's eigenvectors, and K-FAC's eigenvalues, from its two factors."""
+    factors = {id(layer): _Factors() for layer in layers}
+    for seen in passes:
+        for layer, a, gs in seen:
+            own, flat = factors[id(layer)], a.double().flatten(0, 1)
+            own.inputs = own.inputs + flat.T @ flat
+            own.positions += len(flat)
+            for g in gs:
+                flat = g.double().flatten(0, 1)
+                own.outputs = own.outputs + flat.T @ flat
+    for layer in layers:
+        own, dtype = factors[id(layer)], layer.weight_of().dtype
+        if not isinstance(own.inputs, Tensor) or not isinstance(own.outputs, Tensor):
+            _identity(layer)
+            continue
+        right, layer.right = torch.linalg.eigh(own.inputs / own.positions)
+        left, layer.left = torch.linalg.eigh(own.outputs / n)
+        layer.values = torch.outer(left.clamp(min=0), right.clamp(min=0)).flatten()
+        layer.left, layer.right = layer.left.to(dtype), layer.right.to(dtype)
+
+
+def _identity(layer: LayerBlock) -> None:
+    """A layer that the forward never calls, or that the outputs do not depend on: curvature 0."""
+    weight = layer.weight_of()
+    inputs = weight[0].numel() + (layer.bias is not None)
+    layer.left = torch.eye(layer.out, dtype=weight.dtype, device=weight.device)
+    layer.right = torch.eye(inputs, dtype=weight.dtype, device=weight.device)
+    layer.values = torch.zeros(layer.out * inputs, dtype=torch.float64, device=weight.device)
+
+
+def _correct(layers: list[LayerBlock], passes: Iterator[Seen], n: int) -> None:
+    """Replace the eigenvalues by the gradients' second moments in the eigenbasis, summed in float64."""
+    for layer in layers:
+        layer.values = torch.zeros_like(layer.values)
+    for seen in passes:
+        # A layer that is called several times has one gradient, the sum over its calls.
+        calls: dict[int, list[tuple[LayerBlock, Tensor, list[Tensor]]]] = {}
+        for call in seen:
+            calls.setdefault(id(call[0]), []).append(call)
+        for same in calls.values():
+            layer = same[0][0]
+            a = torch.cat([x @ layer.right for _, x, _ in same], dim=1)
+            for gs in zip(*(g for _, _, g in same), strict=True):
+                g = torch.cat([x @ layer.left for x in gs], dim=1)
+                layer.values += _second_moment(g, a).flatten() / n
+
+
+def _second_moment(g: Tensor, a: Tensor) -> Tensor:
+    """Σ_b (Σ_t g_bt a_btᵀ)², float64 (out, in)."""
+    if g.shape[1] == 1:
+        return (g[:, 0].square().T @ a[:, 0].square()).double()
+    return torch.einsum("bto,bti->boi", g, a).square().sum(dim=0, dtype=torch.float64)
+
+
+def _dense(problem: Problem, names: list[str]) -> tuple[list[Block], list[str]]:
+    """Exact blocks of the small tensors among ``names``, and the names of the others."""
+    model, slices = problem.model, Layout.of(problem.model.params).slices
+    small = {name: model.params[name] for name in names if model.params[name].numel() <= EXACT}
+    squares = {name: torch.zeros((), dtype=torch.float64, device=model.device) for name in small}
+    layout = Layout.of(small)
+    if small:
+        for _, batch in problem.train.batches(gradients.block_size(layout.size)):
+            jacobian, weights = linearised(model, batch, small)
+            for name, where in layout.slices.items():
+                j = jacobian[:, where].double().reshape(*weights.shape[:2], -1)
+                squares[name] = squares[name] + torch.einsum("boi,bop,bpj->ij", j, weights.double(), j)
+    blocks: list[Block] = []
+    for name, square in squares.items():
+        values, vectors = torch.linalg.eigh(square / len(problem.train))
+        blocks.append(DenseBlock(slices[name], values.clamp(min=0), vectors.to(model.dtype)))
+    return blocks, [name for name in names if name not in small]

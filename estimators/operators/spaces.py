@@ -1,0 +1,185 @@
+"""Where a solver's vectors live: P coordinates, or an exact compression to the rank of the Gauss-Newton
+matrix.
+
+With n examples of o outputs each, G = Jᵀ S J has rank at most N = n·o. Where N × P scalars may be held, J is
+factored once, Jᵀ = B R with BᵀB = I, so that on v = B z + v⊥
+
+    G v = B (R S Rᵀ) z + 0 · v⊥,
+
+and a Krylov or Neumann iteration from v has the very same iterates in the min(N, P) + 1 coordinates (z,
+‖v⊥‖), with the ordinary inner product. An iteration then costs N² a right-hand side instead of passes through
+the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from fimo.estimators.operators import gradients
+from fimo.estimators.operators.curvature import GaussNewton, Operator
+from fimo.estimators.operators.gradients import Layout, each_example, over_examples, single
+from fimo.workers.examples import Batch
+from fimo.workers.functional import FunctionalModel, Tensors
+from torch import Tensor
+from torch.func import hessian, jacrev, vmap
+
+LARGEST = 4096
+"""Rank up to which compressing pays."""
+
+
+class Space(Protocol):
+    """Coordinates (k, d) of k vectors, and a curvature acting on them."""
+
+    start: Tensor
+
+    def apply(self, x: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The curvature, as a mean over the examples at ``indices`` or all, on coordinates (k, d)."""
+        ...
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Coordinates (k, d) as rows (k, P)."""
+        ...
+
+
+class Curvature(Protocol):
+    """Makes spaces around given rows."""
+
+    def around(self, rows: Tensor) -> Space:
+        """A space whose ``start`` are the rows (k, P)."""
+        ...
+
+
+class Plain:
+    """P coordinates: the rows themselves and an operator on them."""
+
+    def __init__(self, operator: Operator, rows: Tensor) -> None:
+        self._operator, self.start = operator, rows
+
+    def apply(self, x: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """See ``Space``."""
+        return self._operator(x, indices)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """See ``Space``."""
+        return x
+
+
+class MatrixFree:
+    """A curvature by passes through the model."""
+
+    def __init__(self, operator: Operator) -> None:
+        self._operator = operator
+
+    def around(self, rows: Tensor) -> Space:
+        """See ``Curvature``."""
+        return Plain(self._operator, rows)
+
+
+class Compressed:
+    """The Gauss-Newton matrix of all training examples in an orthonormal basis of its range; see the module.
+
+    Coordinates are float64; the basis (P, r) is in the model's dtype.
+    """
+
+    def __init__(self, operator: GaussNewton) -> None:
+        model, examples = operator.model, operator.examples
+        jacobians, weights = [], []
+        size = gradients.block_size(Layout.of(model.params).size * outputs_per_example(operator))
+        for _, batch in examples.batches(size):
+            rows, square = linearised(model, batch, model.params)
+            jacobians.append(rows)
+            weights.append(square)
+        # (n, o, o): each example's ∂²ℓ/∂outputs².
+        self.weights = torch.cat(weights).double()
+        self.basis, triangle = torch.linalg.qr(torch.cat(jacobians).T)
+        rank, (n, o) = len(triangle), self.weights.shape[:2]
+        self.factor = triangle.double().reshape(rank, n, o)
+        self.all = self._over(list(range(n)))
+
+    def _over(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(R_I, S_I R_Iᵀ / |I|): their product is the matrix over the examples I."""
+        here = self.factor[:, indices]
+        weighted = torch.einsum("rno,nop->npr", here, self.weights[indices]) / len(indices)
+        return here.flatten(1), weighted.flatten(0, 1)
+
+    def around(self, rows: Tensor) -> Space:
+        """See ``Curvature``."""
+        return _CompressedSpace(self, rows)
+
+    @property
+    def matrix(self) -> Tensor:
+        """R S Rᵀ over all examples (r, r)."""
+        left, right = self.all
+        return left @ right
+
+
+class _CompressedSpace:
+    def __init__(self, curvature: Compressed, rows: Tensor) -> None:
+        inside = rows @ curvature.basis
+        self._outside = rows - inside @ curvature.basis.T
+        length = self._outside.double().norm(dim=1, keepdim=True)
+        self._outside /= length.clamp_min(torch.finfo(rows.dtype).tiny).to(rows)
+        self._curvature, self._matrix = curvature, curvature.matrix
+        self.start = torch.cat([inside.double(), length], dim=1)
+
+    def apply(self, x: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        if indices is None:
+            inside = x[:, :-1] @ self._matrix
+        else:
+            left, right = self._curvature._over(indices)
+            inside = (x[:, :-1] @ left) @ right
+        return torch.cat([inside, torch.zeros_like(x[:, -1:])], dim=1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        inside, outside = x[:, :-1].to(self._outside), x[:, -1:].to(self._outside)
+        found: Tensor = inside @ self._curvature.basis.T + outside * self._outside
+        return found
+
+
+def linearised(model: FunctionalModel, batch: Batch, params: Tensors) -> tuple[Tensor, Tensor]:
+    """The outputs' Jacobian in ``params`` (all of them or some), and the loss's Hessian in the outputs.
+
+    Returns:
+        (J (B·o, p), ∂²ℓ/∂outputs² (B, o, o)).
+    """
+
+    def jacobian_of(example: Batch) -> Tensors:
+        def outputs(some: Tensors) -> Tensor:
+            return single(model.outputs)({**model.params, **some}, example).flatten()
+
+        found: Tensors = jacrev(outputs)(params)
+        return found
+
+    jacobian = each_example(jacobian_of, batch)
+    rows = Layout.of(params).rows(jacobian).flatten(0, 1).detach()
+    return rows, output_hessians(model, model.outputs(model.params, batch), batch)
+
+
+def output_hessians(model: FunctionalModel, outputs: Tensor, batch: Batch) -> Tensor:
+    """∂²ℓ/∂outputs² of every example, its outputs flattened: (B, o, o)."""
+
+    def square(out: Tensor, example: Batch) -> Tensor:
+        def loss(one: Tensor) -> Tensor:
+            return single(lambda _, batch: model.loss_of_outputs(one[None], batch))({}, example)
+
+        flat: Tensor = hessian(loss)(out)
+        return flat.reshape(out.numel(), out.numel())
+
+    found: Tensor = vmap(square, in_dims=(0, over_examples(batch)))(outputs.detach(), batch)
+    return found.detach()
+
+
+def outputs_per_example(operator: Operator) -> int:
+    """o: how many scalars the model puts out for one example."""
+    batch = operator.examples.batch([0])
+    return operator.model.outputs(operator.model.params, batch).numel()
+
+
+def gauss_newton(model: FunctionalModel, operator: GaussNewton) -> Curvature:
+    """The Gauss-Newton matrix, compressed where its Jacobian may be held and its rank is moderate."""
+    rank = len(operator.examples) * outputs_per_example(operator)
+    size = Layout.of(model.params).size
+    held = rank * size <= gradients.HELD and min(rank, size) <= LARGEST
+    return Compressed(operator) if held else MatrixFree(operator)

@@ -1,0 +1,37 @@
+"""fimo: the further-training gold standard of training-data attribution, for notebooks and scripts.
+
+The names below are imported when they are first asked for, so that ``import fimo`` needs neither torch nor Ray. The
+number itself is defined in ``fimo.workers.definition``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fimo.orchestrator.notebook import load_spec as load_spec
+    from fimo.orchestrator.notebook import open_sweep as open_sweep
+    from fimo.orchestrator.notebook import run as run
+    from fimo.workers.definition import attribution as attribution
+    from fimo.workers.workload import Workload as Workload
+
+_WHERE = {
+    "Workload": "fimo.workers.workload",
+    "attribution": "fimo.workers.definition",
+    "load_spec": "fimo.orchestrator.notebook",
+    "open_sweep": "fimo.orchestrator.notebook",
+    "run": "fimo.orchestrator.notebook",
+}
+
+__all__ = ["Workload", "attribution", "load_spec", "open_sweep", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fimo' has no attribute '{name}'")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

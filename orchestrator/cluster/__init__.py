@@ -1,0 +1,1 @@
+"""A Ray cluster from outside: its head, jobs, what is staged for them, its checks."""

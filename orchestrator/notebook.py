@@ -1,0 +1,1 @@
+"""What a notebook needs: a spec read, a sweep run here, a sweep opened. Functions of ``import fimo``."""

@@ -1,0 +1,1 @@
+"""From a spec to what a number depends on: workload, θᶠ, digests."""

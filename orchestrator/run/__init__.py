@@ -1,0 +1,1 @@
+"""Running a sweep: plan, tasks, schedule, the pool on Ray, reduction."""

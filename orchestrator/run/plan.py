@@ -1,0 +1,89 @@
+"""Which cells there are, which are done, and which shards to compute: arithmetic on values, no I/O.
+
+Cells are matched by what they are (seed and removed indices), so raising seeds or adding removals finds the old
+parts, and resuming is: list and subtract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.workers.batches import steps_recorded
+from fimo.workers.settings import FurtherTraining
+
+SHARD_WORK = 4e12
+"""Trained scalars × steps that one part may hold before its shard is cut smaller: about an hour and a half of BERT."""
+SMALLEST, LARGEST = 8, 100
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Removals of one seed, trained with their baseline and committed as one part."""
+
+    seed: int
+    removals: tuple[NamedRemoval, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep consists of and what is missing of it.
+
+    Attributes:
+        cells: removals × seeds, without the baselines.
+        done: cells that parts hold already.
+        shards: what is to be computed, lowest seeds first.
+        steps: the recorded steps.
+        part_bytes: uncompressed bytes of the rows of all parts of the whole sweep.
+    """
+
+    cells: int
+    done: int
+    shards: tuple[Shard, ...]
+    steps: tuple[int, ...]
+    part_bytes: int
+
+    @property
+    def missing(self) -> int:
+        """Cells still to be computed."""
+        return self.cells - self.done
+
+
+def shard_size(scalars: int, steps: int) -> int:
+    """Removals in one part: up to 100, fewer where a cell is dear, so that an interruption loses little.
+
+    Args:
+        scalars: trainable scalars of the model.
+        steps: optimizer steps of one cell.
+    """
+    return int(min(LARGEST, max(SMALLEST, SHARD_WORK // max(1, scalars * steps))))
+
+
+def make_plan(
+    removals: Sequence[NamedRemoval],
+    seeds: Iterable[int],
+    done: Mapping[int, set[tuple[int, ...]]],
+    settings: FurtherTraining,
+    n: int,
+    evals: int,
+    size: int,
+) -> Plan:
+    """Subtract what is done from the grid and cut the rest into shards of one seed and at most ``size`` removals.
+
+    Args:
+        done: seed -> the removals (as index tuples) that its parts hold.
+    """
+    shards: list[Shard] = []
+    finished = 0
+    every = list(seeds)
+    for seed in sorted(every):
+        have = done.get(seed, set())
+        missing = [r for r in removals if r.indices not in have]
+        finished += len(removals) - len(missing)
+        # Removals of equal indices are one cell.
+        once = list({r.indices: r for r in reversed(missing)}.values())[::-1]
+        shards += [Shard(seed, tuple(once[i : i + size])) for i in range(0, len(once), size)]
+    steps = tuple(steps_recorded(n, settings))
+    rows = len(every) * (len(removals) + 2 * -(-len(removals) // size)) * len(steps)
+    return Plan(len(removals) * len(every), finished, tuple(shards), steps, rows * (8 * evals + 24))

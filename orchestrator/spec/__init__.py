@@ -1,0 +1,1 @@
+"""The sweep spec: validated values, removals, YAML."""

@@ -1,0 +1,113 @@
+"""From a spec's ``removals`` to numbered, named sets of training indices."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fimo.orchestrator.spec.spec import RemovalsSection
+from fimo.orchestrator.spec.yaml import read_yaml
+from fimo.workers.errors import UsageError
+
+
+@dataclass(frozen=True)
+class NamedRemoval:
+    """One removal: its number in spec order, its name, and its training indices, ascending."""
+
+    number: int
+    name: str
+    indices: tuple[int, ...]
+
+
+def resolve(spec: RemovalsSection, n: int, read: Callable[[str], bytes]) -> list[NamedRemoval]:
+    """Number the removals of a spec against ``n`` training examples.
+
+    ``random`` draws a prefix of one permutation of the seed, so that a larger number keeps the smaller one's.
+
+    Args:
+        read: the bytes of a file named by ``from``.
+
+    Raises:
+        UsageError: an index outside the training set, given twice in one removal, or a removal of everything.
+    """
+    if spec.every is not None:
+        last = n if spec.count is None else spec.every * spec.count
+        named = [(str(i), [i]) for i in range(0, last, spec.every)]
+    elif spec.indices is not None:
+        named = [(str(i), [i]) for i in spec.indices]
+    elif spec.random is not None:
+        if spec.random > n:
+            raise UsageError(f"removals.random asks for {spec.random} of {n} training examples")
+        order = np.random.RandomState(spec.seed or 0).permutation(n)
+        named = [(str(i), [int(i)]) for i in order[: spec.random]]
+    elif spec.groups is not None:
+        named = [(name, list(indices)) for name, indices in spec.groups.items()]
+    elif spec.file is not None:
+        named = _from_file(spec.file, read(spec.file))
+    else:
+        named = [(str(i), [i]) for i in range(n)]
+    return [_checked(number, name, indices, n) for number, (name, indices) in enumerate(named)]
+
+
+def _checked(number: int, name: str, indices: list[int], n: int) -> NamedRemoval:
+    outside = [i for i in indices if not 0 <= i < n]
+    if outside:
+        raise UsageError(f"removal '{name}' names training example {outside[0]}; there are {n} (0 to {n - 1})")
+    if len(set(indices)) != len(indices):
+        raise UsageError(f"removal '{name}' names a training example twice")
+    if len(indices) == n:
+        raise UsageError(f"removal '{name}' leaves no training example")
+    return NamedRemoval(number, name, tuple(sorted(indices)))
+
+
+def _from_file(name: str, data: bytes) -> list[tuple[str, list[int]]]:
+    """Removals from a file: Parquet as pulled (name, indices), JSON or YAML (list, or name: list), or plain lines."""
+    if data[:4] == b"PAR1":
+        return _from_parquet(name, data)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"removals from '{name}': neither Parquet nor text") from error
+    if name.endswith((".json", ".yaml", ".yml")):
+        values = json.loads(text) if name.endswith(".json") and _is_json(text) else read_yaml(text, name)
+        rows = list(values.items()) if isinstance(values, dict) else [(None, v) for v in values or []]
+    else:
+        lines = [line.split("#")[0].replace(",", " ").split() for line in text.splitlines()]
+        rows = [(None, line) for line in lines if line]
+    return [_row(name, key, value) for key, value in rows]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _row(file: str, key: object, value: object) -> tuple[str, list[int]]:
+    try:
+        indices = [_index(v) for v in (value if isinstance(value, list) else [value])]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"removals from '{file}': {str(value)[:40]!r} is not an index or a list of indices") from error
+    return (str(key) if key is not None else "+".join(map(str, indices)), indices)
+
+
+def _index(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError
+    return int(value)
+
+
+def _from_parquet(name: str, data: bytes) -> list[tuple[str, list[int]]]:
+    try:
+        table = pq.read_table(io.BytesIO(data), columns=["name", "indices"])
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UsageError(f"removals from '{name}': not a Parquet file with columns name and indices") from error
+    pairs = zip(table["name"].to_pylist(), table["indices"].to_pylist(), strict=True)
+    return [_row(name, key, value) for key, value in pairs]

@@ -1,0 +1,289 @@
+"""The sweep spec: validated, frozen, and the one way to configure a sweep .
+
+Pure: reads nothing but the text it is given. ``fimo.orchestrator.resolve.identity`` says what a result depends on.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from fimo.orchestrator.spec.yaml import read_yaml
+from fimo.workers import settings
+from fimo.workers.errors import UsageError, nearest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+Index = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class RemovalsSection(_Section):
+    """Which examples are left out; exactly one of the forms."""
+
+    every: Count | None = None
+    count: Count | None = None
+    indices: tuple[Index, ...] | None = None
+    random: Count | None = None
+    seed: Index | None = None
+    groups: dict[str, tuple[Index, ...]] | None = None
+    file: str | None = Field(default=None, alias="from")
+    all: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> RemovalsSection:
+        forms = [f for f in ("every", "indices", "random", "groups", "file", "all") if getattr(self, f) is not None]
+        if len(forms) != 1 or self.all is False:
+            raise ValueError("give exactly one of every, indices, random, groups, from, or the word all")
+        if self.count is not None and self.every is None:
+            raise ValueError("count goes with every")
+        if self.seed is not None and self.random is None:
+            raise ValueError("seed goes with random")
+        return self
+
+
+class Seeds(_Section):
+    """Consecutive seeds ``first … first + count − 1``."""
+
+    first: Index = 0
+    count: Count
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Seeds:
+        if self.first + self.count > 2**31:
+            raise ValueError("seeds must stay below 2**31")
+        return self
+
+    def __iter__(self) -> Any:
+        return iter(range(self.first, self.first + self.count))
+
+
+Rate = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SGD(_Section):
+    """``torch.optim.SGD``."""
+
+    name: Literal["sgd"]
+    lr: Rate = 1e-3
+    momentum: NonNegative = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov(self) -> SGD:
+        if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
+            raise ValueError("nesterov needs momentum above 0 and dampening 0")
+        return self
+
+
+class _AdamLike(_Section):
+    lr: Rate = 1e-3
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+    amsgrad: bool = False
+
+
+class Adam(_AdamLike):
+    """``torch.optim.Adam``."""
+
+    name: Literal["adam"]
+    weight_decay: NonNegative = 0.0
+
+
+class AdamW(_AdamLike):
+    """``torch.optim.AdamW``."""
+
+    name: Literal["adamw"]
+    weight_decay: NonNegative = 1e-2
+
+
+class Evaluate(_Section):
+    """When g is evaluated; exactly one of the forms; the last step always counts too."""
+
+    every_epochs: Count | None = None
+    every_steps: Count | None = None
+    at_steps: tuple[Count, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Evaluate:
+        if sum(v is not None for v in (self.every_epochs, self.every_steps, self.at_steps)) != 1:
+            raise ValueError("give exactly one of every_epochs, every_steps, at_steps")
+        return self
+
+
+class FurtherTraining(_Section):
+    """DESIGN.md section 5: the section that defines the number."""
+
+    optimizer: Annotated[SGD | Adam | AdamW, Field(discriminator="name")]
+    batch_size: Count
+    epochs: Count | None = None
+    steps: Count | None = None
+    removal_mode: Literal["drop", "mask", "reweight"] = "reweight"
+    evaluate: Evaluate = Evaluate(every_epochs=1)
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    mode: Literal["train", "eval"] = "train"
+    precision: Literal["float32", "float64"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> FurtherTraining:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        if self.steps is not None and self.evaluate.at_steps and max(self.evaluate.at_steps) > self.steps:
+            raise ValueError(f"evaluate.at_steps reaches beyond the {self.steps} steps of further training")
+        return self
+
+    def settings(self) -> settings.FurtherTraining:
+        """The same as the plain values that ``workers`` takes."""
+        plain = self.model_dump(exclude={"optimizer", "evaluate"})
+        optimizer = settings.Optimizer(**self.optimizer.model_dump())
+        return settings.FurtherTraining(
+            optimizer=optimizer, evaluate=settings.Evaluate(**self.evaluate.model_dump()), **plain
+        )
+
+
+class Resources(_Section):
+    """What a task is given; never part of a result's identity.
+
+    Attributes:
+        gpus, cpus: what Ray reserves for a task.
+        replicas: cells trained together, or auto = measured once per device type.
+        shard: removals in one part, or auto = bounded by the cost of a cell.
+        deadline_s: seconds after which a task is given up and queued again; auto = from the tasks before it.
+    """
+
+    gpus: NonNegative = 0.0
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    replicas: Count | Literal["auto"] = "auto"
+    shard: Count | Literal["auto"] = "auto"
+    deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+
+
+class Spec(_Section):
+    """A whole sweep spec."""
+
+    name: Name
+    workload: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    workload_args: dict[str, Any] = {}
+    final_model: str | None = None
+    removals: RemovalsSection
+    seeds: Seeds
+    evals: Count | None = None
+    further_training: FurtherTraining
+    estimators: tuple[str | dict[str, Any], ...] | None = None
+    resources: Resources = Resources()
+
+    @field_validator("removals", mode="before")
+    @classmethod
+    def _all_removals(cls, value: Any) -> Any:
+        return {"all": True} if value == "all" else value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _counted_seeds(cls, value: Any) -> Any:
+        return {"count": value} if isinstance(value, int) else value
+
+    @field_validator("evals", mode="before")
+    @classmethod
+    def _all_evals(cls, value: Any) -> Any:
+        return None if value == "all" else value
+
+    def canonical(self) -> dict[str, Any]:
+        """The spec as plain JSON values with every default written out; ``parse`` of it gives the spec back."""
+        plain = self.model_dump(mode="json", by_alias=True)
+        plain["removals"] = {k: v for k, v in plain["removals"].items() if v is not None}
+        plain["further_training"]["evaluate"] = {
+            k: v for k, v in plain["further_training"]["evaluate"].items() if v is not None
+        }
+        return plain
+
+
+def parse(values: Any, name: str = "the spec") -> Spec:
+    """Validate plain values.
+
+    Raises:
+        UsageError: one line: where, what is wrong, and the nearest known key.
+    """
+    if not isinstance(values, dict):
+        raise UsageError(f"{name} must be a mapping of keys (name, workload, removals, …)")
+    try:
+        return Spec.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{name}: {_one_line(error)}") from error
+
+
+def read(text: str, name: str = "the spec") -> Spec:
+    """Parse and validate a spec's YAML text; raises UsageError."""
+    return parse(read_yaml(text, name), name)
+
+
+def _one_line(error: ValidationError) -> str:
+    errors = error.errors(include_url=False)
+    # A misspelt key is both unknown and missing: the unknown one tells more.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    # pydantic's paths name the alternative that it tried ("sgd", "constrained-int"), which no user wrote.
+    path = [str(p) for p in first["loc"] if str(p) not in _ALTERNATIVES and "[" not in str(p)]
+    where, kind = ".".join(path), first["type"]
+    more = len(errors) - 1
+    tail = f" (and {more} more)" if more and not _in_union(first["loc"]) else ""
+    if kind == "extra_forbidden":
+        known = _fields(first["loc"])
+        return f"unknown key '{where}'{nearest(path[-1], known)}{tail}"
+    if kind == "missing":
+        return f"'{where}' is missing{tail}"
+    if kind == "union_tag_invalid":
+        hint = nearest(str(first["ctx"].get("tag")), ["sgd", "adam", "adamw"])
+        return f"'{where}.name' must be one of sgd, adam, adamw{hint}"
+    if kind in ("model_type", "dict_type"):
+        return f"'{where}' must be a mapping of keys to values, got {str(first.get('input'))[:60]!r}{tail}"
+    if kind == "union_tag_not_found":
+        return f"'{where}' needs a name: sgd, adam or adamw"
+    said = re.sub(r"^Value error, ", "", first["msg"])
+    if kind == "string_pattern_mismatch" and where == "name":
+        said = "use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 100"
+    if kind == "string_pattern_mismatch" and where == "workload":
+        said = "write it as module:function"
+    given = first.get("input")
+    shown = f", got {str(given)[:60]!r}" if isinstance(given, str | int | float | bool) else ""
+    return f"'{where}': {said[:1].lower()}{said[1:]}{shown}{tail}"
+
+
+_ALTERNATIVES = {
+    "int",
+    "float",
+    "constrained-int",
+    "constrained-float",
+    "literal['auto']",
+    "str",
+    "sgd",
+    "adam",
+    "adamw",
+}
+
+
+def _in_union(location: tuple[int | str, ...]) -> bool:
+    return str(location[-1]) in _ALTERNATIVES or "[" in str(location[-1])
+
+
+def _fields(location: tuple[int | str, ...]) -> list[str]:
+    """The keys known where an unknown one was found."""
+    sections: dict[str, type[BaseModel]] = {
+        "removals": RemovalsSection,
+        "seeds": Seeds,
+        "further_training": FurtherTraining,
+        "evaluate": Evaluate,
+        "resources": Resources,
+        "sgd": SGD,
+        "adam": Adam,
+        "adamw": AdamW,
+    }
+    section = next((sections[str(p)] for p in reversed(location[:-1]) if str(p) in sections), Spec)
+    return [field.alias or name for name, field in section.model_fields.items()]

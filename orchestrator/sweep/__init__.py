@@ -1,0 +1,1 @@
+"""A sweep in its store: every key, the manifest, parts, blocks of estimates, imported scores."""

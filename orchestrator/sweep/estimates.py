@@ -1,0 +1,137 @@
+"""An estimator's values for some removals and a block of evaluation examples, as a Parquet object.
+
+The same promises as a part: whole or absent, verified on read, provenance (cost, notes) beside the rows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fimo.orchestrator.resolve.identity import SCHEMA_VERSION, canonical, digest, rows_digest
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.orchestrator.sweep.parts import METADATA_KEY, BadPartError, set_hash
+from numpy.typing import NDArray
+
+SCHEMA = pa.schema(
+    [
+        pa.field("removal", pa.int32(), nullable=False),
+        pa.field("eval", pa.int32(), nullable=False),
+        pa.field("step", pa.int32()),
+        pa.field("value", pa.float64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class EstimateBlock:
+    """A verified block of estimates.
+
+    Attributes:
+        params: canonical JSON of the hyper-parameters.
+        first: number of the block's first evaluation example.
+        steps: what the leading dimension of ``values`` runs over, None where the estimate is one for all amounts.
+        values: float64 (R, E), or (S, R, E).
+    """
+
+    digest: str
+    estimator: str
+    params: str
+    removals: tuple[NamedRemoval, ...]
+    first: int
+    steps: tuple[int, ...] | None
+    values: NDArray[np.float64]
+    provenance: Mapping[str, Any]
+
+
+def folder(sweep: str, result_digest: str, estimator: str, params: str) -> str:
+    """Where the blocks of one estimator with given hyper-parameters lie."""
+    return f"{sweep}/estimates/{result_digest[:32]}/{estimator}-{digest(json.loads(params))[:16]}/"
+
+
+def key(
+    sweep: str,
+    result_digest: str,
+    estimator: str,
+    params: str,
+    removals: Sequence[NamedRemoval],
+    first: int,
+    count: int,
+) -> str:
+    """The key of one block."""
+    return f"{folder(sweep, result_digest, estimator, params)}{set_hash(removals)}-{first:08d}-{count:08d}.parquet"
+
+
+def encode_block(part: EstimateBlock) -> tuple[bytes, str]:
+    """Parquet bytes (zstd), and the digest of the rows; rows run over steps, removals, evals."""
+    values = part.values if part.steps is not None else part.values[None]
+    s, r, e = values.shape
+    numbers = np.array([x.number for x in part.removals], dtype=np.int32)
+    evals = np.arange(part.first, part.first + e, dtype=np.int32)
+    steps: list[int | None] = [None] if part.steps is None else [*part.steps]
+    table = pa.table(
+        {
+            "removal": np.tile(np.repeat(numbers, e), s),
+            "eval": np.tile(evals, s * r),
+            "step": pa.array([step for step in steps for _ in range(r * e)], pa.int32()),
+            "value": values.reshape(-1),
+        },
+        schema=SCHEMA,
+    )
+    rows = _rows(values)
+    about = {
+        "schema": SCHEMA_VERSION,
+        "digest": part.digest,
+        "estimator": part.estimator,
+        "params": part.params,
+        "removals": [[x.number, x.name, list(x.indices)] for x in part.removals],
+        "first": part.first,
+        "steps": None if part.steps is None else list(part.steps),
+        "rows": rows,
+        "provenance": dict(part.provenance),
+    }
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: canonical(about)}), sink, compression="zstd")
+    return sink.getvalue(), rows
+
+
+def decode_block(data: bytes, name: str) -> EstimateBlock:
+    """Verify and read a block.
+
+    Raises:
+        BadPartError: torn, foreign or altered.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        table.validate(full=True)
+        about = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        removals = tuple(NamedRemoval(int(n), str(label), tuple(map(int, i))) for n, label, i in about["removals"])
+        steps = None if about["steps"] is None else tuple(map(int, about["steps"]))
+        values = table["value"].to_numpy().reshape(len(steps or (0,)), len(removals), -1)
+        part = EstimateBlock(
+            digest=str(about["digest"]),
+            estimator=str(about["estimator"]),
+            params=str(about["params"]),
+            removals=removals,
+            first=int(about["first"]),
+            steps=steps,
+            values=values if steps is not None else values[0],
+            provenance=dict(about["provenance"]),
+        )
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadPartError(f"estimates {name}: torn, or not fimo's") from error
+    if not table.schema.equals(SCHEMA) or about.get("schema") != SCHEMA_VERSION or _rows(values) != about["rows"]:
+        raise BadPartError(f"estimates {name}: its rows are not those that it was written with")
+    if not np.isfinite(values).all():
+        raise BadPartError(f"estimates {name}: a value is not finite")
+    return part
+
+
+def _rows(values: NDArray[np.float64]) -> str:
+    return rows_digest({"value": values})

@@ -1,0 +1,142 @@
+"""Scores of another library, taken into a sweep's scoring: any removal × eval matrix, as data.
+
+Read from Parquet, npy or safetensors; nothing is unpickled. Positive must mean that removing the example raises g; a
+library that counts the other way is negated on import, never afterwards.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fimo.orchestrator.sweep import estimates as estimate_parts
+from fimo.orchestrator.sweep.estimates import EstimateBlock
+from fimo.orchestrator.sweep.parts import BadPartError
+from fimo.orchestrator.sweep.sweep import Manifest, Sweep
+from fimo.workers.errors import UsageError
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from fimo import estimators
+
+PARAMS = '{"imported":true}'
+Matrix = NDArray[np.float64]
+
+
+def read_matrix(data: bytes, name: str, manifest: Manifest) -> tuple[Matrix, tuple[int, ...] | None]:
+    """A removal × eval matrix, (R, m), or (S, R, m) with its steps.
+
+    Parquet: columns removal, eval, value (and step), as in ``estimates.parquet``; or R rows of m numeric columns.
+    npy and safetensors (one tensor): R × m.
+
+    Raises:
+        UsageError: another shape, values that are missing or not finite, or another kind of file.
+    """
+    shape = (len(manifest.removals), manifest.evals)
+    steps: tuple[int, ...] | None = None
+    if data[:4] == b"PAR1":
+        values, steps = _from_parquet(data, name, shape)
+    elif data[:6] == b"\x93NUMPY":
+        values = _from_npy(data, name)
+    else:
+        values = _from_safetensors(data, name)
+    if values.shape[-2:] != shape or values.ndim != (2 if steps is None else 3):
+        raise UsageError(
+            f"'{name}' holds a matrix of shape {values.shape}; the sweep has {shape[0]} removals × {shape[1]} "
+            "evaluation examples"
+        )
+    if not np.isfinite(values).all():
+        raise UsageError(f"'{name}' holds values that are missing or not finite")
+    return values, steps
+
+
+def _from_npy(data: bytes, name: str) -> Matrix:
+    try:
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), dtype=np.float64)
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise UsageError(f"'{name}' is not an npy file of plain numbers") from error
+
+
+def _from_safetensors(data: bytes, name: str) -> Matrix:
+    try:
+        found = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UsageError(f"'{name}' is neither Parquet nor npy nor safetensors") from error
+    if len(found) != 1:
+        raise UsageError(f"'{name}' holds {len(found)} tensors; give a file with one")
+    return np.asarray(next(iter(found.values())), dtype=np.float64)
+
+
+def _from_parquet(data: bytes, name: str, shape: tuple[int, int]) -> tuple[Matrix, tuple[int, ...] | None]:
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        if not {"removal", "eval", "value"} <= set(table.column_names):
+            columns = [table.column(i).to_numpy().astype(np.float64) for i in range(table.num_columns)]
+            return np.stack(columns, axis=1) if columns else np.zeros((0, 0)), None
+        removal, example = (table[c].to_numpy().astype(np.int64) for c in ("removal", "eval"))
+        value = table["value"].to_numpy().astype(np.float64)
+        by_step = "step" in table.column_names and table["step"].null_count == 0 and table.num_rows > 0
+        step = table["step"].to_numpy().astype(np.int64) if by_step else np.zeros(len(value), dtype=np.int64)
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        raise UsageError(f"'{name}' is not a Parquet file of numbers") from error
+    inside = (removal >= 0) & (removal < shape[0]) & (example >= 0) & (example < shape[1])
+    if not inside.all():
+        raise UsageError(f"'{name}' names removals or evaluation examples that the sweep does not have")
+    steps = sorted(set(step.tolist()))
+    places = {s: i for i, s in enumerate(steps)}
+    values = np.full((len(steps), *shape), np.nan)
+    keys = (np.array([places[s] for s in step.tolist()], dtype=np.int64), removal, example)
+    if len(set(zip(*(k.tolist() for k in keys), strict=True))) != len(value):
+        raise UsageError(f"'{name}' gives a removal and evaluation example twice")
+    values[keys] = value
+    return (values, tuple(steps)) if by_step else (values[0] if steps else np.zeros((0, 0)), None)
+
+
+def import_scores(sweep: Sweep, manifest: Manifest, data: bytes, file: str, name: str, negate: bool) -> EstimateBlock:
+    """Keep a matrix beside the sweep's own estimates, under a name of its own; replaces an earlier import of the name.
+
+    Raises:
+        UsageError: a name that is an estimator's or no name, or see ``read_matrix``.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UsageError(f"'{name}' is no name for scores: use letters, digits, '.', '_' and '-'")
+    if name in estimators.REGISTRY:
+        raise UsageError(f"'{name}' is one of fimo's own estimators; choose another name")
+    values, steps = read_matrix(data, file, manifest)
+    part = EstimateBlock(
+        digest=manifest.estimate_digest,
+        estimator=name,
+        params=PARAMS,
+        removals=manifest.removals,
+        first=0,
+        steps=steps,
+        values=-values if negate else values,
+        provenance={"imported_from": file.rsplit("/", 1)[-1], "negated": negate},
+    )
+    sweep.store.put(f"{sweep.name}/imported/{name}.parquet", estimate_parts.encode_block(part)[0])
+    return part
+
+
+def imported(sweep: Sweep, manifest: Manifest) -> tuple[list[EstimateBlock], list[tuple[str, str]]]:
+    """The sweep's imported matrices by name, and (key, why) of those that do not verify or are of other data."""
+    found: list[EstimateBlock] = []
+    bad: list[tuple[str, str]] = []
+    for key in imported_keys(sweep):
+        try:
+            part = estimate_parts.decode_block(sweep.store.get(key), key)
+        except BadPartError as error:
+            bad.append((key, str(error)))
+            continue
+        if part.digest == manifest.estimate_digest:
+            found.append(part)
+    return found, bad
+
+
+def imported_keys(sweep: Sweep) -> Sequence[str]:
+    """Where imported matrices lie."""
+    return [entry.key for entry in sweep.store.list(f"{sweep.name}/imported/")]

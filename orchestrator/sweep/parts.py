@@ -1,0 +1,195 @@
+"""The part: one shard's results as a Parquet object, encoded in memory, verified on every read.
+
+A part is whole or absent (the store's conditional write) and says itself what it is: the digest of all that its
+deltas depend on, its removals with their indices, and a digest of its rows. Provenance (host, device, timings) is
+metadata beside the rows and no part of that digest.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fimo.orchestrator.resolve.identity import SCHEMA_VERSION, canonical, digest, rows_digest
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.workers.errors import FimoError
+from fimo.workers.shard import BASELINE_ROW, FLOOR_ROW, ShardResult
+from numpy.typing import NDArray
+
+SCHEMA = pa.schema(
+    [
+        pa.field("removal", pa.int32(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("step", pa.int32(), nullable=False),
+        pa.field("deltas", pa.list_(pa.float64())),
+        pa.field("distance", pa.float64()),
+    ]
+)
+METADATA_KEY = b"fimo"
+
+
+class BadPartError(FimoError):
+    """A part is torn, foreign or altered: it is set aside and computed again."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A verified part.
+
+    Attributes:
+        removals: the part's removals in row order (numbers as the spec counted them when it was written).
+        steps: the T recorded steps.
+        deltas: float64 (C + 2, T, m): removals, then the baseline, then the second baseline; NaN where diverged.
+        distances: float64 (C + 2, T).
+        rows: the digest of the rows.
+        provenance: versions, device, dtype, flags, timings.
+    """
+
+    digest: str
+    seed: int
+    removals: tuple[NamedRemoval, ...]
+    steps: tuple[int, ...]
+    deltas: NDArray[np.float64]
+    distances: NDArray[np.float64]
+    rows: str
+    provenance: Mapping[str, Any]
+
+    @property
+    def diverged(self) -> list[tuple[int, int]]:
+        """(row, step) of every run that is not finite, in row order."""
+        rows, places = np.nonzero(~np.isfinite(self.deltas).all(axis=2))
+        return [(int(r), self.steps[int(p)]) for r, p in zip(rows, places, strict=True)]
+
+
+def set_hash(removals: Sequence[NamedRemoval]) -> str:
+    """Names a set of removals in keys: 16 hex digits over their numbers and indices."""
+    return digest([[r.number, list(r.indices)] for r in removals])[:16]
+
+
+def part_key(sweep: str, result_digest: str, seed: int, removals: Sequence[NamedRemoval]) -> str:
+    """``NAME/parts/DIGEST/seed-…/SET.parquet``: lowest seeds list first."""
+    return f"{sweep}/parts/{result_digest[:32]}/seed-{seed:010d}/{set_hash(removals)}.parquet"
+
+
+def encode_part(
+    result: ShardResult, removals: Sequence[NamedRemoval], result_digest: str, provenance: Mapping[str, Any]
+) -> tuple[bytes, str]:
+    """A shard's results as Parquet bytes (zstd), and the digest of the rows.
+
+    Rows run over removals (the baseline −1 and the second baseline −2 last), then steps. The deltas of a run that
+    diverged are null.
+    """
+    deltas, distances = result.deltas.numpy(), result.distances.numpy()
+    numbers = np.array([*(r.number for r in removals), BASELINE_ROW, FLOOR_ROW], dtype=np.int32)
+    steps = np.array(result.steps, dtype=np.int32)
+    rows = _rows(numbers, steps, deltas, distances)
+    flat = deltas.reshape(-1, deltas.shape[2])
+    finite = np.isfinite(flat).all(axis=1)
+    offsets = np.concatenate([[0], np.cumsum(np.where(finite, flat.shape[1], 0))]).astype(np.int32)
+    table = pa.table(
+        {
+            "removal": np.repeat(numbers, len(steps)),
+            "seed": np.full(len(flat), result.seed, dtype=np.int64),
+            "step": np.tile(steps, len(numbers)),
+            "deltas": pa.ListArray.from_arrays(offsets, flat[finite].reshape(-1), mask=pa.array(~finite)),
+            "distance": pa.array(distances.reshape(-1), mask=~(finite & np.isfinite(distances.reshape(-1)))),
+        },
+        schema=SCHEMA,
+    )
+    about = {
+        "schema": SCHEMA_VERSION,
+        "digest": result_digest,
+        "seed": result.seed,
+        "steps": list(result.steps),
+        "evals": int(deltas.shape[2]),
+        "removals": [[r.number, r.name, list(r.indices)] for r in removals],
+        "rows": rows,
+        "provenance": dict(provenance),
+    }
+    sink = io.BytesIO()
+    pq.write_table(
+        table.replace_schema_metadata({METADATA_KEY: canonical(about)}), sink, compression="zstd", use_dictionary=False
+    )
+    return sink.getvalue(), rows
+
+
+def decode_part(data: bytes, key: str) -> Part:
+    """Verify and read a part.
+
+    Raises:
+        BadPartError: one line saying what is wrong with it: torn, of another schema, rows missing or altered.
+    """
+    table = _read(data, key)
+    about = _about(table, key)
+    try:
+        removals = tuple(NamedRemoval(int(n), str(name), tuple(map(int, idx))) for n, name, idx in about["removals"])
+        steps, m, seed = tuple(map(int, about["steps"])), int(about["evals"]), int(about["seed"])
+        expected, found = about["rows"], about["digest"]
+        provenance = dict(about["provenance"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadPartError(f"part {key}: its metadata is not fimo's") from error
+    shape = (len(removals) + 2, len(steps))
+    if table.num_rows != shape[0] * shape[1]:
+        raise BadPartError(f"part {key}: {table.num_rows} rows instead of {shape[0] * shape[1]}")
+    deltas, distances = _values(table, shape, m, key)
+    numbers = np.array([*(r.number for r in removals), BASELINE_ROW, FLOOR_ROW], dtype=np.int32)
+    same_rows = np.array_equal(table["removal"].to_numpy(), np.repeat(numbers, len(steps))) and np.array_equal(
+        table["step"].to_numpy(), np.tile(np.array(steps, dtype=np.int32), len(numbers))
+    )
+    if not same_rows or set(table["seed"].to_pylist()) != {seed}:
+        raise BadPartError(f"part {key}: its rows are not those that its metadata names")
+    if _rows(numbers, np.array(steps, dtype=np.int32), deltas, distances) != expected:
+        raise BadPartError(f"part {key}: its rows do not have the digest that it was written with")
+    return Part(found, seed, removals, steps, deltas, distances, expected, provenance)
+
+
+def _rows(
+    numbers: NDArray[np.int32], steps: NDArray[np.int32], deltas: NDArray[np.float64], distances: NDArray[np.float64]
+) -> str:
+    finite: Any = np.isfinite(deltas).all(axis=2)
+    # Nulls carry no payload: every run that diverged is the same NaN here, whatever its bits were.
+    clean = np.where(finite[:, :, None], deltas, np.nan)
+    kept = np.where(finite & np.isfinite(distances), distances, np.nan)
+    return rows_digest({"removal": numbers, "step": steps, "deltas": clean, "distance": kept})
+
+
+def _read(data: bytes, key: str) -> pa.Table:
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise BadPartError(f"part {key}: torn, or not Parquet") from error
+    if not table.schema.equals(SCHEMA):
+        raise BadPartError(f"part {key}: its columns are not a part's")
+    return table
+
+
+def _about(table: pa.Table, key: str) -> dict[str, Any]:
+    try:
+        about = json.loads((table.schema.metadata or {})[METADATA_KEY])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise BadPartError(f"part {key}: it carries no metadata of fimo") from error
+    if not isinstance(about, dict) or about.get("schema") != SCHEMA_VERSION:
+        raise BadPartError(f"part {key}: it was written under another schema version")
+    return about
+
+
+def _values(
+    table: pa.Table, shape: tuple[int, int], m: int, key: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    column = table["deltas"].combine_chunks()
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    lengths = column.value_lengths().drop_null().to_numpy(zero_copy_only=False)
+    if bool(np.any(lengths != m)) or not np.isfinite(values).all():
+        raise BadPartError(f"part {key}: a row's deltas are not {m} finite numbers")
+    deltas = np.full((shape[0] * shape[1], m), np.nan)
+    deltas[present] = values.reshape(-1, m)
+    distances = table["distance"].to_numpy().astype(np.float64)
+    return deltas.reshape(*shape, m), distances.reshape(shape)

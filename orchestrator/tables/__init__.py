@@ -1,0 +1,1 @@
+"""Attribution, agreement, scores and reliability: pure functions of values, Arrow out."""

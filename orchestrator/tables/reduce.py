@@ -1,0 +1,192 @@
+"""From parts to attribution: Welford means and standard errors of effects over seeds (eq. 17), in float64.
+
+Pure: parts come in as values, seed by seed in ascending order, tables go out. Memory is bounded by blocks of one seed,
+not by the number of seeds. Parts of a seed are taken in the order of their keys, so order of arrival changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.orchestrator.sweep.parts import Part
+from fimo.orchestrator.tables import schemas as tables
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SeedBlock:
+    """One seed's results.
+
+    Attributes:
+        effects: delta − its own part's baseline delta, float64 (R, T, m); NaN where missing or diverged.
+        training_only: the baseline's delta (mean over the seed's parts), float64 (T, m); NaN where it diverged.
+        floor_squares: Σ over the seed's parts (``floor_parts``) of (second baseline − baseline)², float64 (T, m).
+        diverged: (removal number or −1 for a baseline, step) of every run that was not finite.
+    """
+
+    seed: int
+    effects: Array
+    training_only: Array
+    floor_squares: Array
+    floor_parts: int
+    diverged: tuple[tuple[int, int], ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every removal has a finite effect at every step."""
+        return bool(np.isfinite(self.effects).all())
+
+
+def seed_block(
+    seed: int, parts: Sequence[Part], removals: Sequence[NamedRemoval], steps: Sequence[int], m: int
+) -> SeedBlock:
+    """Assemble one seed's effects from its parts, in the order given (the first part that holds a cell counts)."""
+    shape = (len(removals), len(steps), m)
+    effects, taken = np.full(shape, np.nan), np.zeros(len(removals), dtype=bool)
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for place, removal in enumerate(removals):
+        rows.setdefault(removal.indices, []).append(place)
+    baselines, squares, floors, diverged = [], np.zeros(shape[1:]), 0, []
+    for part in parts:
+        baseline, second = part.deltas[-2], part.deltas[-1]
+        baselines.append(baseline)
+        difference = second - baseline
+        if np.isfinite(difference).all():
+            squares, floors = squares + difference**2, floors + 1
+        for row, removal in enumerate(part.removals):
+            for place in rows.get(removal.indices, []):
+                if not taken[place]:
+                    effects[place], taken[place] = part.deltas[row] - baseline, True
+        for row, step in part.diverged:
+            number = removals[rows[part.removals[row].indices][0]].number if _known(part, row, rows) else -1
+            diverged.append((number, step))
+    with np.errstate(invalid="ignore"):
+        training_only = np.mean(baselines, axis=0) if baselines else np.full(shape[1:], np.nan)
+    finite = np.isfinite(effects).all(axis=2, keepdims=True)
+    return SeedBlock(seed, np.where(finite, effects, np.nan), training_only, squares, floors, tuple(diverged))
+
+
+def _known(part: Part, row: int, rows: dict[tuple[int, ...], list[int]]) -> bool:
+    return row < len(part.removals) and part.removals[row].indices in rows
+
+
+class Welford:
+    """Running mean and sum of squared deviations, elementwise, over blocks in which cells may be missing.
+
+    Attributes:
+        count: int64 (R, T): blocks with a finite value for the cell.
+        mean, m2: float64 (R, T, m).
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.count = np.zeros(shape[:-1], dtype=np.int64)
+        self.mean, self.m2 = np.zeros(shape), np.zeros(shape)
+
+    def add(self, values: Array) -> None:
+        """Take one block, (R, T, m); cells that are NaN are left out."""
+        present = np.asarray(np.isfinite(values).all(axis=-1))
+        self.count += present
+        where = np.expand_dims(present, -1)
+        delta = np.where(where, values - self.mean, 0.0)
+        self.mean += delta / np.maximum(self.count, 1)[..., None]
+        self.m2 += np.where(where, delta * (values - self.mean), 0.0)
+
+    def sem(self) -> Array:
+        """Standard error of the mean, NaN with fewer than two blocks."""
+        k = self.count[..., None].astype(np.float64)
+        return np.where(k > 1, np.sqrt(self.m2 / np.maximum(k - 1, 1) / np.maximum(k, 1)), np.nan)
+
+
+@dataclass
+class Reduction:
+    """What the blocks of all seeds come to.
+
+    Attributes:
+        effects, training_only: running moments of the effects (R, T, m) and of the baseline's deltas (1, T, m).
+        floor: root mean square difference of two baselines of one seed, float64 (T, m): the noise of one effect.
+        seeds: seeds of which there is at least one part.
+        diverged: (removal number, seed, step) of runs that were not finite, −1 for a baseline.
+    """
+
+    effects: Welford
+    training_only: Welford
+    floor: Array
+    seeds: list[int]
+    diverged: list[tuple[int, int, int]]
+
+
+def reduce(blocks: Iterable[SeedBlock], removals: int, steps: int, m: int) -> tuple[Iterator[SeedBlock], Reduction]:
+    """Average over seeds as blocks stream past.
+
+    Returns:
+        The blocks again, to be consumed by whoever else needs them, and the reduction, final once they are.
+    """
+    result = Reduction(Welford((removals, steps, m)), Welford((1, steps, m)), np.zeros((steps, m)), [], [])
+
+    def stream() -> Iterator[SeedBlock]:
+        squares, parts = np.zeros((steps, m)), 0
+        for block in blocks:
+            result.effects.add(block.effects)
+            result.training_only.add(block.training_only[None])
+            squares, parts = squares + block.floor_squares, parts + block.floor_parts
+            result.floor = np.sqrt(squares / max(parts, 1))
+            result.seeds.append(block.seed)
+            result.diverged += [(number, block.seed, step) for number, step in block.diverged]
+            yield block
+
+    return stream(), result
+
+
+def attribution_table(reduction: Reduction, removals: Sequence[NamedRemoval], steps: Sequence[int]) -> pa.Table:
+    """``attribution.parquet``: rows by removal, eval, step; cells without any finite seed have no row."""
+    moments = reduction.effects
+    r, t, m = moments.mean.shape
+    counts = np.broadcast_to(moments.count[..., None], (r, t, m))
+    keep = np.moveaxis(counts, 2, 1).reshape(-1) > 0
+
+    def column(values: NDArray[np.generic]) -> NDArray[np.generic]:
+        return np.moveaxis(np.broadcast_to(values, (r, t, m)), 2, 1).reshape(-1)[keep]
+
+    return tables.table(
+        tables.ATTRIBUTION,
+        removal=column(np.array([x.number for x in removals], dtype=np.int32)[:, None, None]),
+        eval=column(np.arange(m, dtype=np.int32)),
+        step=column(np.array(steps, dtype=np.int32)[:, None]),
+        effect=column(moments.mean),
+        sem=column(moments.sem()),
+        seeds=column(counts.astype(np.int32)),
+    )
+
+
+def training_only_table(reduction: Reduction, steps: Sequence[int]) -> pa.Table:
+    """``training_only.parquet``: the baseline's mean delta, rows by eval, step."""
+    moments = reduction.training_only
+    _, t, m = moments.mean.shape
+    counts = np.broadcast_to(moments.count[0][:, None], (t, m))
+    keep = counts.T.reshape(-1) > 0
+    return tables.table(
+        tables.TRAINING_ONLY,
+        eval=np.repeat(np.arange(m, dtype=np.int32), t)[keep],
+        step=np.tile(np.array(steps, dtype=np.int32), m)[keep],
+        delta=moments.mean[0].T.reshape(-1)[keep],
+        sem=moments.sem()[0].T.reshape(-1)[keep],
+        seeds=counts.T.reshape(-1).astype(np.int32)[keep],
+    )
+
+
+def removals_table(removals: Sequence[NamedRemoval]) -> pa.Table:
+    """``removals.parquet``: which training indices each removal leaves out."""
+    return pa.table(
+        {
+            "removal": pa.array([r.number for r in removals], pa.int32()),
+            "name": pa.array([r.name for r in removals], pa.string()),
+            "indices": pa.array([list(r.indices) for r in removals], pa.list_(pa.int32())),
+        },
+        schema=tables.REMOVALS,
+    )

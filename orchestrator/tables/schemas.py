@@ -1,0 +1,128 @@
+"""The tables that ``pull`` brings: their schemas and their bytes.
+
+Every table but ``costs`` is a pure function of the spec, so its bytes are the same from run to run.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+from fimo.workers.errors import StoreError
+
+_INT, _REAL, _TEXT = pa.int32(), pa.float64(), pa.string()
+
+ATTRIBUTION = pa.schema(
+    [("removal", _INT), ("eval", _INT), ("step", _INT), ("effect", _REAL), ("sem", _REAL), ("seeds", _INT)]
+)
+TRAINING_ONLY = pa.schema([("eval", _INT), ("step", _INT), ("delta", _REAL), ("sem", _REAL), ("seeds", _INT)])
+ESTIMATES = pa.schema(
+    [
+        ("estimator", _TEXT),
+        ("params", _TEXT),
+        ("removal", _INT),
+        ("eval", _INT),
+        ("step", _INT),
+        ("value", _REAL),
+    ]
+)
+SCORES = pa.schema(
+    [
+        ("estimator", _TEXT),
+        ("params", _TEXT),
+        ("metric", _TEXT),
+        ("adjust", _TEXT),
+        ("seeds", _INT),
+        ("step", _INT),
+        ("score", _REAL),
+        ("sem", _REAL),
+        ("evals", _INT),
+        ("undefined", _INT),
+    ]
+)
+SIMILARITY = pa.schema(
+    [
+        ("estimator", _TEXT),
+        ("params", _TEXT),
+        ("other_estimator", _TEXT),
+        ("other_params", _TEXT),
+        ("step", _INT),
+        ("cosine", _REAL),
+        ("sem", _REAL),
+        ("evals", _INT),
+        ("undefined", _INT),
+    ]
+)
+RELIABILITY = pa.schema(
+    [("step", _INT), ("seeds", _INT), ("split_half", _REAL), ("ceiling", _REAL), ("noise_floor", _REAL)]
+)
+REMOVALS = pa.schema([("removal", _INT), ("name", _TEXT), ("indices", pa.list_(_INT))])
+COSTS = pa.schema(
+    [
+        ("what", _TEXT),
+        ("name", _TEXT),
+        ("params", _TEXT),
+        ("device", _TEXT),
+        ("device_seconds", _REAL),
+        ("peak_bytes", pa.int64()),
+    ]
+)
+
+SCHEMAS = {
+    "attribution": ATTRIBUTION,
+    "training_only": TRAINING_ONLY,
+    "estimates": ESTIMATES,
+    "scores": SCORES,
+    "similarity": SIMILARITY,
+    "reliability": RELIABILITY,
+    "removals": REMOVALS,
+    "costs": COSTS,
+}
+
+
+def table(schema: pa.Schema, **columns: Any) -> pa.Table:
+    """A table of numpy columns or lists; NaN and None become null."""
+    arrays = [
+        pa.array(columns[field.name], field.type, from_pandas=True)
+        if not isinstance(columns[field.name], pa.Array | pa.ChunkedArray)
+        else columns[field.name]
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def encode_table(value: pa.Table) -> bytes:
+    """Parquet bytes (zstd); equal tables give equal bytes under one version of pyarrow."""
+    sink = io.BytesIO()
+    pq.write_table(value, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def decode_table(data: bytes, name: str) -> pa.Table:
+    """Read a table back.
+
+    Raises:
+        StoreError: the object is not the table that it should be.
+    """
+    try:
+        value = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StoreError(f"table {name} is torn or foreign; run the sweep again to write it anew") from error
+    if not value.schema.equals(SCHEMAS[name]):
+        raise StoreError(f"table {name} has foreign columns; run the sweep again to write it anew")
+    # Parquet has its own name for a list's values, and an equal schema may still differ in it: bytes must not.
+    return value.cast(SCHEMAS[name])
+
+
+def encode_csv(value: pa.Table) -> bytes:
+    """CSV bytes; lists are written as numbers joined by spaces."""
+    for place, field in enumerate(value.schema):
+        if pa.types.is_list(field.type):
+            joined = [" ".join(map(str, row)) for row in value.column(place).to_pylist()]
+            value = value.set_column(place, field.name, pa.array(joined, pa.string()))
+    sink = io.BytesIO()
+    pc.write_csv(value, sink)
+    return sink.getvalue()

@@ -1,0 +1,164 @@
+"""The scheduling loop against a pool that fails as told."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from fimo.orchestrator.run.plan import Shard
+from fimo.orchestrator.run.schedule import ATTEMPTS, LOSSES, Failed, Lost, Receipt, drive
+from fimo.orchestrator.run.tasks import ConflictError, EstimateTask
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.workers.errors import StoreError, WorkloadError
+
+ONE = (NamedRemoval(0, "0", (0,)),)
+
+
+def shards(count: int) -> list[Shard]:
+    return [Shard(seed, ONE) for seed in range(count)]
+
+
+def receipt(task) -> Receipt:
+    return Receipt("key", True, 0 if isinstance(task, EstimateTask) else 1, 0, 0.01, "cpu")
+
+
+class FakePool:
+    """Answers tasks by a script (task -> list of results, the last one repeated), in any order."""
+
+    def __init__(self, script=None, slots=2, order=None) -> None:
+        self.script, self._slots, self.order = script or {}, slots, order or random.Random(0)
+        self.flying: dict[int, object] = {}
+        self.count, self.most = 0, 0
+        self.started: list[object] = []
+        self.cancelled: list[object] = []
+
+    def submit(self, task):
+        self.count += 1
+        self.flying[self.count] = task
+        self.started.append(task)
+        self.most = max(self.most, len(self.flying))
+        return self.count
+
+    def wait(self, timeout_s):
+        ready = [h for h, t in self.flying.items() if self.script.get(t) != "never"]
+        if not ready:
+            return []
+        handle = self.order.choice(ready)
+        task = self.flying.pop(handle)
+        answers = self.script.get(task)
+        if answers is None:
+            return [(handle, receipt(task))]
+        return [(handle, answers.pop(0) if len(answers) > 1 else answers[0])]
+
+    def cancel(self, handle):
+        self.cancelled.append(self.flying.pop(handle))
+
+    def slots(self):
+        return self._slots
+
+
+def own_error(error=None):
+    return Failed(error or ValueError("boom"), "Traceback …")
+
+
+def test_every_task_is_finished_once_within_a_bounded_window_in_order():
+    pool = FakePool(slots=3)
+    outcome = drive(shards(40), pool)
+    assert len(outcome.receipts) == 40
+    assert pool.most <= 6
+    assert [t.seed for t in pool.started] == list(range(40))
+    assert not outcome.set_aside
+    assert outcome.stopped is None
+
+
+def test_a_lost_task_is_queued_again_without_counting():
+    tasks = shards(6)
+    outcome = drive(tasks, FakePool({tasks[2]: [Lost("node died")] * (LOSSES - 1) + [receipt(tasks[2])]}))
+    assert len(outcome.receipts) == 6
+    assert outcome.lost == LOSSES - 1
+    assert not outcome.set_aside
+
+
+def test_a_task_that_kills_every_worker_does_not_circle_for_ever():
+    tasks = shards(6)
+    outcome = drive(tasks, FakePool({tasks[2]: [Lost("worker died")]}))
+    assert [a.task for a in outcome.set_aside] == [tasks[2]]
+    assert "worker died" in outcome.set_aside[0].line
+
+
+def test_a_task_fails_three_times_before_it_is_set_aside_with_its_traceback_and_the_rest_goes_on():
+    tasks = shards(12)
+    pool = FakePool({tasks[5]: [own_error()], tasks[7]: [own_error(StoreError("slow")), receipt(tasks[7])]})
+    outcome = drive(tasks, pool)
+    assert Counter(pool.started)[tasks[5]] == ATTEMPTS
+    assert [(a.task, a.line, a.traceback) for a in outcome.set_aside] == [(tasks[5], "ValueError: boom", "Traceback …")]
+    assert len(outcome.receipts) == 11
+
+
+@pytest.mark.parametrize("error", [WorkloadError("wrong"), ConflictError("other rows")])
+def test_an_error_that_will_say_the_same_is_not_tried_again(error):
+    tasks = shards(12)
+    pool = FakePool({tasks[5]: [own_error(error)]})
+    outcome = drive(tasks, pool)
+    assert Counter(pool.started)[tasks[5]] == 1
+    assert [a.line for a in outcome.set_aside] == [str(error)]
+
+
+def test_a_bug_that_fails_every_shard_stops_the_sweep_early():
+    tasks = shards(500)
+    pool = FakePool({t: [own_error()] for t in tasks})
+    outcome = drive(tasks, pool)
+    assert outcome.broken
+    assert "every shard fails: ValueError: boom" in str(outcome.stopped)
+    assert len(pool.started) < 30
+
+
+def test_one_shard_that_fails_alone_stops_too_rather_than_report_an_empty_sweep():
+    [task] = shards(1)
+    assert drive([task], FakePool({task: [own_error()]})).broken
+
+
+def test_estimators_that_fail_do_not_open_the_breaker():
+    estimates = [EstimateTask(f"e{i}", "{}", ONE, 0, 1) for i in range(5)]
+    outcome = drive([*estimates, *shards(8)], FakePool({e: [own_error()] for e in estimates}))
+    assert not outcome.broken
+    assert len(outcome.receipts) == 8
+    assert len(outcome.set_aside) == 5
+
+
+def test_a_task_past_its_deadline_is_given_up_and_queued_again():
+    tasks = shards(4)
+    pool = FakePool({tasks[1]: "never"})
+    turns = iter(range(10_000))
+
+    def stop():
+        return "enough" if next(turns) > 2000 else None
+
+    outcome = drive(tasks, pool, should_stop=stop, deadline_s=0.0, poll_s=0.0)
+    assert tasks[1] in pool.cancelled
+    assert outcome.lost >= 1
+    assert len(outcome.receipts) <= 3 or outcome.set_aside
+
+
+def test_a_reason_to_stop_gives_up_what_is_in_flight():
+    pool = FakePool()
+    turns = iter([None] * 3 + ["SIGTERM"] * 9)
+    outcome = drive(shards(50), pool, should_stop=lambda: next(turns))
+    assert outcome.stopped == "SIGTERM"
+    assert len(outcome.receipts) == 3
+    assert not pool.flying
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_weather_loses_no_task(seed):
+    weather = random.Random(seed)
+    tasks = shards(30)
+    script = {}
+    for task in tasks[3:]:
+        answers = [weather.choice([Lost("x"), own_error(), receipt(task)]) for _ in range(weather.randrange(4))]
+        script[task] = [*answers, receipt(task)]
+    outcome = drive(tasks, FakePool(script, slots=weather.randrange(1, 6), order=weather))
+    finished, aside = len(outcome.receipts), len(outcome.set_aside)
+    assert finished + aside == 30
+    assert all(isinstance(a.task, Shard) for a in outcome.set_aside)

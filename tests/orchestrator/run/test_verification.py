@@ -1,0 +1,137 @@
+"""``fimo verify`` finds what is damaged, altered or not reproducible, and says so of nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fimo.orchestrator.run import verification as verify
+from fimo.orchestrator.run.driver import Resolved
+from fimo.orchestrator.store import LocalStore
+from fimo.orchestrator.sweep import parts
+from fimo.workers.shard import ShardResult
+
+from tests.faults import sweeps
+
+CELLS = 15
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Resolved:
+    return sweeps.resolved(sweeps.write_project(tmp_path_factory.mktemp("project")))
+
+
+@pytest.fixture
+def store(problem: Resolved, tmp_path: Path) -> LocalStore:
+    store = sweeps.folder_store(tmp_path / "store")
+    assert sweeps.run_here(problem, store).exit_code == 0
+    return store
+
+
+def rewrite(store: LocalStore, key: str, change: float = 0.0, **provenance: Any) -> None:
+    """The part again with its own digests in order, one removal's deltas and some provenance changed."""
+    part = parts.decode_part(store.get(key), key)
+    deltas = part.deltas.copy()
+    deltas[0] += change
+    result = ShardResult(part.seed, part.steps, torch.tensor(deltas), torch.tensor(part.distances), 4, 0.0, 0)
+    data, _ = parts.encode_part(result, part.removals, part.digest, {**part.provenance, **provenance})
+    store.put(key, data)
+
+
+def test_every_cell_of_a_sound_sweep_trains_to_the_same_bits(store: LocalStore) -> None:
+    found = verify.verify(f"{store.uri}/tiny", rerun=100)
+    assert found.exit_code == 0
+    assert len(found.reruns) == CELLS
+    assert {(r.seed, r.removal) for r in found.reruns} == {(s, r) for s in range(3) for r in range(5)}
+    assert all(r.exact and r.identical for r in found.reruns)
+    assert (found.parts, found.blocks, found.done) == (6, 1, CELLS)
+    [device] = found.devices.values()
+    assert device.parts == 6
+    expected = [parts.decode_part(store.get(k), k).deltas for k in sweeps.part_keys(store)]
+    floor = np.sqrt(np.mean([(d[-1] - d[-2]) ** 2 for d in expected]))
+    np.testing.assert_allclose(device.floor, floor, rtol=1e-12)
+
+
+def test_the_seed_chooses_the_cells(store: LocalStore) -> None:
+    chosen = [[(r.seed, r.removal) for r in verify.verify(f"{store.uri}/tiny", 3, seed).reruns] for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(set(chosen[0])) == 3
+
+
+def test_deltas_that_no_training_gives_are_found_though_every_digest_fits(store: LocalStore) -> None:
+    rewrite(store, sweeps.part_keys(store)[0], change=1e-3)
+    assert verify.verify(f"{store.uri}/tiny").exit_code == 0
+    found = verify.verify(f"{store.uri}/tiny", rerun=100)
+    assert found.exit_code == 1
+    [wrong] = [r for r in found.reruns if not r.ok]
+    assert (wrong.seed, wrong.removal) == (0, 0 if cells_of(sweeps.part_keys(store)[0]) == 3 else 3)
+    assert any(line.startswith("WRONG: seed 0") for line in found.lines())
+
+
+def test_another_device_is_held_to_the_noise_floor_and_not_to_the_bits(store: LocalStore) -> None:
+    first, second = sweeps.part_keys(store)[:2]
+    rewrite(store, first, change=1e-9, device="Other GPU")
+    rewrite(store, second, change=1e-2, device="Other GPU")
+    found = verify.verify(f"{store.uri}/tiny", rerun=100)
+    other = [r for r in found.reruns if r.device == "Other GPU"]
+    assert len(other) == 5
+    assert not any(r.exact for r in other)
+    assert [r.ok for r in other].count(False) == 1
+    near = [r for r in other if not r.identical and r.ok]
+    assert len(near) == 1
+    assert 0 < near[0].difference < 1
+    assert found.exit_code == 1
+    assert set(found.devices) == {"Other GPU", next(n for n in found.devices if n != "Other GPU")}
+
+
+def test_drift_between_devices_is_reported(store: LocalStore) -> None:
+    key = sweeps.part_keys(store)[0]
+    part = parts.decode_part(store.get(key), key)
+    deltas = part.deltas.copy()
+    deltas[-2] += 0.25
+    result = ShardResult(part.seed, part.steps, torch.tensor(deltas), torch.tensor(part.distances), 4, 0.0, 0)
+    store.put(key, parts.encode_part(result, part.removals, part.digest, {**part.provenance, "device": "Other GPU"})[0])
+    found = verify.verify(f"{store.uri}/tiny")
+    np.testing.assert_allclose([d.drift for d in found.devices.values()], 0.25)
+
+
+@pytest.mark.parametrize("folder", ["parts", "estimates"])
+def test_a_torn_object_is_named(store: LocalStore, folder: str) -> None:
+    key = next(e.key for e in store.list(f"tiny/{folder}/"))
+    store.put(key, store.get(key)[:-20])
+    found = verify.verify(f"{store.uri}/tiny")
+    assert found.exit_code == 1
+    [line] = found.bad
+    assert key in line
+    assert found.done == (CELLS if folder == "estimates" else CELLS - cells_of(key))
+
+
+def cells_of(key: str) -> int:
+    """The parts of a seed hold its first 3 removals and its last 2."""
+    first = parts.set_hash([parts.NamedRemoval(n, str(4 * n), (4 * n,)) for n in range(3)])
+    return 3 if first in key else 2
+
+
+def test_an_incomplete_sweep_exits_3(store: LocalStore) -> None:
+    store.delete(sweeps.part_keys(store)[0])
+    found = verify.verify(f"{store.uri}/tiny")
+    assert found.exit_code == 3
+    assert found.done < CELLS
+    json.dumps(found.json())
+
+
+def test_stacks_are_those_of_the_part() -> None:
+    for removals in range(1, 12):
+        for replicas in range(1, 14):
+            cells = list(range(-1, removals))
+            stacks = [cells[i : i + replicas] for i in range(0, len(cells), replicas)]
+            for row in range(removals):
+                rows = verify._stack_mates(row, removals, replicas)
+                again = [-1, *rows]
+                made = [again[i : i + replicas] for i in range(0, len(again), replicas)]
+                mine = next(s for s in stacks if row in s)
+                assert made == ([mine] if -1 in mine else [stacks[0], mine])

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import io
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fimo.orchestrator.commands import commands
+from fimo.orchestrator.run import gather
+from fimo.orchestrator.store import open_store
+from fimo.orchestrator.sweep import imported
+from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers.errors import UsageError
+from safetensors.numpy import save
+
+from tests.support.small_sweep import make_spec, run_here
+
+VALUES = np.random.default_rng(0).normal(size=(5, 7))
+
+
+def parquet(**columns) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+def npy(values) -> bytes:
+    sink = io.BytesIO()
+    np.save(sink, values, allow_pickle=True)
+    return sink.getvalue()
+
+
+def long_form(values, **more) -> bytes:
+    removal, example = np.indices(values.shape)
+    return parquet(removal=removal.ravel(), eval=example.ravel(), value=values.ravel(), **more)
+
+
+FORMS = {
+    "npy": npy(VALUES),
+    "safetensors": save({"scores": VALUES}),
+    "long parquet": long_form(VALUES),
+    "wide parquet": parquet(**{str(i): VALUES[:, i] for i in range(7)}),
+}
+
+
+@pytest.fixture
+def swept(beside):
+    report, store, _ = run_here(make_spec(), beside)
+    sweep = Sweep(store, "flowers")
+    return sweep, sweep.read_manifest(), report
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("negate", [False, True])
+def test_a_matrix_of_any_kind_is_scored_like_an_estimator(swept, form, negate):
+    sweep, manifest, _ = swept
+    imported.import_scores(sweep, manifest, FORMS[form], f"folder/{form}", "theirs", negate)
+    found = gather.gather(sweep, manifest)
+    estimates = found.tables["estimates"].to_pandas().query("estimator == 'theirs'")
+    np.testing.assert_array_equal(estimates["value"].to_numpy().reshape(5, 7), -VALUES if negate else VALUES)
+    effects = found.tables["attribution"].to_pandas().query("step == 9")["effect"].to_numpy().reshape(5, 7)
+    signed = -VALUES if negate else VALUES
+    cosines = (effects * signed).sum(0) / np.linalg.norm(effects, axis=0) / np.linalg.norm(signed, axis=0)
+    [row] = (
+        found.tables["scores"]
+        .to_pandas()
+        .query("estimator == 'theirs' and step == 9 and seeds == 4 and metric == 'cosine' and adjust == 'baseline'")
+        .to_dict("records")
+    )
+    assert row["score"] == pytest.approx(cosines.mean(), abs=1e-12)
+
+
+def test_scores_by_step_are_scored_at_their_steps(swept):
+    sweep, manifest, _ = swept
+    both = np.concatenate([VALUES.ravel(), 2 * VALUES.ravel()])
+    removal, example = (np.tile(i.ravel(), 2) for i in np.indices((5, 7)))
+    data = parquet(removal=removal, eval=example, value=both, step=np.repeat([3, 9], 35))
+    part = imported.import_scores(sweep, manifest, data, "x", "theirs", False)
+    assert part.steps == (3, 9)
+    np.testing.assert_array_equal(part.values[1], 2 * VALUES)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (npy(VALUES.T), "shape \\(7, 5\\)"),
+        (npy(np.where(VALUES > 1, np.nan, VALUES)), "not finite"),
+        (npy(np.array([{"a": 1}], dtype=object)), "plain numbers"),
+        (save({"a": VALUES, "b": VALUES}), "2 tensors"),
+        (long_form(VALUES[:, :6]), "missing or not finite"),
+        (parquet(removal=[9], eval=[0], value=[1.0]), "does not have"),
+        (parquet(removal=[0, 0], eval=[0, 0], value=[1.0, 2.0]), "twice"),
+        (parquet(a=["x"]), "numbers"),
+        (FORMS["long parquet"][:-9], "Parquet"),
+        (pickle.dumps(VALUES), "neither"),
+        (b"", "neither"),
+    ],
+)
+def test_a_foreign_file_is_refused_in_one_line(swept, data, said):
+    sweep, manifest, _ = swept
+    with pytest.raises(UsageError, match=said) as caught:
+        imported.import_scores(sweep, manifest, data, "file", "theirs", False)
+    assert "\n" not in str(caught.value)
+    assert not list(sweep.store.list("flowers/imported/"))
+
+
+@pytest.mark.parametrize("name", ["cg", "../x", "", "a/b"])
+def test_a_name_that_is_taken_or_no_name_is_refused(swept, name):
+    sweep, manifest, _ = swept
+    with pytest.raises(UsageError):
+        imported.import_scores(sweep, manifest, FORMS["npy"], "file", name, False)
+
+
+def test_the_command_keeps_the_matrix_and_pull_brings_it(beside, tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    run_here(make_spec(), beside, store)
+    (tmp_path / "theirs.npy").write_bytes(FORMS["npy"])
+    uri = f"{tmp_path / 'store'}/flowers"
+    found = commands.import_scores(tmp_path / "theirs.npy", uri, "theirs", False)
+    assert found.table is not None
+    assert {r["metric"] for r in found.json["scores"]} == {"cosine", "spearman"}
+    pulled = commands.pull(uri, tmp_path / "out", "parquet", lambda line: None)
+    assert pulled["complete"]
+    assert "theirs" in pq.read_table(pulled["tables"]["scores"])["estimator"].to_pylist()
+    # A second run of the spec keeps it.
+    report, _, heard = run_here(make_spec(), beside, store)
+    assert heard.tasks == []
+    assert "theirs" in report.found.tables["scores"]["estimator"].to_pylist()
+
+
+def test_estimates_alone_need_no_further_training(beside):
+    report, store, _ = run_here(make_spec(), beside, shards=False)
+    assert report.exit_code == 0
+    assert not list(store.list("flowers/parts/"))
+    assert set(report.found.tables["estimates"]["estimator"].to_pylist()) == {"grad_dot", "grad_cos"}
+    report, _, heard = run_here(make_spec(), beside, store)
+    assert report.exit_code == 0
+    assert len(heard.tasks) == 12
+
+
+def test_estimators_that_follow_training_depend_on_it_and_others_do_not(beside):
+    from fimo.orchestrator.run import driver as runs
+    from fimo.orchestrator.run.estimating import estimate_identity
+
+    def identity(estimator, params="{}", **changes):
+        m = runs.resolve(make_spec(**changes), beside).manifest
+        return estimate_identity(m.digest, m.estimate_digest, m.spec, estimator, params)
+
+    other = {"further_training": {"optimizer": {"name": "sgd", "lr": 0.2}}}
+    kept = '{"training_gradient":"further","displacement_step":3}'
+    assert identity("grad_dot") == identity("grad_dot", **other) == identity("grad_dot", seeds=9)
+    for name, params in (("unrolled", "{}"), ("ekfac_matched", "{}"), ("datainf", kept)):
+        assert identity(name, params) != identity(name, params, **other)
+    assert identity("unrolled") != identity("unrolled", seeds=9)
+    assert identity("unrolled", '{"seeds":2}') == identity("unrolled", '{"seeds":2}', seeds=9)
+    assert identity("datainf", kept) != identity("datainf", kept, seeds=9)
+
+
+def test_the_generalised_influence_function_gets_the_baseline_s_mean_displacement(beside):
+    wanted = {"name": "datainf", "training_gradient": "further", "displacement_step": 3}
+    report, _, _ = run_here(make_spec(estimators=[wanted, "datainf"]), beside)
+    assert report.exit_code == 0
+    values = report.found.tables["estimates"].to_pandas()
+    one, other = (values[values["params"] == p]["value"].to_numpy() for p in values["params"].unique())
+    assert not np.allclose(one, other)
+    far = {"name": "datainf", "training_gradient": "further", "displacement_step": 3000}
+    report, _, _ = run_here(make_spec(estimators=[far], name="far"), beside)
+    assert report.exit_code == 1
+    assert "lies beyond" in report.aside[0][1]

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fimo.orchestrator.tables.agreement import cosine, ranks, undefined
+from fimo.orchestrator.tables.reduce import SeedBlock, reduce
+from fimo.orchestrator.tables.score import EstimateMatrix, Scorer, similarity_table, windows
+from scipy.stats import spearmanr
+
+R, T, M, SEEDS = 6, 2, 3, 7
+STEPS = (4, 9)
+RNG = np.random.default_rng(0)
+GOLD = RNG.normal(size=(SEEDS, R, T, M))
+FIXED = EstimateMatrix("grad_dot", "{}", RNG.normal(size=(R, M)))
+MOVING = EstimateMatrix("unrolled", "{}", RNG.normal(size=(2, R, M)), (9, 11))
+
+
+def block(seed: int, effects: np.ndarray) -> SeedBlock:
+    return SeedBlock(seed, effects, np.zeros((T, M)), np.full((T, M), 1e-20), 1, ())
+
+
+def scored(gold: np.ndarray, estimates: list[EstimateMatrix], floor: float | None = None):
+    scorer = Scorer(estimates, STEPS, len(gold))
+    blocks, reduction = reduce((block(s, e) for s, e in enumerate(gold)), R, T, M)
+    for b in blocks:
+        scorer.add(b, reduction.floor if floor is None else np.full((T, M), floor))
+    if floor is not None:
+        reduction.floor = np.full((T, M), floor)
+    scorer.finish(reduction)
+    return scorer, reduction
+
+
+def brute(k: int, t: int, metric: str, adjust: str, estimate: np.ndarray) -> list[float]:
+    """Per evaluation example, plainly: average windows of k seeds, score each, average the scores."""
+    found = []
+    for e in range(M):
+        scores = []
+        for w in range(SEEDS // k):
+            a = GOLD[w * k : (w + 1) * k, :, t, e].mean(axis=0)
+            a = a - a.mean() if adjust == "mean" else a
+            b = estimate[:, e]
+            if metric == "cosine":
+                scores.append(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
+            else:
+                scores.append(float(spearmanr(a, b).statistic))
+        found.append(float(np.mean(scores)))
+    return found
+
+
+def test_windows_of_seeds_are_the_contract_s():
+    assert windows(1) == [1]
+    assert windows(7) == [1, 2, 5, 7]
+    assert windows(100) == [1, 2, 5, 10, 20, 50, 100]
+    assert windows(130) == [1, 2, 5, 10, 20, 50, 100, 130]
+
+
+def test_scores_equal_plain_loops_for_every_window_step_metric_and_adjustment():
+    scorer, _ = scored(GOLD, [FIXED])
+    rows = scorer.table().to_pylist()
+    assert len(rows) == 2 * 2 * 4 * 2
+    for row in rows:
+        expected = brute(row["seeds"], STEPS.index(row["step"]), row["metric"], row["adjust"], FIXED.values)
+        assert row["score"] == pytest.approx(np.mean(expected), abs=1e-12)
+        assert row["sem"] == pytest.approx(np.std(expected, ddof=1) / np.sqrt(M), abs=1e-12)
+        assert (row["evals"], row["undefined"]) == (M, 0)
+
+
+def test_an_estimate_of_an_amount_is_scored_at_that_amount_alone():
+    scorer, _ = scored(GOLD, [MOVING])
+    rows = scorer.table().to_pylist()
+    assert {r["step"] for r in rows} == {9}
+    [row] = [r for r in rows if (r["metric"], r["adjust"], r["seeds"]) == ("cosine", "baseline", 7)]
+    assert row["score"] == pytest.approx(np.mean(brute(7, 1, "cosine", "baseline", MOVING.values[0])), abs=1e-12)
+
+
+def test_constant_vectors_and_vectors_under_the_noise_floor_are_counted_not_scored():
+    gold = GOLD.copy()
+    gold[:, :, 0, 1] = 0.25
+    gold[:, :, 1, 2] *= 1e-9
+    scorer, _ = scored(gold, [FIXED], floor=1e-6)
+    by_step = {
+        r["step"]: r
+        for r in scorer.table().to_pylist()
+        if (r["metric"], r["adjust"], r["seeds"]) == ("cosine", "baseline", SEEDS)
+    }
+    assert (by_step[4]["evals"], by_step[4]["undefined"]) == (2, 1)
+    assert (by_step[9]["evals"], by_step[9]["undefined"]) == (2, 1)
+
+
+def test_an_estimate_that_is_zero_for_an_example_is_undefined_there():
+    values = FIXED.values.copy()
+    values[:, 0] = 0.0
+    scorer, _ = scored(GOLD, [EstimateMatrix("zero", "{}", values)])
+    assert {r["undefined"] for r in scorer.table().to_pylist()} == {1}
+
+
+def test_a_seed_that_lacks_a_removal_is_in_no_window_but_in_the_mean_of_all():
+    gold = GOLD.copy()
+    gold[3, 2] = np.nan
+    scorer, reduction = scored(gold, [FIXED])
+    assert scorer.complete == SEEDS - 1
+    assert reduction.effects.count[2].tolist() == [SEEDS - 1] * T
+    [row] = [
+        r
+        for r in scorer.table().to_pylist()
+        if (r["metric"], r["adjust"], r["seeds"], r["step"]) == ("cosine", "baseline", SEEDS, 4)
+    ]
+    mean = np.nanmean(gold, axis=0)[:, 0]
+    expected = np.mean([cosine(mean[:, e], FIXED.values[:, e]) for e in range(M)])
+    assert row["score"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_removal_without_any_seed_does_not_empty_the_scores():
+    gold = GOLD.copy()
+    gold[:, 2] = np.nan
+    scorer, _ = scored(gold, [FIXED])
+    kept = [i for i in range(R) if i != 2]
+    mean = GOLD.mean(axis=0)[kept]
+    [row] = [
+        r
+        for r in scorer.table().to_pylist()
+        if (r["metric"], r["adjust"], r["seeds"], r["step"]) == ("cosine", "baseline", SEEDS, 9)
+    ]
+    expected = np.mean([cosine(mean[:, 1, e], FIXED.values[kept, e]) for e in range(M)])
+    assert row["score"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_ranks_give_ties_their_mean_rank():
+    a, b = np.array([1.0, 2.0, 2.0, 5.0]), np.array([3.0, 3.0, 1.0, 9.0])
+    assert cosine(ranks(a), ranks(b)) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+
+
+def test_undefined_is_constant_or_not_above_the_floor():
+    effects = np.array([[1.0, 1e-9, 1.0], [1.0, -1e-9, -1.0]])
+    assert undefined(effects, 1e-8).tolist() == [True, True, False]
+
+
+def test_reliability_is_the_split_half_cosine_and_its_ceiling():
+    scorer, reduction = scored(GOLD, [])
+    rows = scorer.reliability(reduction.floor).to_pylist()
+    for t, row in enumerate(rows):
+        odd, even = GOLD[1::2].mean(axis=0)[:, t], GOLD[::2].mean(axis=0)[:, t]
+        half = np.mean([cosine(odd[:, e], even[:, e]) for e in range(M)])
+        assert row["split_half"] == pytest.approx(half, abs=1e-12)
+        expected = np.sqrt(2 * half / (1 + half)) if half > 0 else None
+        assert row["ceiling"] == (pytest.approx(expected) if expected is not None else None)
+        assert row["noise_floor"] == pytest.approx(1e-10)
+
+
+def test_the_similarity_matrix_has_every_pair_and_ones_on_its_diagonal():
+    rows = similarity_table([FIXED, MOVING]).to_pylist()
+    found = {(r["estimator"], r["other_estimator"], r["step"]): r["cosine"] for r in rows}
+    assert set(found) == {
+        ("grad_dot", "grad_dot", None),
+        ("grad_dot", "unrolled", 9),
+        ("grad_dot", "unrolled", 11),
+        ("unrolled", "grad_dot", 9),
+        ("unrolled", "grad_dot", 11),
+        ("unrolled", "unrolled", 9),
+        ("unrolled", "unrolled", 11),
+    }
+    assert found["grad_dot", "grad_dot", None] == pytest.approx(1.0)
+    assert found["grad_dot", "unrolled", 11] == pytest.approx(np.mean(cosine(FIXED.values, MOVING.values[1])))

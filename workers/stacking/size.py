@@ -1,0 +1,69 @@
+"""How many replicas to train together: by measurement, one at a time included."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+
+import torch
+from fimo.workers.batches import BASELINE, Removal
+from fimo.workers.functional import Tensors
+from fimo.workers.further_training import further_train
+from fimo.workers.shard import out_of_memory
+from fimo.workers.stacking.replay import AFTER
+from fimo.workers.start import Start
+
+CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tuple[int, dict[int, float]]:
+    """The stack size with the fewest seconds per replica and step.
+
+    Sizes are tried upwards and timed over a few steps; a size that does not fit in memory, or that the model cannot be
+    vmapped at, ends the search, as does a budget of seconds or a size half as fast as the best.
+
+    Args:
+        cells: the most that a shard could use.
+
+    Returns:
+        (stack size, seconds per replica and step of each size tried).
+    """
+    n, seconds = len(start.train), {}
+    removal: Removal = (0,) if n > 1 else BASELINE
+    started = time.monotonic()
+    for size in [c for c in CANDIDATES if c <= cells] or [1]:
+        lanes = [BASELINE, *[removal] * (size - 1)]
+        try:
+            seconds[size] = _time(start, lanes)
+        except RuntimeError as error:
+            if size == 1 or not (out_of_memory(error) or size == 2):
+                raise
+            break
+        if seconds[size] > 2 * min(seconds.values()) or time.monotonic() - started > budget_s:
+            break
+    return min(seconds, key=lambda s: seconds[s]), seconds
+
+
+def _time(start: Start, lanes: list[Removal], steps: int = 9) -> float:
+    """Seconds per replica and step: the median step of a run, the better of two runs, the first steps apart."""
+    device = start.model.device
+    # On one thread CPU time is told apart from that of the machine's other processes.
+    read = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    # Steps are timed as a long run takes them: replayed, where the stack's steps are.
+    first = AFTER + 2 if start.graphs is not None else 1
+
+    def run() -> float:
+        times: list[float] = []
+
+        def note(_step: int, _params: Tensors) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(read())
+
+        further_train(start, lanes, 0, watch=note, last=first + steps)
+        taken = [after - before for before, after in pairwise(times)][first - 1 :]
+        # A run shorter than that is timed as it is, from its first step on.
+        return statistics.median(taken or [after - before for before, after in pairwise(times)] or [0.0])
+
+    return max(min(run(), run()), 1e-9) / len(lanes)
