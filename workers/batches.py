@@ -1,14 +1,14 @@
-"""Which examples each replica trains on at each step, and with which weights: DESIGN.md section 5, as data.
+"""Which examples each replica trains on at each step, and with which weights: further training, as data.
 
 The batch order is torch's ``RandomSampler`` under the seed, carried on over the epochs, batched in order, the
 ragged last batch kept. Removal modes change nothing but the indices and weights given here:
 
 * **drop** takes the removed indices out of the epoch's permutation and re-batches, so later examples slide forward;
 * **mask** keeps every batch and takes the removed indices out of the mean of the batch they are in;
-* **reweight** keeps every batch whole; the loop subtracts Σ_{i∈removal} ℓ_i / n from every step's loss.
+* **reweight** keeps every batch whole; the loop adds ``removed_weight(n)`` · Σ_{i∈removal} ℓ_i to every step's loss.
 
-This module knows nothing of models: it is arithmetic on indices, and the estimators that follow a
-trajectory read it too.
+This module knows nothing of models: it is arithmetic on indices. The definition, the stacks and the estimators that
+follow a trajectory read it. ``fimo.workers.stacking.folding`` makes one block of a step's blocks.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ Removal = tuple[int, ...]
 """Training indices left out; empty = the baseline."""
 
 BASELINE: Removal = ()
+
+
+def removed_weight(n: int) -> float:
+    """The weight of a removed example's loss in every step of reweight mode: −1/n, with n = |𝒟|."""
+    return -1.0 / n
 
 
 @dataclass(frozen=True)
@@ -104,22 +109,15 @@ def first_difference(n: int, removal: Removal, settings: FurtherTraining, seed: 
 
 
 def schedule(
-    n: int,
-    lanes: Sequence[Removal],
-    settings: FurtherTraining,
-    seed: int,
-    coupled: bool = False,
-    folded: bool = False,
+    n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int, mixes: bool = False
 ) -> Iterator[list[Block]]:
     """The blocks of every step, without end; stop when the last evaluation is done.
 
     Args:
         n: the number of training examples |𝒟|.
         lanes: the replicas' removals, in the order of the stack.
-        coupled: the model's training forward mixes the examples of a batch (batch norm), so that a masked
-            example must leave the batch rather than get weight 0.
-        folded: examples are independent, so that every step can be one block of all lanes: reweight's removed examples
-            are appended to the batch with weight −1/n, and in drop mode shorter batches are filled up with weight 0.
+        mixes: the model's training forward mixes the examples of a batch (batch norm), so that a masked example must
+            leave the batch rather than get weight 0.
 
     Raises:
         UsageError: a removal is not a set of training indices, or leaves nothing to train on.
@@ -127,11 +125,10 @@ def schedule(
     for removal in set(lanes):
         check(n, removal)
     if settings.removal_mode == "drop":
-        return _dropped(n, lanes, settings, seed, folded)
+        return (joined_by_size(parts) for parts in dropped(n, lanes, settings, seed))
     if settings.removal_mode == "mask" and any(lanes):
-        return _masked(n, lanes, settings, seed, coupled)
-    whole = _whole(n, lanes, settings, seed)
-    return _folded(n, lanes, whole) if folded and any(lanes) else whole
+        return _masked(n, lanes, settings, seed, mixes)
+    return whole(n, lanes, settings, seed)
 
 
 def check(n: int, removal: Removal) -> None:
@@ -145,31 +142,16 @@ def check(n: int, removal: Removal) -> None:
         raise UsageError("a removal leaves no training example")
 
 
-def _whole(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[list[Block]]:
+def whole(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[list[Block]]:
+    """Every lane on the same whole batches."""
     every = tuple(range(len(lanes)))
     for order in orders(n, seed):
         for indices in order.split(settings.batch_size):
-            yield [Block(every, indices, _mean_weights(len(indices)))]
-
-
-def _folded(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) -> Iterator[list[Block]]:
-    most = max(len(removal) for removal in lanes)
-    filled = torch.tensor([[*removal, *[-1] * (most - len(removal))] for removal in lanes], dtype=torch.long)
-    present = filled >= 0
-    subtracted = present.to(torch.float64) * (-1.0 / n)
-    weights: dict[int, Tensor] = {}
-    for (block,) in whole:
-        size = len(block.indices)
-        if size not in weights:
-            weights[size] = torch.cat([block.weights.expand(len(lanes), -1), subtracted], dim=1)
-        # Shorter removals are filled up with an example of the batch, of weight 0.
-        appended = torch.where(present, filled, block.indices[0])
-        indices = torch.cat([block.indices.expand(len(lanes), -1), appended], dim=1)
-        yield [Block(block.lanes, indices, weights[size])]
+            yield [Block(every, indices, mean_weights(len(indices)))]
 
 
 def _masked(
-    n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int, coupled: bool
+    n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int, mixes: bool
 ) -> Iterator[list[Block]]:
     removed = torch.zeros(len(lanes), n, dtype=torch.bool)
     for lane, removal in enumerate(lanes):
@@ -177,7 +159,7 @@ def _masked(
     for order in orders(n, seed):
         for indices in order.split(settings.batch_size):
             stays = ~removed[:, indices]
-            if coupled:
+            if mixes:
                 yield _by_size([indices[row] for row in stays])
             else:
                 # A batch of which nothing stays has loss 0: its weights are all 0, not 0/0.
@@ -192,57 +174,47 @@ def _by_size(batches: Sequence[Tensor]) -> list[Block]:
         if len(indices):
             sizes.setdefault(len(indices), []).append(lane)
     return [
-        Block(tuple(lanes), torch.stack([batches[i] for i in lanes]), _mean_weights(size))
+        Block(tuple(lanes), torch.stack([batches[i] for i in lanes]), mean_weights(size))
         for size, lanes in sizes.items()
     ]
 
 
 @lru_cache(maxsize=256)
-def _mean_weights(size: int) -> Tensor:
+def mean_weights(size: int) -> Tensor:
+    """The weights (size,) of a mean, float64."""
     return torch.full((size,), 1.0 / size, dtype=torch.float64)
 
 
-def _dropped(
-    n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int, folded: bool
-) -> Iterator[list[Block]]:
-    # Lanes whose epochs are equally long step through one matrix of permutations.
+Part = tuple[list[int], Tensor]
+"""Lanes, and the training indices (len(lanes), b) that each takes."""
+
+
+def dropped(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[list[Part]]:
+    """Drop mode's batches of every step: lanes whose epochs are equally long share one matrix of permutations."""
     groups: dict[int, list[int]] = {}
     for lane, removal in enumerate(lanes):
         groups.setdefault(n - len(removal), []).append(lane)
     streams = [(members, _dropped_group(n, [lanes[i] for i in members], settings, seed)) for members in groups.values()]
     while True:
-        parts = [(members, next(stream)) for members, stream in streams]
-        if folded:
-            yield [_filled(parts)]
-            continue
-        sizes: dict[int, list[tuple[list[int], Tensor]]] = {}
-        for members, indices in parts:
-            sizes.setdefault(indices.shape[1], []).append((members, indices))
-        yield [_joined(alike) for alike in sizes.values()]
+        yield [(members, next(stream)) for members, stream in streams]
 
 
-def _joined(parts: Sequence[tuple[list[int], Tensor]]) -> Block:
-    """One block of (lanes, indices) of one batch size, in the order of the stack."""
+def joined_by_size(parts: Sequence[Part]) -> list[Block]:
+    """One block for each batch size."""
+    sizes: dict[int, list[Part]] = {}
+    for members, indices in parts:
+        sizes.setdefault(indices.shape[1], []).append((members, indices))
+    return [joined(alike) for alike in sizes.values()]
+
+
+def joined(parts: Sequence[Part]) -> Block:
+    """One block of parts of one batch size, in the order of the stack."""
     if len(parts) == 1:
-        return Block(tuple(parts[0][0]), parts[0][1], _mean_weights(parts[0][1].shape[1]))
+        return Block(tuple(parts[0][0]), parts[0][1], mean_weights(parts[0][1].shape[1]))
     lanes = [lane for members, _ in parts for lane in members]
     order = sorted(range(len(lanes)), key=lanes.__getitem__)
     indices = torch.cat([indices for _, indices in parts])[order]
-    return Block(tuple(sorted(lanes)), indices, _mean_weights(indices.shape[1]))
-
-
-def _filled(parts: Sequence[tuple[list[int], Tensor]]) -> Block:
-    """One block of all lanes; shorter batches are filled up with their own first example, of weight 0."""
-    longest = max(indices.shape[1] for _, indices in parts)
-    if all(indices.shape[1] == longest for _, indices in parts):
-        return _joined(parts)
-    count = sum(len(members) for members, _ in parts)
-    filled, weights = torch.empty(count, longest, dtype=torch.long), torch.zeros(count, longest, dtype=torch.float64)
-    for members, indices in parts:
-        size = indices.shape[1]
-        filled[members] = torch.cat([indices, indices[:, :1].expand(-1, longest - size)], dim=1)
-        weights[members, :size] = 1.0 / size
-    return Block(tuple(range(count)), filled, weights)
+    return Block(tuple(sorted(lanes)), indices, mean_weights(indices.shape[1]))
 
 
 def _dropped_group(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[Tensor]:

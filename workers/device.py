@@ -58,13 +58,6 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def seed(value: int, device: torch.device) -> None:
-    """Seed the generators of the CPU and of ``device``, without ``torch.manual_seed``'s walk over all device kinds."""
-    torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(value)
-
-
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[dict[str, object]]:
     """Deterministic algorithms, no TF32, no autotuning and a private random state inside the body; restored after.

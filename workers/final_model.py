@@ -1,7 +1,8 @@
-"""θᶠ from a ``.safetensors`` state dict, held against the model; nothing is ever unpickled."""
+"""θᶠ: read from a ``.safetensors`` state dict, held against the model, put into a copy; nothing is unpickled."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -49,6 +50,28 @@ def check_fits(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None
             raise WorkloadError(f"final model {name} does not fit: '{key}' is {tensor.dtype}, not {own[key].dtype}")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise WorkloadError(f"final model {name} has values in '{key}' that are not finite")
+
+
+def final_copy(
+    model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device | str, dtype: torch.dtype
+) -> nn.Module:
+    """A copy of the user's model at θᶠ; the user's own is never touched.
+
+    Args:
+        state: θᶠ, None = the parameters that the model carries.
+        device, dtype: of the copy's floating-point tensors.
+    """
+    # weight_norm and spectral_norm leave a computed tensor on their module, which deepcopy does not take.
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed}).to(device=device, dtype=dtype)
+    for module in copied.modules():
+        # A sparse gradient is the dense one without its zeros; vmap and most optimizers take only the dense one.
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False
+    if state is not None:
+        # After the cast: a float64 θᶠ must not be rounded through the model's own float32.
+        copied.load_state_dict(dict(state), strict=False)
+    return copied
 
 
 def _more(names: list[str]) -> str:

@@ -6,7 +6,6 @@ same code serves one replica, a ``vmap`` over stacked replicas, and derivatives.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import torch
 from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Batch, to
+from fimo.workers.final_model import final_copy
 from fimo.workers.workload import Workload
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -60,13 +60,10 @@ class FunctionalModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        model = copy.deepcopy(workload.model)
-        if state is not None:
-            model.load_state_dict(dict(state), strict=False)
         self.device, self.dtype = torch.device(device), dtype
         self._loss = workload.loss
         self._measure = workload.measure or workload.loss
-        self._module = _Outputs(model.to(device=self.device, dtype=dtype), workload)
+        self._module = _Outputs(final_copy(workload.model, state, self.device, dtype), workload)
         named = {n.removeprefix("model."): p for n, p in self._module.named_parameters()}
         self.params: Tensors = {n: p.detach().clone() for n, p in named.items() if p.requires_grad}
         frozen = {n: p.detach().clone() for n, p in named.items() if not p.requires_grad}
@@ -134,7 +131,7 @@ class FunctionalModel:
     def measure(self, params: Tensors, batch: Batch, fixed: Tensors | None = None) -> Tensor:
         """g(z, θ) per evaluation example, shape (B,), float64: the outputs are cast before the measure.
 
-        A float32 loss near 1e-8 loses the differences that are the product (DESIGN.md section 5).
+        A float32 loss near 1e-8 loses the small differences that are the product.
         """
         out = self.outputs(params, batch, fixed)
         wide = out.to(torch.float64) if out.is_floating_point() else out

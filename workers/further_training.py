@@ -1,26 +1,25 @@
-"""Further training from θᶠ: the loop that defines the product's number (DESIGN.md section 5).
+"""Further training of a stack of replicas: the numbers of ``fimo.workers.definition.train_cell``, many cells at once.
 
-    a*_i(z, t) = E_ξ [ g(z, θᶠ + Δθ_t(𝒟₋ᵢ, ξ)) − g(z, θᶠ + Δθ_t(𝒟, ξ)) ]      (Wei et al. 2025, eq. 17)
-
-``further_train`` trains a stack of replicas that differ only in their removals, with one seed's randomness ξ, and
-records g(z, θᶠ + Δθ_t) − g(z, θᶠ). It does not average, subtract the baseline or store.
+``further_train`` trains replicas that differ only in their removals, with one seed's randomness ξ, and records
+g(z, θᶠ + Δθ_t) − g(z, θᶠ). It does not average, subtract the baseline or store.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from fimo.workers import batches, device
+from fimo.workers import batches
 from fimo.workers.batches import Removal
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import Tensors
+from fimo.workers.randomness import kept, seed_all, step_seed
 from fimo.workers.stacking import replicas
+from fimo.workers.stacking.folding import folded
 from fimo.workers.stacking.replay import Replayed
-from fimo.workers.stacking.replicas import Gradients
+from fimo.workers.stacking.replicas import Gradients, GradientSum
 from fimo.workers.start import Start
 from torch import Tensor
 
@@ -62,10 +61,14 @@ def further_train(
     """
     settings, n = start.settings, len(start.train)
     stack = _Stack(start, lanes, seed)
-    optimizer = replicas.make_optimizer(settings.optimizer, list(stack.params.values()))
+    # One optimizer over a stack is one optimizer a replica: SGD, Adam and AdamW are elementwise.
+    optimizer = settings.optimizer.build(list(stack.params.values()), foreach=start.model.device.type == "cuda")
     record = _Record(start, lanes)
-    schedule = batches.schedule(n, lanes, settings, seed, start.traits.coupled, start.folds)
-    with torch.no_grad(), start.model.mode(settings.mode), start.model.buffers_kept():
+    if start.folds:
+        schedule = folded(n, lanes, settings, seed)
+    else:
+        schedule = batches.schedule(n, lanes, settings, seed, start.forward.mixes)
+    with torch.no_grad(), kept(start.model.device), start.model.mode(settings.mode), start.model.buffers_kept():
         for step, blocks in enumerate(schedule, start=1):
             grads = stack.gradients(step, blocks)
             if settings.clip_norm is not None:
@@ -86,47 +89,47 @@ class _Stack:
 
     def __init__(self, start: Start, lanes: Sequence[Removal], seed: int) -> None:
         self.start, self.seed, self.size = start, seed, len(lanes)
-        model = start.model
+        model, self.forward = start.model, start.forward
         self.params = replicas.stacked(model.params, self.size)
-        self.buffers = replicas.stacked({name: model.fixed[name] for name in start.traits.mutable}, self.size)
+        self.buffers = replicas.stacked({name: model.fixed[name] for name in self.forward.mutable}, self.size)
         subtracted_apart = start.settings.removal_mode == "reweight" and not start.folds
         self.removed = _removed(start.train, lanes) if subtracted_apart else []
-        # What vmap takes has no decisions on data, which a graph would hold fast: a stack is vmapped over its replicas,
-        # and where examples are proven independent the forward was vmapped over them.
-        graphs = start.graphs if self.size > 1 or start.traits.independent else None
+        # Trace only a forward that vmap has accepted, over replicas here or over examples in the probe: vmap rejects
+        # data-dependent branches, which a trace would silently freeze.
+        graphs = start.graphs if self.size > 1 or start.folds else None
         self._batch_gradients = Replayed(partial(replicas.gradients, model), "batch", graphs)
         self._removed_gradients = Replayed(partial(replicas.gradients, model), "removed", graphs)
         self.measures = Replayed(partial(replicas.measures, model), "measures", graphs)
 
     def gradients(self, step: int, blocks: Sequence[batches.Block]) -> Gradients:
-        """∇ of each replica's loss: the mean over its batch less, in reweight mode, Σ_{i∈removal} ℓ_i / n."""
-        grads: Gradients = {}
+        """∇ of each replica's loss: the mean over its batch and, in reweight mode, the weighted loss of the removed."""
+        total = GradientSum(self.size)
         for block in blocks:
-            self._add_batch(grads, block, dropout_seed(self.seed, step, "batch"))
+            self._add_batch(total, block, step_seed(self.seed, step, "batch"))
         for lanes, batch in self.removed:
-            self._subtract_removed(grads, lanes, batch, dropout_seed(self.seed, step, "removed"))
-        if not blocks:
-            # Every example is masked: the loss is 0, and momentum and weight decay go on.
-            grads = {name: torch.zeros_like(self.params[name]) for name in self.start.traits.used}
-        return grads
+            self._add_removed(total, lanes, batch, step_seed(self.seed, step, "removed"))
+        idle = sorted(set(range(self.size)).difference(*(block.lanes for block in blocks)))
+        if idle:
+            # Every example of these lanes' batches is masked: their loss is 0, and momentum and weight decay go on.
+            zeros = {name: torch.zeros_like(self.params[name][idle]) for name in self.forward.used}
+            total.add(zeros, tuple(idle))
+        return total.result(idle)
 
-    def _add_batch(self, grads: Gradients, block: batches.Block, seed: int) -> None:
+    def _add_batch(self, total: GradientSum, block: batches.Block, seed: int) -> None:
         for lanes, batch, weights, shared in replicas.fetch(self.start.train, block):
             params, buffers = self.take(lanes)
-            device.seed(seed, self.start.model.device)
-            part, after = self._batch_gradients(params, buffers, batch, weights, shared)
-            replicas.add(grads, part, lanes, self.size)
+            seed_all(seed, self.start.model.device, self.forward.python)
+            part, after = self._batch_gradients(params, buffers, batch, weights, shared, self.forward.orders)
+            total.add(part, lanes)
             replicas.put_back(self.buffers, after, lanes)
 
-    def _subtract_removed(self, grads: Gradients, lanes: tuple[int, ...], batch: Batch, seed: int) -> None:
-        """Batch-norm statistics are read but not updated."""
-        model, settings = self.start.model, self.start.settings
+    def _add_removed(self, total: GradientSum, lanes: tuple[int, ...], batch: Batch, seed: int) -> None:
+        """Buffers are read but not updated: the subtracted loss leaves no trace in them."""
         params, buffers = self.take(lanes)
-        weights = torch.tensor([-1.0 / len(self.start.train)], dtype=torch.float64)
-        device.seed(seed, model.device)
-        with model.mode(settings.mode, norm="eval"):
-            part, _ = self._removed_gradients(params, buffers, batch, weights, False)
-        replicas.add(grads, part, lanes, self.size)
+        weights = torch.tensor([batches.removed_weight(len(self.start.train))], dtype=torch.float64)
+        seed_all(seed, self.start.model.device, self.forward.python)
+        part, _ = self._removed_gradients(params, buffers, batch, weights, False, self.forward.orders)
+        total.add(part, lanes)
 
     def take(self, lanes: tuple[int, ...]) -> tuple[Tensors, Tensors]:
         """Parameters and buffers of the given lanes."""
@@ -144,12 +147,6 @@ def _removed(train: Examples, lanes: Sequence[Removal]) -> list[tuple[tuple[int,
         for size, own in sizes.items()
     ]
     return [(own, batch) for block in blocks for own, batch, _, _ in replicas.fetch(train, block)]
-
-
-def dropout_seed(seed: int, step: int, what: str) -> int:
-    """The seed of everything random inside step ``step``: a function of (seed, step), the same for every replica."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{what}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class _Record:
@@ -182,7 +179,7 @@ class _Record:
         params, buffers = stack.take(lanes)
         with model.mode("eval"):
             g = torch.cat([stack.measures(params, buffers, batch) for batch in self.start.evals], dim=1)
-        moved = [(p - model.params[n]).flatten(1) for n, p in params.items()]
+        moved = [(p - model.params[n]).reshape(len(p), -1) for n, p in params.items()]
         squares = [torch.linalg.vector_norm(m, dim=1, dtype=torch.float64) ** 2 for m in moved]
         delta, distance = g.cpu() - self.start.at_final, torch.stack(squares).sum(dim=0).sqrt().cpu()
         row = {lane: i for i, lane in enumerate(lanes)}

@@ -1,47 +1,137 @@
-"""Further-training settings as plain frozen values: the section of the spec that defines the number."""
+"""Further-training settings as plain frozen values: the section of the spec that defines the number.
+
+The one place for its rules and defaults: those of a spec, a notebook and a test are checked here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from fimo.workers.errors import UsageError
+from torch import Tensor
 
 RemovalMode = Literal["drop", "mask", "reweight"]
+OptimizerName = Literal["sgd", "adam", "adamw"]
+
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY: dict[str, float] = {"sgd": 0.0, "adam": 0.0, "adamw": 1e-2}
+"""torch's own defaults."""
+
+EVAL_BATCH = 128
+"""Evaluation examples in one block at least; a larger training batch makes it as large."""
+
+_SGD_ALONE = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
+_ADAM_ALONE = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer with torch's own semantics and defaults (SGD, Adam or AdamW)."""
+    """SGD, Adam or AdamW with torch's own semantics and defaults.
 
-    name: Literal["sgd", "adam", "adamw"]
-    lr: float
+    Attributes:
+        weight_decay: None = torch's default: 0.01 for AdamW, 0 for the others.
+
+    Raises:
+        UsageError: an unknown name, an option of another optimizer, or a value out of range.
+    """
+
+    name: OptimizerName
+    lr: float = LEARNING_RATE
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
-    weight_decay: float = 0.0
+    weight_decay: float = None  # type: ignore[assignment]
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     amsgrad: bool = False
 
+    def __post_init__(self) -> None:
+        if self.name not in WEIGHT_DECAY:
+            raise UsageError(f"optimizer '{self.name}' is not known: use sgd, adam or adamw")
+        given: float | None = self.weight_decay
+        if given is None:
+            object.__setattr__(self, "weight_decay", WEIGHT_DECAY[self.name])
+        for option, default in (_ADAM_ALONE if self.name == "sgd" else _SGD_ALONE).items():
+            if getattr(self, option) != default:
+                raise UsageError(f"optimizer {self.name} has no {option}")
+        if not self.lr > 0:
+            raise UsageError(f"optimizer {self.name}: lr must be above 0, got {self.lr}")
+        if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
+            raise UsageError("nesterov needs momentum above 0 and dampening 0")
+
+    def build(self, params: Sequence[Tensor], foreach: bool | None = None) -> torch.optim.Optimizer:
+        """torch's own optimizer over ``params``."""
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "foreach": foreach}
+        if self.name == "sgd":
+            return torch.optim.SGD(
+                params, momentum=self.momentum, dampening=self.dampening, nesterov=self.nesterov, **options
+            )
+        kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
+        return kind(params, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad, **options)
+
 
 @dataclass(frozen=True)
 class Evaluate:
-    """When g is evaluated: exactly one of the three is set; the last step always counts too."""
+    """When g is evaluated, by exactly one of the three; the last step always counts too (UsageError otherwise)."""
 
     every_epochs: int | None = None
     every_steps: int | None = None
     at_steps: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if sum(v is not None for v in (self.every_epochs, self.every_steps, self.at_steps)) != 1:
+            raise UsageError("give exactly one of every_epochs, every_steps, at_steps")
+        if min((self.every_epochs or 1, self.every_steps or 1, *(self.at_steps or ()))) < 1 or 0 in (
+            self.every_epochs,
+            self.every_steps,
+        ):
+            raise UsageError("evaluate: steps and epochs are counted from 1")
+
 
 @dataclass(frozen=True)
 class FurtherTraining:
-    """DESIGN.md section 5. Exactly one of ``epochs`` and ``steps`` is set."""
+    """How a cell is trained further; exactly one of ``epochs`` and ``steps`` is given.
+
+    Attributes:
+        removal_mode: None = reweight, or mask if the training forward mixes the examples of a batch
+            (``fimo.workers.start`` decides, and writes it down).
+
+    Raises:
+        UsageError: no length or two, a batch size or a length below 1, evaluation beyond the last step.
+    """
 
     optimizer: Optimizer
     batch_size: int
     epochs: int | None = None
     steps: int | None = None
-    removal_mode: RemovalMode = "reweight"
+    removal_mode: RemovalMode | None = None
     evaluate: Evaluate = field(default_factory=lambda: Evaluate(every_epochs=1))
     clip_norm: float | None = None
     mode: Literal["train", "eval"] = "train"
     precision: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise UsageError("give exactly one of epochs and steps")
+        if min(self.batch_size, self.epochs or 1, self.steps or 1) < 1 or 0 in (self.epochs, self.steps):
+            raise UsageError("batch_size, epochs and steps must be at least 1")
+        if self.steps is not None and self.evaluate.at_steps and max(self.evaluate.at_steps) > self.steps:
+            raise UsageError(f"evaluate.at_steps reaches beyond the {self.steps} steps of further training")
+
+    @property
+    def eval_batch(self) -> int:
+        """Evaluation examples in one block."""
+        return max(EVAL_BATCH, self.batch_size)
+
+    def settled(self, mixes: bool) -> FurtherTraining:
+        """The same with the removal mode written out.
+
+        Args:
+            mixes: whether the training forward mixes the examples of a batch.
+        """
+        if self.removal_mode is not None:
+            return self
+        return replace(self, removal_mode="mask" if mixes else "reweight")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from fimo.workers.batches import BASELINE, Removal, amounts, first_difference
+from fimo.workers.errors import FimoError
 from fimo.workers.further_training import Deltas, further_train
 from fimo.workers.start import Start
 from torch import Tensor
@@ -84,15 +85,17 @@ def _in_stacks(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[Deltas], int]:
     results: list[Deltas] = []
-    done = 0
+    done, replicas = 0, replicas if start.engine.stack else 1
     while done < len(cells):
         stack = cells[done : done + replicas]
         try:
             results.append(further_train(start, stack, seed))
-        except RuntimeError as error:
+        except FimoError:
+            raise
+        except Exception as error:
             if len(stack) == 1:
                 raise
-            # What is no lack of memory is a model that cannot be vmapped, which one at a time can tell.
+            # If memory is not what is lacking, the model may only be one that vmap cannot take: one at a time can tell.
             replicas = len(stack) // 2 if out_of_memory(error) else 1
         else:
             done += len(stack)
@@ -104,10 +107,12 @@ def _in_stacks(
 
 
 def _floor(start: Start, seed: int, replicas: int) -> Deltas:
-    stack = [BASELINE] if replicas > 1 else [BASELINE, BASELINE]
+    stack = [BASELINE] if replicas > 1 or not start.engine.stack else [BASELINE, BASELINE]
     try:
         both: Deltas | None = further_train(start, stack, seed)
-    except RuntimeError:
+    except FimoError:
+        raise
+    except Exception:
         # A model that cannot be stacked, or only just fits, has its second baseline trained alone.
         if len(stack) == 1:
             raise

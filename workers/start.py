@@ -1,7 +1,7 @@
 """What the cells of a sweep share: the model at θᶠ, the data, g(z, θᶠ), and how the training forward behaves.
 
-Invariant: a ``Start`` can be trained further. What cannot (a loss that is not one number an example, numbers that
-are not finite at θᶠ) is refused here, once, before any cell is started.
+Invariant: a ``Start`` can be trained further. A loss that is not one number an example, numbers that are not finite at
+θᶠ, a removal mode that means something else for this model: refused here, once, before any cell is started.
 """
 
 from __future__ import annotations
@@ -11,11 +11,27 @@ from dataclasses import dataclass
 import torch
 from fimo.workers.errors import DivergedError
 from fimo.workers.examples import Batch, Examples
+from fimo.workers.forward import Forward, observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, check
 from fimo.workers.settings import FurtherTraining
-from fimo.workers.stacking.probe import Traits, traits
+from fimo.workers.stacking.probe import independent
 from fimo.workers.stacking.replay import Graphs
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What may be done to be fast; with nothing of it, cells are trained one at a time as the definition has it.
+
+    Attributes:
+        replay: trace the steps of small models.
+        fold: make one block of a step's blocks, if examples are proven independent.
+        stack: train replicas together.
+    """
+
+    replay: bool = True
+    fold: bool = True
+    stack: bool = True
 
 
 @dataclass(frozen=True)
@@ -27,10 +43,10 @@ class Start:
         train: 𝒟, on the model's device and in its dtype.
         evals: the evaluation examples as batches, in order.
         at_final: g(z, θᶠ), float64 (m,).
-        settings: the further-training section.
-        traits: how the training forward behaves.
-        folds: examples are proven independent and nothing is drawn, so that a step is one block of all lanes, with
-            weights: removed examples ride in the batch with weight −1/n, shorter batches are filled up with weight 0.
+        settings: the further-training section, its removal mode settled.
+        forward: how the training forward behaves.
+        engine: what may be done to be fast.
+        folds: a step is one block of all lanes, with weights (``fimo.workers.stacking.folding``).
         graphs: traced steps of the stacks, filled as they train; None = nothing is traced.
     """
 
@@ -39,47 +55,48 @@ class Start:
     evals: tuple[Batch, ...]
     at_final: Tensor
     settings: FurtherTraining
-    traits: Traits
+    forward: Forward
+    engine: Engine
     folds: bool
     graphs: Graphs | None
 
 
 def start_from(
-    model: FunctionalModel,
-    train: Examples,
-    evals: Examples,
-    settings: FurtherTraining,
-    eval_batch: int | None = None,
-    replay: bool = True,
+    model: FunctionalModel, train: Examples, evals: Examples, settings: FurtherTraining, engine: Engine | None = None
 ) -> Start:
     """Prepare what the cells of a sweep share, and refuse what cannot be trained further.
 
-    g(z, θᶠ) is computed here, in eval mode, in batches of ``eval_batch`` (default: a training batch, at least 128,
-    so that evaluation needs no more memory than training).
+    g(z, θᶠ) is computed here, in eval mode, in blocks of ``settings.eval_batch``.
 
     Args:
-        replay: trace the steps of small models where that can be done; the numbers are the same to rounding.
+        engine: default: everything; the numbers are the same to rounding.
 
     Raises:
-        WorkloadError: a loss or measure that is not one number an example, or fails, or depends on no parameter.
+        WorkloadError: a loss or measure that is not one number an example, or fails, or depends on no parameter, or
+            draws random numbers that no seed reaches.
         DivergedError: a loss or a measure at θᶠ is not finite.
+        UsageError: a removal mode that this model's training forward does not have.
     """
-    size = min(len(train), settings.batch_size)
+    engine = engine or Engine()
+    size, block = min(len(train), settings.batch_size), settings.eval_batch
     check(model, train.batch(range(size)), size, ["loss"])
-    blocks = tuple(batch for _, batch in evals.batches(eval_batch or max(128, settings.batch_size)))
-    check(model, blocks[0], min(len(evals), eval_batch or max(128, settings.batch_size)), ["measure"])
+    blocks = tuple(batch for _, batch in evals.batches(block))
+    check(model, blocks[0], min(len(evals), block), ["measure"])
     with torch.no_grad(), model.mode("eval"):
-        at_final = torch.cat([model.measure(model.params, b) for b in blocks]).cpu()
+        at_final = torch.cat([model.measure(model.params, b) for b in blocks]).double().cpu()
         # A dataset may be long to read, so that of its examples only the first batch is looked at.
         looked_at = train.batches(1024, range(len(train) if train.tensors is not None else size))
         losses = torch.cat([model.loss(model.params, b) for _, b in looked_at])
     _refuse_not_finite(losses, "loss of training example")
     _refuse_not_finite(at_final, "measure of evaluation example")
-    found = traits(model, train, size, settings.mode)
-    folds = train.tensors is not None and found.independent
+    forward = observe(model, train, settings)
+    settings = settings.settled(forward.mixes)
+    refuse_mixing(forward, settings)
+    folds = engine.fold and train.tensors is not None and independent(model, train, forward, settings)
     # Batches of a dataset may differ in shape from step to step, and each shape would be traced.
-    pure = not (found.random or found.mutable) and train.tensors is not None
-    return Start(model, train, blocks, at_final, settings, found, folds, {} if replay and pure else None)
+    traces = engine.replay and train.tensors is not None and not (forward.random or forward.mutable)
+    graphs: Graphs | None = {} if traces else None
+    return Start(model, train, blocks, at_final, settings, forward, engine, folds, graphs)
 
 
 def _refuse_not_finite(values: Tensor, what: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any
 from fimo.workers.errors import UsageError, WorkloadError, nearest
 from fimo.workers.examples import Batch, Dataset
 from torch import Tensor, nn
+
+_IMPORTS = re.compile(r"^\s*from fimo(\.workers\.workload)? import .*\bWorkload\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,9 @@ def _refuse_foreign(module: str) -> None:
     if spec is None:
         return
     source = spec.loader.get_source(module) if isinstance(spec.loader, InspectLoader) else None
-    if source is None or "fimo.workers.workload" not in source:
+    if source is None or not _IMPORTS.search(source):
         raise UsageError(
-            f"module '{module}' is installed but no module of workloads: it does not import fimo.workers.workload"
+            f"module '{module}' is installed but no module of workloads: it does not import Workload from fimo"
         )
 
 

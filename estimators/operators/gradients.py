@@ -15,7 +15,7 @@ import torch
 from fimo.estimators.base import Problem
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel, Tensors
-from fimo.workers.stacking.agreement import ReplicasAgree
+from fimo.workers.stacking.stacked import Stacked
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
@@ -113,7 +113,7 @@ def each_example(
         reseed: called before each example where they are taken one at a time, to the same end.
     """
     try:
-        with ReplicasAgree():
+        with Stacked():
             stacked: Out = vmap(function, in_dims=(over_examples(batch),), randomness=randomness)(batch)
             return stacked
     except RuntimeError as error:

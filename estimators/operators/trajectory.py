@@ -27,9 +27,9 @@ from fimo.workers import batches
 from fimo.workers.batches import BASELINE, Removal
 from fimo.workers.errors import UsageError
 from fimo.workers.examples import Batch, shapes, stack
-from fimo.workers.further_training import dropout_seed
+from fimo.workers.forward import Forward, observe
+from fimo.workers.randomness import seed_all, step_seed
 from fimo.workers.settings import FurtherTraining
-from fimo.workers.stacking.probe import Traits, traits
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
@@ -72,9 +72,7 @@ class Trajectory:
     def __init__(self, problem: Problem, settings: FurtherTraining, removals: Sequence[Removal], seed: int) -> None:
         self.model, self.train, self.settings, self.seed = problem.model, problem.train, settings, seed
         self.removals, self.layout = [tuple(r) for r in removals], Layout.of(problem.model.params)
-        size = min(settings.batch_size, len(self.train))
-        found = traits(self.model, self.train, size, settings.mode)
-        refuse(found, settings, len(self.train), self.removals)
+        refuse(observe(self.model, self.train, settings), settings, len(self.train), self.removals)
         self._removed = _removed_batches(problem, self.removals) if settings.removal_mode == "reweight" else []
 
     def start(self) -> Point:
@@ -125,7 +123,7 @@ class Trajectory:
             yield
 
     def _reseed(self, number: int, what: Literal["batch", "removed"]) -> None:
-        torch.manual_seed(dropout_seed(self.seed, number, what))
+        seed_all(step_seed(self.seed, number, what), self.model.device)
 
     def slope(self, step: Step) -> Callable[[Tensor], Tensor]:
         """θ (P,) ↦ ∇L_s(θ) (P,)."""
@@ -230,17 +228,17 @@ class Trajectory:
         return lambda row: each_example(partial(self._removed_loss, row), batch, "same", reseed)
 
 
-def refuse(found: Traits, settings: FurtherTraining, n: int, removals: Sequence[Removal]) -> None:
+def refuse(forward: Forward, settings: FurtherTraining, n: int, removals: Sequence[Removal]) -> None:
     """Refuse further training whose steps the linearisation cannot follow (UsageError)."""
     name = "estimator unrolled: "
-    if found.coupled or found.mutable:
+    if forward.mixes or forward.mutable:
         raise UsageError(
             name + "the model's training forward mixes the examples of a batch (batch norm); set mode: eval in the "
             "further_training section"
         )
     if settings.removal_mode != "drop":
         return
-    if found.random:
+    if forward.random:
         raise UsageError(name + "in drop mode dropout differs between the cells of a seed; use reweight or mode: eval")
     steps = batches.epoch_steps(n, BASELINE, settings)
     if any(batches.epoch_steps(n, removal, settings) != steps for removal in removals):

@@ -10,7 +10,7 @@ from fimo.workers.workload import Workload
 from torch import nn
 
 from tests.workers.problems import Sentences, cross_entropy, make, settings
-from tests.workers.test_against_reference import hold
+from tests.workers.test_against_definition import hold
 
 transformers = pytest.importorskip("transformers")
 ADAMW = Optimizer("adamw", lr=1e-3, weight_decay=0.1)
@@ -65,7 +65,7 @@ def test_an_unused_pooler_is_skipped_as_torch_skips_it() -> None:
     start, seen = make(workload, chosen), {}
     further_train(start, [(), (3,)], 0, watch=lambda step, params: seen.update(params))
     name = "pooler.dense.weight"
-    assert name not in start.traits.used
+    assert name not in start.forward.used
     assert torch.equal(seen[name][1], start.model.params[name]), "no weight decay without a gradient"
 
 

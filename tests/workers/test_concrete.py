@@ -10,7 +10,7 @@ from fimo.workers.workloads import tabular
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.workers.test_against_reference import hold
+from tests.workers.test_against_definition import hold
 
 
 def test_the_table_is_ucis() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fimo.workers.batches import amounts
+from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, prepare_environment
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
@@ -15,7 +15,6 @@ from fimo.workers.start import Start, start_from
 from torch import nn
 
 from tests.workers.problems import Workload, classification, regression, sentences, settings
-from tests.workers.reference import train_one
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda", 0)
@@ -40,7 +39,8 @@ def test_the_gpu_agrees_with_the_reference_on_the_cpu(workload, mode: str) -> No
     with deterministic(DEVICE):
         got = run_shard(on_gpu(workload(), chosen), REMOVALS, 5, replicas=3)
     for row, removal in enumerate([*REMOVALS, (), ()]):
-        deltas, distances, _ = train_one(workload(), chosen, removal, 5, [s for s, _ in amounts(23, removal, chosen)])
+        cell = train_cell(workload(), chosen, removal, 5)
+        deltas, distances = cell.deltas, cell.distances
         torch.testing.assert_close(got.deltas[row], deltas, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(got.distances[row], distances, rtol=1e-9, atol=1e-9)
 

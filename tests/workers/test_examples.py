@@ -12,7 +12,7 @@ from fimo.workers.further_training import further_train
 from fimo.workers.workload import Workload
 
 from tests.workers.problems import Sentences, make, settings
-from tests.workers.test_against_reference import hold
+from tests.workers.test_against_definition import hold
 
 
 def test_tensors_by_index_in_order_and_dtype() -> None:

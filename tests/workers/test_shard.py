@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from fimo.workers import shard as shards
-from fimo.workers.batches import amounts, orders
+from fimo.workers.batches import orders
+from fimo.workers.definition import train_cell
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.stacking.size import measure_stack_size
 
 from tests.workers.problems import Workload, classification, every_step, make, regression, sentences, settings
-from tests.workers.reference import train_one
 
 MODES = ["drop", "mask", "reweight"]
 REMOVALS = [(i,) for i in range(12)]
@@ -49,7 +49,8 @@ def test_rows_are_the_removals_in_order_then_the_two_baselines() -> None:
     assert got.steps == (4, 9, 11)
     assert got.seed == 6
     for row, removal in enumerate([*removals, (), ()]):
-        deltas, distances, _ = train_one(regression(), chosen, removal, 6, list(got.steps))
+        cell = train_cell(regression(), chosen, removal, 6)
+        deltas, distances = cell.deltas, cell.distances
         torch.testing.assert_close(got.deltas[row], deltas, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(got.distances[row], distances, rtol=1e-11, atol=1e-11)
 
@@ -127,7 +128,7 @@ def test_a_model_that_cannot_be_stacked_trains_one_at_a_time(mode: str) -> None:
     got = run_shard(start, [(3,), (4,)], 2, replicas=8)
     assert got.replicas == 1
     for row, removal in enumerate([(3,), (4,), (), ()]):
-        deltas, _, _ = train_one(workload, chosen, removal, 2, [own for own, _ in amounts(23, removal, chosen)])
+        deltas = train_cell(workload, chosen, removal, 2).deltas
         torch.testing.assert_close(got.deltas[row], deltas, rtol=1e-11, atol=1e-11)
 
 

@@ -1,1 +1,1 @@
-"""What makes further training fast: replicas in a stack, folded batches, traced steps, and what is known of a forward."""
+"""What makes further training fast: stacked replicas, folded batches, traced steps."""

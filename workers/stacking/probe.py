@@ -1,116 +1,67 @@
-"""What a model's training-mode forward does, found by running it at θᶠ rather than by the names of its layers.
+"""May a step be folded: does the training forward treat examples one by one?
 
-Covers what one forward on the first examples shows. A buffer that changes later only, or state kept outside
-parameters and buffers, is not seen here (the first is refused by ``further_train`` when it happens).
+Folding gives examples of a batch weights of its own and adds others to it, which is exact only if each example's loss
+and gradient are what they are alone. Proven here on a few examples, at θᶠ and away from it, in losses and in gradients
+(``scale_grad_by_freq`` couples gradients alone). What cannot be proven is not folded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
-from fimo.workers.device import seed
-from fimo.workers.errors import WorkloadError
-from fimo.workers.examples import Batch, Examples, shapes
+from fimo.workers.examples import Batch, Examples
+from fimo.workers.forward import SOME, Forward, agree, losses_and_gradient, moved
 from fimo.workers.functional import FunctionalModel, Tensors
+from fimo.workers.randomness import kept
+from fimo.workers.settings import FurtherTraining
 from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 
-@dataclass(frozen=True)
-class Traits:
-    """How the forward behaves in the mode that further training runs it in.
-
-    Attributes:
-        mutable: buffers that it changes (batch norm's statistics): each replica owns its own.
-        coupled: whether one example's loss depends on the others in its batch (batch norm).
-        random: whether it draws random numbers (dropout).
-        independent: whether it is proven to treat examples one by one: each example's loss alone, under ``vmap``
-            (which refuses decisions that depend on data), is its loss in the batch. False where this cannot be told.
-        used: parameters that the loss depends on; torch's optimizers skip the others.
-    """
-
-    mutable: tuple[str, ...]
-    coupled: bool
-    random: bool
-    independent: bool
-    used: tuple[str, ...]
-
-
-def traits(model: FunctionalModel, train: Examples, size: int, mode: Literal["train", "eval"]) -> Traits:
-    """Probe the forward on the first ``size`` training examples; torch's random state is left as it was.
-
-    Raises:
-        WorkloadError: the loss depends on no trainable parameter.
-    """
-    first = list(range(min(len(train), size)))
-    batch = train.batch(first)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), model.mode(mode):
-        losses, buffers = _losses(model, batch, 0)
-        # A draw that changed nothing this time (stochastic depth) is a draw.
-        draws = not torch.equal(_random_state(model.device), _seeded_state(model.device))
-        again, _ = _losses(model, batch, 1)
-        coupled = mode == "train" and _has_batch_norm(model)
-        other = train.batch([len(train) - 1, *first[1:]])
-        if not coupled and shapes(other) == shapes(batch):
-            replaced, _ = _losses(model, other, 0)
-            coupled = not torch.allclose(replaced[1:], losses[1:], rtol=1e-4, atol=1e-6, equal_nan=True)
-        random = draws or not torch.equal(again.nan_to_num(), losses.nan_to_num())
-        independent = not (coupled or random) and _one_by_one(model, batch, losses)
-        used = _used(model, batch)
-    mutable = tuple(n for n, t in buffers.items() if not torch.equal(t, model.fixed[n]))
-    return Traits(mutable, coupled, random, independent and not mutable, used)
-
-
-def _random_state(device: torch.device) -> Tensor:
-    cpu = torch.random.get_rng_state()
-    return torch.cat([cpu, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else cpu
-
-
-def _seeded_state(device: torch.device) -> Tensor:
-    seed(0, device)
-    return _random_state(device)
+def independent(model: FunctionalModel, train: Examples, forward: Forward, settings: FurtherTraining) -> bool:
+    """Whether each example's loss and gradient in a batch are proven to be those that it has alone."""
+    if forward.mixes or forward.random or forward.mutable:
+        return False
+    indices = list(range(min(SOME, len(train))))
+    # The first example twice: a removed example rides in a batch that may hold it already.
+    indices.append(0)
+    with kept(model.device), model.mode(settings.mode):
+        return _one_by_one(model, train.batch(indices)) and all(
+            _adds_up(model, params, train, indices) for params in (model.params, moved(model.params, 2))
+        )
 
 
 @torch.no_grad()
-def _losses(model: FunctionalModel, batch: Batch, value: int) -> tuple[Tensor, Tensors]:
-    buffers = {n: t.clone() for n, t in model.fixed.items()}
-    seed(value, model.device)
-    return model.loss(model.params, batch, buffers), buffers
+def _one_by_one(model: FunctionalModel, batch: Batch) -> bool:
+    """Whether vmap over examples gives the batch's losses; it refuses decisions that depend on data."""
 
-
-@torch.no_grad()
-def _one_by_one(model: FunctionalModel, batch: Batch, losses: Tensor) -> bool:
     def one(example: Batch) -> Tensor:
         alone = pytree.tree_map(lambda t: t.unsqueeze(0), example)
         return model.loss(model.params, alone, dict(model.fixed))[0]
 
     try:
         alone: Tensor = vmap(one)(batch)
+        whole = model.loss(model.params, batch, dict(model.fixed))
     except Exception:
         # Whatever the model objects to, the answer is the same: nothing is proven.
         return False
-    return torch.allclose(alone, losses, rtol=1e-4, atol=1e-6, equal_nan=True)
+    return torch.allclose(alone, whole, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
-def _has_batch_norm(model: FunctionalModel) -> bool:
-    kinds = torch.nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, kinds) for m in model.module.modules())
-
-
-def _used(model: FunctionalModel, batch: Batch) -> tuple[str, ...]:
-    params = {n: p.detach().requires_grad_() for n, p in model.params.items()}
-    with torch.enable_grad():
-        total = model.loss(params, batch, {n: t.clone() for n, t in model.fixed.items()}).sum()
-    grads: tuple[Tensor | None, ...] = (None,) * len(params)
-    if total.requires_grad:
-        grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
-    used = tuple(n for n, g in zip(params, grads, strict=True) if g is not None)
-    if not used:
-        raise WorkloadError(
-            "the loss depends on no trainable parameter: outputs(model, batch) must call the model that it is given"
-        )
-    return used
+def _adds_up(model: FunctionalModel, params: Tensors, train: Examples, indices: list[int]) -> bool:
+    """Whether the gradient of a weighted sum over the batch is the weighted sum of gradients of batches of one."""
+    weights = torch.linspace(-1.0, 2.0, len(indices), dtype=torch.float64)
+    for wide, tolerance in ((True, 1e-6), (False, 1e-4)):
+        try:
+            whole = losses_and_gradient(model, params, train.batch(indices), torch.arange(len(indices)), wide, weights)
+            one = torch.zeros(1, dtype=torch.long)
+            alone = [
+                losses_and_gradient(model, params, train.batch([i]), one, wide, w.reshape(1))
+                for i, w in zip(indices, weights, strict=True)
+            ]
+        except Exception:
+            continue
+        losses = torch.cat([losses for losses, _ in alone])
+        total = {name: torch.stack([grads[name] for _, grads in alone]).sum(dim=0) for name in whole[1]}
+        return agree(whole, (losses, total), tolerance)
+    return False

@@ -1,8 +1,10 @@
 """A function of tensors as a flat graph of its kernels, replayed without the Python of models, vmap and autograd.
 
-Invariants: a replay computes what the function computes, to rounding, because it is traced from it and checked
-against it; and whether a call is replayed follows from the calls before it in the same pass, never from timing. What a
-graph could get wrong is not traced: draws of random numbers, writes to tensors, decisions on data.
+Invariants: a replay computes what the function computes, to rounding, because it is traced twice, from two calls with
+other data and other parameters, and held against both; and whether a call is replayed follows from the calls before it
+in the same pass, never from timing. A graph freezes whatever Python reads of a tensor, so a function is not traced if
+it reads values (``.item()``, ``.tolist()``, ``.numpy()``, a decision), draws random numbers, writes to tensors, or has
+shapes that depend on data.
 
 ``further_train`` passes its gradients and measures through here, as ``fimo.workers.stacking.replicas`` defines them;
 without this module the numbers are the same and a small model's step costs two to three times as much.
@@ -12,18 +14,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from fimo.workers.stacking.simplify import dtype_of, simplify
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 AFTER = 4
 """Calls of one signature that are not replayed, so that a graph is not traced for what is rare."""
-
-THIN = 32
-"""Rows or columns below which BLAS minds which way round a product is."""
 
 Graph = Callable[..., Any]
 Graphs = dict[object, "Graph | None"]
@@ -47,6 +48,7 @@ class Replayed:
     def __init__(self, function: Callable[..., Any], name: str, graphs: Graphs | None) -> None:
         self.function, self.name, self.graphs = function, name, graphs
         self._calls: Counter[object] = Counter()
+        self._before: dict[object, list[Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
         """``function(*args)``, to be called under ``torch.no_grad``."""
@@ -56,9 +58,12 @@ class Replayed:
         key = (self.name, structure, *map(_signature, leaves))
         self._calls[key] += 1
         if self._calls[key] <= AFTER:
+            if key not in self.graphs:
+                # Of the first call: an evaluation's blocks take turns, and two neighbours may be one block.
+                self._before.setdefault(key, leaves)
             return self.function(*args)
         if key not in self.graphs:
-            self.graphs[key] = _trace_or_none(self.function, leaves, structure)
+            self.graphs[key] = _trace_or_none(self.function, leaves, self._before.pop(key, leaves), structure)
         graph = self.graphs[key]
         return self.function(*args) if graph is None else graph(leaves)
 
@@ -108,20 +113,26 @@ class _Untraceable(Exception):
     """The graph would not be the function."""
 
 
-def _trace_or_none(function: Callable[..., Any], leaves: list[Any], structure: Structure) -> Graph | None:
+def _trace_or_none(
+    function: Callable[..., Any], leaves: list[Any], before: list[Any], structure: Structure
+) -> Graph | None:
     try:
-        return _trace(function, leaves, structure)
+        return _trace(function, leaves, before, structure)
     except Exception as error:
         # Whatever the tracer objects to, the function itself is the way that always works.
         log.debug("not replayed: %s: %s", type(error).__name__, error)
         return None
 
 
-def _trace(function: Callable[..., Any], leaves: list[Any], structure: Structure) -> Graph:
-    """The graph of one call, simplified.
+def _trace(function: Callable[..., Any], leaves: list[Any], before: list[Any], structure: Structure) -> Graph:
+    """The graph of a call, simplified.
+
+    Args:
+        leaves: of the call that is traced.
+        before: of an earlier call of the same signature, most often with another batch.
 
     Raises:
-        _Untraceable: it draws random numbers, writes to tensors, or does not reproduce the call.
+        _Untraceable: it reads values, draws random numbers, writes to tensors, or is not the function for both calls.
         Exception: what the tracer raises, such as on decisions that depend on data.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -138,9 +149,11 @@ def _trace(function: Callable[..., Any], leaves: list[Any], structure: Structure
         out_structures.append(out_structure if isinstance(out, tuple) else ("alone", *out_structure))
         return out_leaves
 
-    given = [leaves[i] for i in places]
-    module = make_fx(flat)(*given)
+    given, other = [leaves[i] for i in places], [_elsewhere(before[i], i) for i in places]
+    with _NoReads():
+        module, second = make_fx(flat)(*given), make_fx(flat)(*other)
     _refuse_impure(module.graph)
+    _refuse_other(module, second)
     simplify(module.graph)
     module.recompile()
     alone = out_structures[0][:1] == ("alone",)
@@ -152,17 +165,77 @@ def _trace(function: Callable[..., Any], leaves: list[Any], structure: Structure
 
     wide = all(t.dtype is torch.float64 for t in given if t.is_floating_point())
     with torch.no_grad():
-        _compare(module.forward(*given), flat(*given), 1e-9 if wide else 1e-3)
+        for tensors in (given, other):
+            _compare(module.forward(*tensors), flat(*tensors), 1e-9 if wide else 1e-4)
     return replay
+
+
+def _elsewhere(tensor: Tensor, number: int) -> Tensor:
+    """A tensor of the same signature with other values, if it is one of real numbers; labels and tokens stay valid."""
+    if not tensor.is_floating_point():
+        return tensor
+    noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    away = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return away.copy_(tensor * (1 + 0.02 * (noise - 0.5)).to(tensor))
+
+
+_READS = {
+    getattr(torch.Tensor, name)
+    for name in (
+        *("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "__complex__"),
+        *("__contains__", "__dlpack__", "data_ptr", "equal", "is_nonzero", "allclose", "untyped_storage"),
+    )
+} | {torch.equal, torch.allclose, torch.is_nonzero}
+
+
+class _NoReads(TorchFunctionMode):
+    """Refuses what brings a tensor's values to Python, where the tracer does not see them."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _READS:
+            raise _Untraceable(f"{getattr(func, '__name__', func)} reads a tensor's values")
+        return func(*args, **(kwargs or {}))
 
 
 def _refuse_impure(graph: torch.fx.Graph) -> None:
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload):
-            if torch.Tag.nondeterministic_seeded in node.target.tags:
+            tags = node.target.tags
+            if torch.Tag.nondeterministic_seeded in tags:
                 raise _Untraceable(f"{node.target} draws random numbers")
+            if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
+                raise _Untraceable(f"{node.target} has a shape or a value that depends on data")
+            if node.target is aten.index.Tensor and any(_is_mask(index) for index in node.args[1]):
+                raise _Untraceable("an index is a mask: its shape depends on data")
             if node.target._schema.is_mutable:
                 raise _Untraceable(f"{node.target} writes to a tensor")
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.fx.Node) and dtype_of(index) in (torch.bool, torch.uint8)
+
+
+def _refuse_other(one: torch.fx.GraphModule, other: torch.fx.GraphModule) -> None:
+    """Two traces of one function differ in nothing: not in their kernels, and not in what they hold as constants."""
+    if len(one.graph.nodes) != len(other.graph.nodes):
+        raise _Untraceable("two traces have other kernels")
+    for a, b in zip(one.graph.nodes, other.graph.nodes, strict=True):
+        if (a.op, str(a.target), str(a.args), str(a.kwargs)) != (b.op, str(b.target), str(b.args), str(b.kwargs)):
+            raise _Untraceable(f"two traces differ: {a.format_node()} and {b.format_node()}")
+        if a.op == "get_attr" and not _same_constant(getattr(one, str(a.target)), getattr(other, str(b.target))):
+            raise _Untraceable(f"the constant {a.target} depends on data")
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b))
+    return bool(a is b or a == b)
 
 
 def _compare(got: list[Any], expected: list[Any], tolerance: float) -> None:
@@ -174,81 +247,3 @@ def _compare(got: list[Any], expected: list[Any], tolerance: float) -> None:
         scale = float(b.abs().nan_to_num().max()) if b.numel() else 0.0
         if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
             raise _Untraceable("the graph does not reproduce the call")
-
-
-def simplify(graph: torch.fx.Graph) -> None:
-    """Drop what computes nothing and give thin matrix products, which BLAS is slow at, to faster kernels."""
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if _is_identity(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.target is aten.bmm.default:
-            _thin_product(graph, node)
-        elif node.target is aten.transpose.int:
-            _transposed_product(graph, node)
-    for node in list(graph.nodes):
-        if node.target is aten.transpose.int:
-            _transposed_back(graph, node)
-    graph.eliminate_dead_code()
-    graph.lint()
-
-
-def _is_identity(node: torch.fx.Node) -> bool:
-    target, args = node.target, node.args
-    if target is aten.detach.default:
-        return True
-    if target in (aten.view.default, aten._unsafe_view.default, aten.expand.default):
-        return _shape(node) == _shape(args[0])
-    return target is aten.mul.Scalar and bool(args[1] == 1) and _dtype(node) == _dtype(args[0])
-
-
-def _thin_product(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    left, right = node.args
-    (_, rows, inner), (_, _, columns) = _shape(left), _shape(right)
-    with graph.inserting_before(node):
-        if inner == 1:
-            product = graph.call_function(aten.mul.Tensor, (left, right))
-        elif columns == 1 and rows > 1:
-            # (A v)ᵀ = vᵀ Aᵀ: a row times a matrix is nine times as fast as a matrix times a column.
-            flipped = [graph.call_function(aten.transpose.int, (side, 1, 2)) for side in (right, left)]
-            row = graph.call_function(aten.bmm.default, tuple(flipped))
-            product = graph.call_function(aten.transpose.int, (row, 1, 2))
-        else:
-            return
-    product.meta = dict(node.meta)
-    node.replace_all_uses_with(product)
-    graph.erase_node(node)
-
-
-def _transposed_product(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    """(A B)ᵀ = Bᵀ Aᵀ: a gradient that lies as its parameter does is added to it twice as fast."""
-    product, *axes = node.args
-    if not isinstance(product, torch.fx.Node) or product.target is not aten.bmm.default or set(axes) != {1, 2}:
-        return
-    if min(_shape(product)[1:]) < THIN or len(product.users) > 1:
-        return
-    with graph.inserting_before(node):
-        left, right = (graph.call_function(aten.transpose.int, (side, 1, 2)) for side in product.args)
-        flipped = graph.call_function(aten.bmm.default, (right, left))
-    flipped.meta = dict(node.meta)
-    node.replace_all_uses_with(flipped)
-    graph.erase_node(node)
-
-
-def _transposed_back(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    """(Aᵀ)ᵀ = A, the very tensor."""
-    once, *axes = node.args
-    if isinstance(once, torch.fx.Node) and once.target is aten.transpose.int and set(axes) == set(once.args[1:]):
-        node.replace_all_uses_with(once.args[0])  # type: ignore[arg-type]
-        graph.erase_node(node)
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)
-
-
-def _dtype(node: Any) -> torch.dtype:
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype

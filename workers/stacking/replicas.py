@@ -6,15 +6,15 @@ that cannot be vmapped at all still trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from fimo.workers.batches import Block
+from fimo.workers.draws import Draws, Order
 from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Batch, Examples, shapes, stack
 from fimo.workers.functional import CHANGED_LATE, FunctionalModel, Tensors
-from fimo.workers.settings import Optimizer
-from fimo.workers.stacking.agreement import ReplicasAgree
+from fimo.workers.stacking.stacked import CannotStackError, Stacked
 from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
@@ -25,41 +25,16 @@ Gradients = dict[str, Tensor | None]
 
 def stacked(tensors: Tensors, count: int) -> Tensors:
     """``count`` copies of each tensor along a new first dimension."""
-    return {n: t.detach().expand(count, *t.shape).clone() for n, t in tensors.items()}
-
-
-def make_optimizer(settings: Optimizer, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """torch's own optimizer over the stacked parameters.
-
-    SGD, Adam and AdamW are elementwise, so one optimizer over a stack is exactly one optimizer a replica.
-    """
-    foreach = params[0].device.type == "cuda"
-    if settings.name == "sgd":
-        return torch.optim.SGD(
-            params,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            dampening=settings.dampening,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-            foreach=foreach,
-        )
-    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return kind(
-        params,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        amsgrad=settings.amsgrad,
-        foreach=foreach,
-    )
+    # Contiguous even if the model's own lie in channels_last: vmapped convolutions are wrong on those.
+    return {
+        n: t.detach().expand(count, *t.shape).clone(memory_format=torch.contiguous_format) for n, t in tensors.items()
+    }
 
 
 def clip(grads: Gradients, max_norm: float) -> Gradients:
     """Each replica's own gradient clipped as ``torch.nn.utils.clip_grad_norm_`` clips one model's."""
     present = {n: g for n, g in grads.items() if g is not None}
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in present.values()]).norm(dim=0)
+    norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in present.values()]).norm(dim=0)
     scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     # Not in place: autograd gives two parameters that are added up the same tensor.
     return {**grads, **{n: g * scale.view(-1, *[1] * (g.ndim - 1)) for n, g in present.items()}}
@@ -83,7 +58,13 @@ def fetch(train: Examples, block: Block) -> list[tuple[tuple[int, ...], Batch, T
 
 
 def gradients(
-    model: FunctionalModel, params: Tensors, buffers: Tensors, batch: Batch, weights: Tensor, shared: bool
+    model: FunctionalModel,
+    params: Tensors,
+    buffers: Tensors,
+    batch: Batch,
+    weights: Tensor,
+    shared: bool,
+    orders: Sequence[Order] = (),
 ) -> tuple[Gradients, Tensors]:
     """Each replica's own ∇_θ Σ_j w_j ℓ_j(θ), stacked, and the buffers after its forward.
 
@@ -93,20 +74,26 @@ def gradients(
         params, buffers: stacked (R, …); left as they are.
         batch: b examples that the replicas share, or stacked (R, b, …).
         weights: w, (b,) or (R, b).
+        orders: the memory orders in which dropout draws; see ``stacked.Stacked``.
 
     Returns:
         (gradients by name, None where the loss does not depend on the parameter; new buffers).
     """
     own = {n: p.detach().requires_grad_() for n, p in params.items()}
     with torch.enable_grad():
-        each, after = losses(model, own, {n: b.clone() for n, b in buffers.items()}, batch, shared)
+        each, after = losses(model, own, {n: b.clone() for n, b in buffers.items()}, batch, shared, orders)
         total = (each * weights.to(each)).sum()
     grads = torch.autograd.grad(total, list(own.values()), allow_unused=True)
     return dict(zip(own, grads, strict=True)), {n: t.detach() for n, t in after.items()}
 
 
 def losses(
-    model: FunctionalModel, params: Tensors, buffers: Tensors, batch: Batch, shared: bool
+    model: FunctionalModel,
+    params: Tensors,
+    buffers: Tensors,
+    batch: Batch,
+    shared: bool,
+    orders: Sequence[Order] = (),
 ) -> tuple[Tensor, Tensors]:
     """Per-example losses of stacked replicas, (R, b), and the buffers after the forward.
 
@@ -128,10 +115,11 @@ def losses(
 
     count = next(iter(params.values())).shape[0]
     if count == 1:
-        each, after = one(_first(params), _first(buffers), batch if shared else _first(batch))
+        with Draws():
+            each, after = one(_first(params), _first(buffers), batch if shared else _first(batch))
         return each.unsqueeze(0), {n: t.unsqueeze(0) for n, t in after.items()}
     stacked_one = vmap(one, in_dims=(0, 0, None if shared else 0), randomness="same")
-    with ReplicasAgree():
+    with Stacked(orders):
         out: tuple[Tensor, Tensors] = stacked_one(params, buffers, batch)
     return out
 
@@ -145,7 +133,7 @@ def measures(model: FunctionalModel, params: Tensors, buffers: Tensors, batch: B
     count = next(iter(params.values())).shape[0]
     if count == 1:
         return one(_first(params), _first(buffers)).unsqueeze(0)
-    with ReplicasAgree():
+    with Stacked():
         out: Tensor = vmap(one, in_dims=(0, 0), randomness="same")(params, buffers)
     return out
 
@@ -168,20 +156,50 @@ def put_back(into: Tensors, part: Tensors, lanes: tuple[int, ...]) -> None:
         into[name][_places(lanes)] = tensor
 
 
-def add(into: Gradients, part: Gradients, lanes: tuple[int, ...], count: int) -> None:
-    """Add the gradients of the given lanes to those of the stack of ``count``; None adds nothing."""
-    everyone = lanes == tuple(range(count))
-    for name, grad in part.items():
-        total = into.get(name)
-        if grad is None:
-            into[name] = total
-        elif total is None and everyone:
-            into[name] = grad
-        else:
-            # A copy: autograd gives two parameters that are added up the same tensor.
-            total = grad.new_zeros(count, *grad.shape[1:]) if total is None else total.clone()
-            total[_places(lanes)] += grad
-            into[name] = total
+class GradientSum:
+    """The gradients of a stack of ``count`` replicas, added up from blocks of its lanes."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._everyone = count, tuple(range(count))
+        self._sums: Gradients = {}
+        # Lanes that have a gradient of a parameter; no entry = all of them.
+        self._partial: dict[str, set[int]] = {}
+
+    def add(self, part: Mapping[str, Tensor | None], lanes: tuple[int, ...]) -> None:
+        """Add gradients (len(lanes), …) of the given lanes; None adds nothing."""
+        for name, grad in part.items():
+            total = self._sums.get(name)
+            if grad is None:
+                self._sums[name] = total
+            elif total is None and lanes == self._everyone:
+                self._sums[name] = grad
+            else:
+                self._note(name, lanes, total is None)
+                # A copy: autograd gives two parameters that are added up the same tensor.
+                total = grad.new_zeros(self._count, *grad.shape[1:]) if total is None else total.clone()
+                total[_places(lanes)] += grad
+                self._sums[name] = total
+
+    def _note(self, name: str, lanes: tuple[int, ...], first: bool) -> None:
+        if first:
+            self._partial[name] = set(lanes)
+        elif name in self._partial:
+            self._partial[name] |= set(lanes)
+
+    def result(self, idle: Sequence[int] = ()) -> Gradients:
+        """The sums by the parameters' names, None if the loss of no lane depends on the parameter.
+
+        Args:
+            idle: lanes whose loss is 0 at this step, of which 0 is the gradient.
+
+        Raises:
+            CannotStackError: the losses of some lanes depend on a parameter and those of others do not. torch's
+                optimizers skip a parameter that has no gradient, which a stack cannot do for some of its lanes.
+        """
+        for name, lanes in self._partial.items():
+            if len(lanes | set(idle)) < self._count:
+                raise CannotStackError(f"only some replicas' losses depend on '{name}' at this step")
+        return self._sums
 
 
 def _first(batch: Batch) -> Batch:

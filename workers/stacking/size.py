@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from fimo.workers.batches import BASELINE, Removal
+from fimo.workers.errors import FimoError
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import further_train
 from fimo.workers.shard import out_of_memory
@@ -32,11 +33,13 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
     n, seconds = len(start.train), {}
     removal: Removal = (0,) if n > 1 else BASELINE
     started = time.monotonic()
-    for size in [c for c in CANDIDATES if c <= cells] or [1]:
+    for size in [c for c in CANDIDATES if c <= (cells if start.engine.stack else 1)] or [1]:
         lanes = [BASELINE, *[removal] * (size - 1)]
         try:
             seconds[size] = _time(start, lanes)
-        except RuntimeError as error:
+        except FimoError:
+            raise
+        except Exception as error:
             if size == 1 or not (out_of_memory(error) or size == 2):
                 raise
             break

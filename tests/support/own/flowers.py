@@ -1,7 +1,7 @@
 """A user's own workload module, as one would lie beside a spec: no import of fimo but the contract."""
 
 import torch
-from fimo.workers.workload import Workload
+from fimo import Workload
 from torch import nn
 
 

@@ -13,11 +13,11 @@ from fimo.workers.settings import FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.stacking import replay
 from fimo.workers.stacking.replay import AFTER, Replayed
-from fimo.workers.start import start_from
+from fimo.workers.start import Engine, start_from
 from torch import Tensor, nn
 
 from tests.workers.problems import Workload, classification, make, regression, sentences, settings
-from tests.workers.stacking.test_agreement import Decides
+from tests.workers.stacking.test_stacked import Decides
 from tests.workers.test_dropout_and_norm import batch_norm
 from tests.workers.test_shard import Branches
 
@@ -30,7 +30,7 @@ def both(workload: Workload, chosen: FurtherTraining, lanes: list[tuple[int, ...
     dtype = getattr(torch, chosen.precision)
     parts = [Examples(s, workload.collate, dtype=dtype) for s in (workload.train, workload.evals)]
     model = FunctionalModel(workload, dtype=dtype)
-    replaying, plain = (start_from(model, *parts, chosen, replay=r) for r in (True, False))
+    replaying, plain = (start_from(model, *parts, chosen, Engine(replay=r)) for r in (True, False))
     return replaying, further_train(replaying, lanes, 1).deltas, further_train(plain, lanes, 1).deltas
 
 
@@ -110,7 +110,7 @@ def test_stochastic_depth_that_never_drops_is_still_randomness() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * (torch.rand(()) > 1e-9)
 
-    assert make(regression(middle=Rarely()), settings()).traits.random
+    assert make(regression(middle=Rarely()), settings()).forward.random
 
 
 def test_decisions_on_data_are_not_baked_into_a_graph() -> None:

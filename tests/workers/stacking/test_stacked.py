@@ -6,12 +6,12 @@ import pytest
 import torch
 from fimo.workers.further_training import further_train
 from fimo.workers.shard import run_shard
-from fimo.workers.stacking.agreement import ReplicasAgree
+from fimo.workers.stacking.stacked import Stacked
 from torch import Tensor, nn
 from torch.func import vmap
 
 from tests.workers.problems import classification, make, settings
-from tests.workers.test_against_reference import hold
+from tests.workers.test_against_definition import hold
 
 
 def sign(x: Tensor) -> Tensor:
@@ -19,10 +19,10 @@ def sign(x: Tensor) -> Tensor:
 
 
 def test_agreement_is_used_and_disagreement_refused() -> None:
-    with ReplicasAgree():
+    with Stacked():
         assert vmap(sign)(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [[2, 3], [4, 5]]
         assert vmap(sign)(torch.tensor([[-1.0], [-2.0]])).tolist() == [[1], [2]]
-        with pytest.raises(RuntimeError, match="data-dependent"):
+        with pytest.raises(RuntimeError, match="replicas decide differently"):
             vmap(sign)(torch.tensor([[1.0], [-1.0]]))
         assert bool(torch.tensor([3.0])), "tensors outside vmap keep their truth value"
 
@@ -42,7 +42,7 @@ class Decides(nn.Module):
 def test_replicas_whose_batches_disagree_are_trained_one_at_a_time() -> None:
     chosen = settings(removal_mode="drop")
     start = make(classification(model=Decides()), chosen)
-    with pytest.raises(RuntimeError, match="data-dependent"):
+    with pytest.raises(RuntimeError, match="replicas decide differently"):
         further_train(start, [(i,) for i in range(23)], 0)
     got = run_shard(start, [(i,) for i in range(22)], 0, replicas=23)
     assert got.replicas == 1

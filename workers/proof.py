@@ -1,0 +1,183 @@
+"""The proof of the engine: a few cells of the sweep by the plain definition and as the sweep will train them.
+
+What makes further training fast (stacks, folded batches, traced steps) is trusted on a model, its data and a device
+only after it has given the definition's numbers there. A way that gives others is given up: first tracing, then
+folding, then stacking. If one replica at a time is still unequal, the sweep is refused.
+
+``fimo.workers.trial`` makes the comparison.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from fimo.workers.batches import BASELINE, Removal, epoch_steps, orders
+from fimo.workers.definition import train_cell
+from fimo.workers.errors import FimoError
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel
+from fimo.workers.settings import Evaluate
+from fimo.workers.stacking.replay import AFTER
+from fimo.workers.start import Engine, Start, start_from
+from fimo.workers.trial import Case, Trial, where
+
+LEVELS = (
+    (Engine(), "traced, folded and stacked"),
+    (Engine(replay=False), "without tracing"),
+    (Engine(replay=False, fold=False), "without tracing and folding"),
+    (Engine(replay=False, fold=False, stack=False), "one replica at a time"),
+)
+BUDGET_S = 60.0
+
+
+class UnprovenError(FimoError):
+    """Even one replica at a time the engine does not give the definition's numbers."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a proof found.
+
+    Attributes:
+        engine: what the sweep may use; ``path``: the same in words.
+        precisions: largest differences by precision: of deltas and of effects, and what rounding alone makes.
+        cells: the removals compared, as training indices; ``steps``: the steps after which they were compared.
+        stacks: the sizes of the stacks that they were trained in.
+        lines: one for each way that was given up, with the largest difference that it had.
+    """
+
+    engine: Engine
+    path: str
+    precisions: Mapping[str, Mapping[str, float]]
+    cells: Sequence[Sequence[int]]
+    steps: Sequence[int]
+    stacks: Sequence[int]
+    seconds: float
+    lines: Sequence[str] = field(default_factory=tuple)
+
+    def json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def prove(case: Case, start: Start, budget_s: float = BUDGET_S) -> Verdict:
+    """Compare the engine with the definition, from the fastest way down to the plainest.
+
+    Args:
+        start: the sweep's own, in its precision.
+        budget_s: what the plain runs may cost; steps, then float64, are cut to it.
+
+    Raises:
+        UnprovenError: one replica at a time is unequal too.
+    """
+    begun = time.monotonic()
+    step_s = _time_a_step(case, start)
+    cells = choose_cells(case, len(start.train))
+    steps = choose_steps(start, len(cells), step_s, budget_s)
+    trials = [Trial(case, start, cells, steps)]
+    if case.settings.precision != "float64" and 3 * len(cells) * steps[-1] * step_s < budget_s:
+        trials += _widened(case, start, cells, steps)
+    lines: list[str] = []
+    for engine, path in _ways(start):
+        stacks = _stack_sizes(case) if engine.stack else [1]
+        outcome = [trial.differences(engine, stacks) for trial in trials]
+        if all(o.equal for o in outcome):
+            precisions: dict[str, Mapping[str, float]] = {
+                trial.precision: o.json() for trial, o in zip(trials, outcome, strict=True)
+            }
+            seconds = time.monotonic() - begun
+            return Verdict(engine, path, precisions, cells, steps, stacks, seconds, tuple(lines))
+        worst = next(o for o in outcome if not o.equal)
+        lines.append(f"{path}: {worst.line}")
+    raise UnprovenError(
+        f"further training does not give the definition's numbers on this model ({lines[-1]}): a model whose forward "
+        "keeps state outside its parameters and buffers, or draws otherwise each time, cannot be trusted here"
+    )
+
+
+def _ways(start: Start) -> Iterator[tuple[Engine, str]]:
+    """The ways that differ for this model, fastest first; what the sweep's own engine lacks is not tried."""
+    seen = set()
+    for engine, path in LEVELS:
+        allowed = Engine(*(a and b for a, b in zip(_flags(engine), _flags(start.engine), strict=True)))
+        kind = (allowed.replay and start.graphs is not None, allowed.fold and start.folds, allowed.stack)
+        if kind not in seen:
+            seen.add(kind)
+            yield allowed, path
+
+
+def _flags(engine: Engine) -> tuple[bool, bool, bool]:
+    return engine.replay, engine.fold, engine.stack
+
+
+# -- what is compared -----------------------------------------------------------------------------------------------
+
+
+def choose_cells(case: Case, n: int) -> list[Removal]:
+    """The baseline, the first, the last and a random removal, a group if there are groups, and one that acts at once.
+
+    The last takes an example of the first batch, so that there is an effect to compare however few the steps are.
+    """
+    removals = list(case.removals)
+    generator = torch.Generator().manual_seed(case.seed)
+    chosen = [removals[0], removals[-1]]
+    chosen.append(removals[int(torch.randint(len(removals), (1,), generator=generator))])
+    chosen += [r for r in removals if len(r) > 1][:1]
+    early = next(orders(n, case.seed))[min(case.settings.batch_size, n) // 2]
+    chosen.append((int(early),))
+    return [BASELINE, *dict.fromkeys(chosen)]
+
+
+def choose_steps(start: Start, cells: int, step_s: float, budget_s: float) -> list[int]:
+    """The steps after which deltas are compared: until all is traced that will be, and through the ends of two epochs.
+
+    Fewer if that is dear, and never beyond the sweep's own last step.
+    """
+    per_epoch = epoch_steps(len(start.train), BASELINE, start.settings)
+    last = start.settings.steps or per_epoch * (start.settings.epochs or 1)
+    affordable = int(budget_s / 3 / max(1e-9, step_s * (cells + 2)))
+    traced = AFTER + 3
+    # Each epoch's ragged end is a signature of its own, traced after so many epochs.
+    wanted = [(AFTER + 2) * per_epoch + 2, 2 * per_epoch + 2, per_epoch + 2, traced]
+    steps = next((w for w in wanted if w <= affordable), min(traced, max(2, affordable)))
+    steps = min(last, steps)
+    count = traced if start.graphs is not None else 2
+    return sorted({max(1, round(steps * (i + 1) / count)) for i in range(count)})
+
+
+def _stack_sizes(case: Case) -> list[int]:
+    """The full stack, the last and smaller one of a shard of each size, and a cell that is alone."""
+    full = min(case.replicas, max(case.shards) + 1)
+    sizes = {full, 1, *((shard + 1) % full for shard in case.shards)} - {0}
+    return sorted(sizes, reverse=True)
+
+
+def _time_a_step(case: Case, start: Start) -> float:
+    """Seconds of a plain step, one evaluation's share included; the second of two runs."""
+    settings = replace(start.settings, epochs=None, steps=2, evaluate=Evaluate(at_steps=(2,)))
+    seconds = 0.0
+    for _ in range(2):
+        begun = time.monotonic()
+        train_cell(case.workload, settings, BASELINE, case.seed, **where(case, start))
+        seconds = time.monotonic() - begun
+    return seconds / 2
+
+
+def _widened(case: Case, start: Start, cells: list[Removal], steps: list[int]) -> list[Trial]:
+    """The same in float64, if the model can be trained there."""
+    wide = replace(case, settings=replace(case.settings, precision="float64"))
+    try:
+        train, evals = (
+            Examples(source, case.workload.collate, case.device, torch.float64)
+            for source in (case.workload.train, case.workload.evals)
+        )
+        model = FunctionalModel(case.workload, case.state, case.device, torch.float64)
+        settings = replace(start.settings, precision="float64")
+        return [Trial(wide, start_from(model, train, evals.first(case.evals), settings, start.engine), cells, steps)]
+    except Exception:
+        # A forward that is written for float32, or lacks the memory: the sweep's own precision decides.
+        return []

@@ -1,0 +1,65 @@
+"""Everything random inside a step: one seed for torch, Python and numpy, a function of (seed, step).
+
+All cells of a seed draw alike, so that a removal's effect is not drowned by other dropout masks. A generator of the
+forward's own (``numpy.random.default_rng()``) cannot be seeded here; ``fimo.workers.forward`` refuses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Part = Literal["batch", "removed"]
+"""Which forward of a step: the batch's, or that of the removed examples in reweight mode."""
+
+
+def step_seed(seed: int, step: int, part: Part) -> int:
+    """The seed of everything random in one forward of step ``step`` ≥ 1; the same for every cell of a seed."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{part}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seed_all(value: int, device: torch.device, python: bool = True) -> None:
+    """Seed torch's generators of the CPU and of ``device``, and Python's and numpy's global ones.
+
+    Args:
+        python: False leaves Python's and numpy's alone, for a forward that is known to draw from neither.
+    """
+    # Not torch.manual_seed, which walks over every kind of device at every step.
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
+    if python:
+        random.seed(value)
+        np.random.seed(value % 2**32)
+
+
+def torch_state(device: torch.device) -> Tensor:
+    """The states of torch's generators of the CPU and of ``device``, as one tensor of bytes."""
+    cpu = torch.random.get_rng_state()
+    return torch.cat([cpu, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else cpu
+
+
+def python_state() -> object:
+    """The states of Python's and numpy's global generators, comparable by ``==``."""
+    numpy: Any = np.random.get_state()
+    return random.getstate(), numpy[1].tobytes(), numpy[2:]
+
+
+@contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """Leave torch's, Python's and numpy's global generators as they were before the body."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

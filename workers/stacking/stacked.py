@@ -1,0 +1,109 @@
+"""A forward inside ``vmap`` over replicas: what torch gets wrong there, or will not decide, is done here.
+
+* ``if mask.all():`` asks a stack for one truth value, and ``vmap`` refuses to give one. If all replicas answer alike,
+  the answer is sound for each of them (transformers asks in this way whether a batch has any padding). If they do not,
+  the refusal stands and the replicas are trained one at a time.
+* Dropout draws its one mask in the memory order in which the model alone draws (``fimo.workers.draws``).
+* ``nn.Embedding(padding_idx=…)`` of stacked weights masks the padding row's gradient in the first replica alone.
+* Convolutions whose weights lie in channels_last have a wrong gradient for a batch of one.
+
+Covers these and no more: a sweep's proof finds the rest (``fimo.workers.proof``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from fimo.workers.draws import Order, masked
+from torch import Tensor
+from torch._C import _functorch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+CONVOLUTIONS = (
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+)
+
+
+class CannotStackError(RuntimeError):
+    """The replicas cannot be trained together: they are trained one at a time, which always can be done."""
+
+
+class Stacked(TorchFunctionMode):
+    """Inside this mode a vmapped forward computes for every replica what the model alone computes.
+
+    Args:
+        orders: the memory orders in which the model's dropout layers draw, in the order of their calls.
+    """
+
+    def __init__(self, orders: Sequence[Order] = ()) -> None:
+        super().__init__()
+        self._orders = tuple(orders)
+        self._natural = all(order == tuple(range(len(order))) for order in self._orders)
+        self._calls = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__bool__:
+            return _one_truth(args[0]) if _functorch.is_batchedtensor(args[0]) else func(*args)
+        if func is functional.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is functional.embedding:
+            return _embedding(*args, **kwargs)
+        if func in CONVOLUTIONS and len(args) > 1:
+            image, weight, *rest = args
+            return func(image.contiguous(), weight.contiguous(), *rest, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        x = input
+        if not training or not 0 < p < 1:
+            return functional.dropout(x, p, training, inplace)
+        place, self._calls = self._calls, self._calls + 1
+        if self._natural and x.device.type == "cpu":
+            # vmap draws contiguously, as the model alone does here.
+            return functional.dropout(x, p, training)
+        if place >= len(self._orders) or len(self._orders[place]) != x.dim():
+            raise CannotStackError("dropout is called otherwise than in the first forward")
+        return masked(x, p, self._orders[place])
+
+
+def _one_truth(tensor: Tensor) -> bool:
+    values = tensor
+    while _functorch.is_functorch_wrapped_tensor(values):
+        values = _functorch.get_unwrapped(values)
+    if bool(values.all()):
+        return True
+    if bool(values.any()):
+        raise CannotStackError("vmap: replicas decide differently on their data")
+    return False
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if padding_idx is None or max_norm is not None:
+        return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    rows = functional.embedding(input, weight, None, None, norm_type, scale_grad_by_freq, sparse)
+    padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+    # The value of the padding row without its gradient, which torch leaves out.
+    return torch.where(padding, rows.detach(), rows)

@@ -1,0 +1,179 @@
+"""One comparison of the engine with the definition: the same cells in one precision, in stacks of several sizes.
+
+Two numbers are equal if they differ by no more than rounding does. Rounding is measured: the definition is run again
+from θᶠ moved by a few units in the last place. In float64 a relative 1e-8 of the largest effect is granted besides,
+which shows what float32 would hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from fimo.workers.batches import Removal
+from fimo.workers.definition import train_cell
+from fimo.workers.errors import FimoError
+from fimo.workers.further_training import further_train
+from fimo.workers.settings import Evaluate, FurtherTraining
+from fimo.workers.start import Engine, Start
+from fimo.workers.workload import Workload
+from torch import Tensor
+
+ULPS = 4.0
+"""Units in the last place that θᶠ is moved by to measure rounding."""
+SLACK = 64.0
+"""Times that measured rounding by which the engine may differ: it rounds at every step, and in another order."""
+RELATIVE = {"float64": 1e-8, "float32": 1e-6}
+"""The least bound: as a share of the largest effect in float64, of the largest delta in float32."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to be proven.
+
+    Attributes:
+        workload, state, settings: the sweep's; ``evals``: its number of evaluation examples.
+        device: where.
+        removals: the sweep's.
+        seed: the sweep's first.
+        replicas: the stack size; ``shards``: the numbers of removals in a part.
+    """
+
+    workload: Workload
+    state: Mapping[str, Tensor] | None
+    settings: FurtherTraining
+    evals: int
+    device: torch.device
+    removals: Sequence[Removal]
+    seed: int
+    replicas: int
+    shards: Sequence[int]
+
+
+def where(case: Case, start: Start) -> dict[str, Any]:
+    """What the definition must be told to train where the engine does."""
+    return {"state": case.state, "device": case.device, "evals": case.evals, "forward": start.forward}
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How far the engine is from the definition, each the largest over cells, steps and evaluation examples.
+
+    Attributes:
+        deltas, effects: the differences; ``bound``: what they may be at the step where they come nearest to it.
+        scale: the largest effect; ``rounding``: what moving θᶠ by a few units in the last place does to a delta.
+        line: the worst place in words.
+    """
+
+    equal: bool
+    deltas: float
+    effects: float
+    bound: float
+    scale: float
+    rounding: float
+    line: str
+
+    def json(self) -> dict[str, float]:
+        """The numbers."""
+        return {
+            "deltas": self.deltas,
+            "effects": self.effects,
+            "bound": self.bound,
+            "largest_effect": self.scale,
+            "rounding": self.rounding,
+        }
+
+
+class Trial:
+    """The definition's deltas in one precision, and the engine held against them."""
+
+    def __init__(self, case: Case, start: Start, cells: list[Removal], steps: list[int]) -> None:
+        self.case, self.start, self.cells = case, start, cells
+        self.precision = start.settings.precision
+        self.settings = replace(start.settings, epochs=None, steps=steps[-1], evaluate=Evaluate(at_steps=tuple(steps)))
+        self.plain = torch.stack([self._train(cell, case.state) for cell in cells])
+        moved = [self._train(cell, self._moved()) for cell in cells[:2]]
+        # (T,): by how much rounding alone moves a delta, at the worst evaluation example.
+        self.rounding = (torch.stack(moved) - self.plain[:2]).abs().nan_to_num(torch.inf).amax(dim=(0, 2))
+
+    def _train(self, cell: Removal, state: Mapping[str, Tensor] | None) -> Tensor:
+        how = where(self.case, self.start) | {"state": state}
+        return train_cell(self.case.workload, self.settings, cell, self.case.seed, **how).deltas
+
+    def _moved(self) -> dict[str, Tensor]:
+        """θᶠ moved by a few units in the last place of the precision."""
+        model, generator = self.start.model, torch.Generator().manual_seed(0)
+        unit = ULPS * torch.finfo(model.dtype).eps
+        state: dict[str, Tensor] = model.module.state_dict(keep_vars=True)
+        moved: dict[int, Tensor] = {}
+        for name, p in model.module.named_parameters():
+            if name in model.params:
+                sign = torch.rand(p.shape, generator=generator, dtype=torch.float64) * 2 - 1
+                moved[id(p)] = p.detach() * (1 + unit * sign).to(p)
+        # By identity: a tied weight goes by two names.
+        return {name: moved.get(id(tensor), tensor.detach()) for name, tensor in state.items()}
+
+    def differences(self, engine: Engine, stacks: Sequence[int]) -> Differences:
+        """The largest differences over the given stack sizes; a way that cannot be gone at all is unequal."""
+        try:
+            results = list(self._by_engine(engine, stacks))
+        except FimoError:
+            raise
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return Differences(False, torch.inf, torch.inf, 0.0, 0.0, 0.0, text[:200])
+        return min((self._compare(*result) for result in results), key=lambda d: (d.equal, -d.effects))
+
+    def _by_engine(self, engine: Engine, stacks: Sequence[int]) -> Iterator[tuple[int, list[int], Tensor]]:
+        """(stack size, places among the cells, deltas) for stacks that hold the cells, filled up to their size."""
+        start = replace(
+            self.start,
+            settings=self.settings,
+            engine=engine,
+            folds=self.start.folds and engine.fold,
+            graphs={} if engine.replay and self.start.graphs is not None else None,
+        )
+        fillers = [r for r in self.case.removals if r not in self.cells]
+        for size in stacks:
+            for begin in range(0, len(self.cells), size):
+                places = list(range(begin, min(begin + size, len(self.cells))))
+                if size == 1 and engine.stack and begin not in (0, len(self.cells) - 1):
+                    continue  # of cells that are alone, the baseline and the one that acts at once
+                own = [self.cells[place] for place in places]
+                lanes = [*own, *(fillers * size)[: size - len(own)]]
+                # The cells stand at both ends of a stack: what is wrong in some lanes may be right in the first.
+                lanes = [*own[:2], *lanes[len(own) :], *own[2:]]
+                where = [*range(min(2, len(own))), *range(len(lanes) - max(0, len(own) - 2), len(lanes))]
+                yield size, places, further_train(start, lanes, self.case.seed).deltas[where]
+
+    def _compare(self, size: int, places: list[int], got: Tensor) -> Differences:
+        plain, base = self.plain[places], self.plain[:1]
+        scale, largest = _largest(self.plain - base), _largest(self.plain)
+        least = RELATIVE[self.precision]
+        rounding = SLACK * self.rounding
+        off = _off(got, plain).amax(dim=2)
+        # An effect is small beside its deltas. If the stack holds the baseline, it is compared for itself.
+        off_effects = _off(got - (got[:1] if places[0] == 0 else base), plain - base).amax(dim=2)
+        bound = rounding + least * (scale if self.precision == "float64" else largest)
+        equal = bool((off <= rounding + least * largest).all()) and bool((off_effects <= bound).all())
+        cell, step = divmod(int(off_effects.argmax()), off_effects.shape[1])
+        removal, steps = self.cells[places[cell]], self.settings.evaluate.at_steps or ()
+        what = f"the effect of removing {list(removal)}" if removal else "the baseline"
+        line = (
+            f"{what} is off by {float(off_effects.max()):.2g} (effects up to {scale:.2g}) after step {steps[step]}, "
+            f"in a stack of {size}, in {self.precision}"
+        )
+        rounded = float(self.rounding.max())
+        return Differences(equal, float(off.max()), float(off_effects.max()), float(bound.max()), scale, rounded, line)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().nan_to_num(0, 0, 0).max())
+
+
+def _off(a: Tensor, b: Tensor) -> Tensor:
+    """|a − b|; 0 if both are not finite (both diverged), infinite if one is."""
+    both = ~a.isfinite() & ~b.isfinite()
+    return torch.where(both, 0.0, (a - b).abs()).nan_to_num(torch.inf, torch.inf, torch.inf)
