@@ -24,7 +24,7 @@ class NamedRemoval:
     indices: tuple[int, ...]
 
 
-def resolve(spec: RemovalsSection, n: int, read: Callable[[str], bytes]) -> list[NamedRemoval]:
+def number_removals(spec: RemovalsSection, n: int, read: Callable[[str], bytes]) -> list[NamedRemoval]:
     """Number the removals of a spec against ``n`` training examples.
 
     ``random`` draws a prefix of one permutation of the seed, so that a larger number keeps the smaller one's.

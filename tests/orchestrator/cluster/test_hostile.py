@@ -12,9 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fimo.orchestrator.commands import cli, commands
-from fimo.orchestrator.resolve.identity import source_digest
+from fimo.orchestrator.commands.main import main
+from fimo.orchestrator.resolve.code import source_digest
+from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import LocalStore
+from fimo.orchestrator.sweep.sweep import open_sweep
 
 from tests.faults import sweeps
 
@@ -50,7 +52,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], f
         monkeypatch.setattr(sys, "argv", ["fimo", *words])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         said = capsys.readouterr()
         assert ended.value.code in codes, said
         lines = said.err.strip().splitlines()
@@ -230,7 +232,7 @@ def test_hostile_sets_failures_and_foreign_objects_do_not_stop_a_status(store: L
     store.put("tiny/failed/x.json", b"[" * 50_000)
     for entry in [*store.list("tiny/estimates/"), *store.list("tiny/parts/")]:
         store.put(f"{entry.key.rpartition('/')[0]}/foreign", b"")
-    found = commands.status(f"{store.uri}/tiny")
+    found = sweep_status(open_sweep(f"{store.uri}/tiny"))
     assert found["done"] == found["cells"]
     assert found["estimates_missing"] == []
     assert found["failed"] == ["its record cannot be read"]

@@ -1,0 +1,34 @@
+"""The console script: every command, and one line for each error that is the user's to mend."""
+
+from __future__ import annotations
+
+import sys
+
+from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the app)
+    cancel,
+    doctor,
+    estimate,
+    import_scores,
+    logs,
+    plan,
+    pull,
+    resume,
+    run,
+    status,
+    submit,
+    verify,
+)
+from fimo.orchestrator.commands.app import app
+from fimo.workers.errors import FimoError
+
+
+def main() -> None:
+    """Run ``fimo``; never a traceback for a user's mistake."""
+    try:
+        app(standalone_mode=True)
+    except FimoError as error:
+        sys.stderr.write(f"fimo: {' '.join(str(error).split())}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("fimo: interrupted\n")
+        sys.exit(3)
