@@ -50,7 +50,9 @@ def test_removals_from_files_of_each_kind(name, data):
 
 
 def test_removals_from_a_pulled_table():
-    table = removals_table(number_removals(RemovalsSection.model_validate({"groups": {"x": [1, 2], "y": [3]}}), 30, no_file))
+    table = removals_table(
+        number_removals(RemovalsSection.model_validate({"groups": {"x": [1, 2], "y": [3]}}), 30, no_file)
+    )
     sink = io.BytesIO()
     pq.write_table(table, sink)
     found = number_removals(RemovalsSection.model_validate({"from": "removals.parquet"}), 30, lambda _: sink.getvalue())
