@@ -1,18 +1,21 @@
 """What a notebook needs: a spec read, a sweep run here, a sweep opened. Functions of ``import fimo``.
 
-Nothing here needs Ray: a run's tasks are computed in this process, one after another, under the same contract as on a
-cluster, so a sweep begun here can be resumed there and the other way round.
+Nothing needs Ray: a run's tasks are computed in this process, one after another, under the same contract as on a
+cluster, so a sweep begun here can be resumed there and the other way round. Modules that need torch are imported
+inside the functions, so that a spec is read without it.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 from fimo.orchestrator.spec.spec import Spec, read_file
-from fimo.orchestrator.sweep import sweep as sweeps
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from fimo.orchestrator.sweep.sweep import Sweep
 
 
 def load_spec(path: str | os.PathLike[str]) -> Spec:
@@ -43,6 +46,7 @@ def run(
     from fimo.orchestrator.run import driver
     from fimo.orchestrator.run.schedule import in_process
     from fimo.orchestrator.store import open_store
+    from fimo.orchestrator.sweep.sweep import Sweep
 
     if not isinstance(spec, Spec):
         beside = Path(spec).resolve().parent if beside is None else beside
@@ -50,7 +54,7 @@ def run(
     folder = Path.cwd() if beside is None else Path(beside).resolve()
     opened = open_store(os.fspath(store))
     driver.run(resolve(spec, folder), opened, where=in_process)
-    return OpenSweep(sweeps.Sweep(opened, spec.name))
+    return OpenSweep(Sweep(opened, spec.name))
 
 
 def open_sweep(uri: str | os.PathLike[str]) -> OpenSweep:
@@ -59,7 +63,9 @@ def open_sweep(uri: str | os.PathLike[str]) -> OpenSweep:
     Raises:
         UsageError: the URI names no sweep.
     """
-    return OpenSweep(sweeps.open_sweep(os.fspath(uri)))
+    from fimo.orchestrator.sweep import sweep
+
+    return OpenSweep(sweep.open_sweep(os.fspath(uri)))
 
 
 class OpenSweep:
@@ -69,7 +75,7 @@ class OpenSweep:
     method raises UsageError if there is no such sweep, and StoreError if its store cannot be read.
     """
 
-    def __init__(self, sweep: sweeps.Sweep) -> None:
+    def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._tables: dict[str, pa.Table] = {}
 
