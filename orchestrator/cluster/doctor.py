@@ -76,7 +76,7 @@ def store_checks(store: Store) -> Iterator[Check]:
     key = PROBE_PREFIX + uuid.uuid4().hex
     step = "credentials"
     try:
-        # First of all a listing: some servers answer a write to a bucket that does not exist by making it.
+        # List before writing: some servers answer a write to a missing bucket by making the bucket.
         list(store.list(PROBE_PREFIX))
         yield Check(step, True, f"{store.uri} answers and lists")
         step = "store"
@@ -105,7 +105,7 @@ def _clock(store: Store, key: str, before: datetime, after: datetime) -> Check:
     entries = list(store.list(key))
     if not entries:
         return Check("clock", False, f"store {store.uri} does not list what was just written; use another server")
-    # Stores keep whole seconds; the write took from `before` to `after`.
+    # Allow a second, since stores keep whole ones; the write took from `before` to `after`.
     early, late = (before - entries[0].modified).total_seconds() - 1, (entries[0].modified - after).total_seconds()
     off = max(0.0, early, late)
     if off > CLOCK_S:

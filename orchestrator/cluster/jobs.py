@@ -238,7 +238,7 @@ def resubmit(uri: str, address: str, retry_failed: bool) -> Submission:
     manifest = sweep.read_manifest()
     jobs = recorded(sweep)
     latest = jobs[-1] if jobs else None
-    # `beside` is only read from, and only under the recorded digest; what else goes up is asked for below.
+    # A job's folder is known from the store alone: take code from it only if its digest is the manifest's.
     folders = [Path.cwd(), Path(manifest.beside), *([Path(latest.beside)] if latest else [])]
     for beside in folders:
         if beside.is_dir() and source_digest(manifest.spec.workload, beside) == manifest.source:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import sys
 
-from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the app)
+# isort: off
+from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the app, in the order of `fimo --help`)
+    plan,
+    run,
+    resume,
+    status,
+    pull,
+    submit,
+    logs,
     cancel,
     doctor,
+    verify,
     estimate,
     import_scores,
-    logs,
-    plan,
-    pull,
-    resume,
-    run,
-    status,
-    submit,
-    verify,
 )
+
+# isort: on
 from fimo.orchestrator.commands.app import app
 from fimo.workers.errors import FimoError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fimo.orchestrator.commands.app import JsonOption, RayOption, RetryOption, SweepArgument, app
 from fimo.orchestrator.commands.run import run_resolved
-from fimo.orchestrator.commands.submit import show_submission
 
 
 @app.command()
@@ -20,6 +19,7 @@ def resume(
 
     if address is not None and address.startswith(("http://", "https://")):
         from fimo.orchestrator.cluster import jobs
+        from fimo.orchestrator.commands.submit import show_submission
 
         show_submission(jobs.resubmit(sweep, address, retry_failed), as_json)
         return

@@ -60,7 +60,7 @@ def _installed(module: str) -> Path | None:
 
 def _collect(module: str, path: Path, beside: Path, modules: dict[str, Path]) -> None:
     modules[module] = path
-    # In a package's own __init__ one dot is the package itself; in its modules it is their parent.
+    # One dot means the package itself in its __init__, and the package around it in a module.
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(_tree(path)):
         names: list[str] = []

@@ -34,7 +34,7 @@ def examples_digest(examples: Examples, block: int = 256) -> str:
         return tensors_digest(sorted(examples.tensors.items()))
     sha = hashlib.sha256(f"{len(examples)};".encode())
     for start in range(0, len(examples), block):
-        # One example at a time: what a dataset gives an example must not depend on its neighbours.
+        # Collate one example at a time: in a larger batch its padding would depend on its neighbours.
         for index in range(start, min(start + block, len(examples))):
             leaves, tree = pytree.tree_flatten(examples.batch([index]))
             sha.update(str(tree).encode())

@@ -114,7 +114,7 @@ def resolve_like(manifest: Manifest, final_model: bytes | None) -> Resolved:
     Raises:
         UsageError, WorkloadError: in one line; WorkloadError if code or data here are not the driver's.
     """
-    # On a machine without the driver's folder the code is where Ray has put it: the working directory.
+    # If the driver's folder is not on this machine, Ray has put the code into the working directory.
     beside = Path(manifest.beside) if Path(manifest.beside).is_dir() else Path.cwd()
     workload, state = _load(manifest.spec, beside, final_model)
     _, *ours = _digests(manifest.spec, beside, workload, state, _count_evals(manifest.spec, workload))

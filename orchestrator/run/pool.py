@@ -31,13 +31,16 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 EMBEDDED = {
-    # Loopback only: Ray otherwise listens on every interface even when told not to.
+    # Listen on loopback alone: Ray otherwise listens on every interface even when told not to.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # An embedded cluster is this process's own: a token would only be written to the user's home.
     "RAY_AUTH_MODE": "disabled",
 }
 SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-"""CUDA reads CUDA_VISIBLE_DEVICES once, but a reused process may be given another GPU: tasks pick theirs by number."""
+"""Show every worker all GPUs; a task picks its own by number.
+
+CUDA reads CUDA_VISIBLE_DEVICES once, but Ray may give a reused process another GPU.
+"""
 CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 512 * 2**20
 
@@ -74,7 +77,7 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
             environment = {"env_vars": SEE_ALL_GPUS}
             options["runtime_env"] = environment | ({"working_dir": str(code)} if code is not None else {})
-    # Ray puts a handler of its own on SIGTERM, which aborts; whoever started the run decides how it ends.
+    # Put the caller's handlers back afterwards: Ray's own handler of SIGTERM aborts, and how a run ends is its caller's.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with contextlib.nullcontext() if address is None else _without_stderr():

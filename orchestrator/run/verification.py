@@ -40,7 +40,7 @@ class Device:
 
 @dataclass
 class Verification:
-    """What was found.
+    """What the objects of a sweep are, and how the cells trained again came out.
 
     Attributes:
         cells, done: of the sweep, and those in a part that verifies; ``owed``: estimators not complete.

@@ -256,9 +256,9 @@ def read_file(path: Path) -> Spec:
 
 def _one_line(error: ValidationError) -> str:
     errors = error.errors(include_url=False)
-    # A misspelt key is both unknown and missing: the unknown one tells more.
+    # Tell the unknown key first: a misspelt one is both unknown and missing.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # pydantic's paths name the alternative that it tried ("sgd", "constrained-int"), which no user wrote.
+    # Leave out the alternatives that pydantic tried ("sgd", "constrained-int"): no user wrote them.
     path = [str(p) for p in first["loc"] if str(p) not in _ALTERNATIVES and "[" not in str(p)]
     where, kind = ".".join(path), first["type"]
     more = len(errors) - 1
@@ -303,7 +303,7 @@ def _in_union(location: tuple[int | str, ...]) -> bool:
 
 
 def _fields(location: tuple[int | str, ...]) -> list[str]:
-    """The keys known where an unknown one was found."""
+    """The known keys of the section that an unknown one stands in."""
     sections: dict[str, type[BaseModel]] = {
         "removals": RemovalsSection,
         "seeds": Seeds,

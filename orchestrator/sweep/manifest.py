@@ -14,7 +14,7 @@ class Manifest:
     """A resolved spec, as plain values: recorded in the store, and given to every task.
 
     Attributes:
-        beside: the folder in which the spec's modules and files were found.
+        beside: the folder in which the spec's modules and files lie.
         source: digest of the workload's code, held against what a resume finds.
         digest: of all that a delta depends on; ``estimate_digest``: of all that an estimate at θᶠ depends on.
         train, evals: numbers of training examples and of the sweep's evaluation examples.

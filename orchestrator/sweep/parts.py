@@ -45,7 +45,7 @@ class Part:
     Attributes:
         removals: the part's removals in row order (numbers as the spec counted them when it was written).
         steps: the T recorded steps.
-        deltas: float64 (C + 2, T, m): removals, then the baseline, then the second baseline; NaN where diverged.
+        deltas: float64 (C + 2, T, m): removals, then the baseline, then the second baseline; NaN if diverged.
         distances: float64 (C + 2, T).
         rows: the digest of the rows.
         provenance: versions, device, dtype, flags, timings.
@@ -143,7 +143,7 @@ def _rows(
     numbers: NDArray[np.int32], steps: NDArray[np.int32], deltas: NDArray[np.float64], distances: NDArray[np.float64]
 ) -> str:
     finite: Any = np.isfinite(deltas).all(axis=2)
-    # Nulls carry no payload: every run that diverged is the same NaN here, whatever its bits were.
+    # Digest every diverged run as the same NaN: it is stored as null, which keeps no bits.
     clean = np.where(finite[:, :, None], deltas, np.nan)
     kept = np.where(finite & np.isfinite(distances), distances, np.nan)
     return rows_digest({"removal": numbers, "step": steps, "deltas": clean, "distance": kept})
