@@ -193,7 +193,7 @@ def cancel(uri: str, number: str | None, address: str | None) -> list[tuple[str,
                 client.stop_job(job.id)
                 stopped.append((job.id, _wait_until_ended(client, job.id)))
         except FimoError:
-            # An older job's cluster may be long gone; the latest one's must answer.
+            # Pass over an older job whose cluster is gone; the latest one's must answer.
             if latest:
                 raise
     return stopped

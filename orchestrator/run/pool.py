@@ -77,7 +77,7 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
             environment = {"env_vars": SEE_ALL_GPUS}
             options["runtime_env"] = environment | ({"working_dir": str(code)} if code is not None else {})
-    # Put the caller's handlers back afterwards: Ray's own handler of SIGTERM aborts, and how a run ends is its caller's.
+    # Put the caller's handlers back afterwards: Ray's own handler of SIGTERM aborts, and the caller decides how to end.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with contextlib.nullcontext() if address is None else _without_stderr():

@@ -27,7 +27,7 @@ class NamedRemoval:
 def number_removals(spec: RemovalsSection, n: int, read: Callable[[str], bytes]) -> list[NamedRemoval]:
     """Number the removals of a spec against ``n`` training examples.
 
-    ``random`` draws a prefix of one permutation of the seed, so that a larger number keeps the examples of a smaller one.
+    ``random`` draws a prefix of one permutation of the seed, so that a larger number keeps a smaller one's examples.
 
     Args:
         read: the bytes of a file named by ``from``.

@@ -119,7 +119,7 @@ _FATAL_EXCEPTIONS = {
     "ProfileNotFound": "the profile named by AWS_PROFILE is not in the AWS config: correct it",
     "NoRegionError": "no region is set: set AWS_REGION",
     "InvalidRegionError": "AWS_REGION is not a region: correct it",
-    # If a redirect names no region, botocore asks for the region, is redirected again, and so on until the stack is full.
+    # If a redirect names no region, botocore asks for it, is redirected again, and so on until the stack is full.
     "RecursionError": _REGION,
     "ConfigParseError": "the AWS config file cannot be read: correct it",
     "InvalidEndpointConfigurationError": "AWS_ENDPOINT_URL is not a URL: correct it (http://host:port)",

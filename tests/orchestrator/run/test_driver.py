@@ -17,7 +17,7 @@ from fimo.orchestrator.run.schedule import Failed
 from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.store import MemoryStore, NotFound, open_store
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.errors import StoreError, UsageError, WorkloadError
+from fimo.workers.errors import StoreError
 from fimo.workers.workload import load_workload
 from torch.utils.data import RandomSampler
 
@@ -185,40 +185,6 @@ def test_the_same_rows_under_a_key_are_no_error_and_other_rows_are_and_the_commi
     assert late.get(key) == kept
 
 
-def test_any_change_of_what_a_delta_depends_on_gives_other_parts(beside):
-    def digest(**changes):
-        return resolve(make_spec(**changes), beside).manifest.digest
-
-    base = digest()
-    assert digest(seeds=9) == base
-    assert digest(removals={"indices": [1]}) == base
-    assert digest(estimators=["datainf"]) == base
-    assert digest(resources={"replicas": "auto", "cpus": 2}) == base
-    changed = [
-        digest(further_training={"batch_size": 6}),
-        digest(further_training={"optimizer": {"name": "sgd", "lr": 0.11}}),
-        digest(further_training={"removal_mode": "mask"}),
-        digest(further_training={"precision": "float64"}),
-        digest(evals=6),
-        digest(workload_args={"n": 24}),
-    ]
-    source = beside / "flowers.py"
-    text = source.read_text()
-    source.write_text("# a comment\n" + text)
-    assert digest() == base
-    source.write_text(text.replace("nn.Tanh()", "nn.ReLU()"))
-    changed.append(digest())
-    assert len({base, *changed}) == 8
-
-
-def test_code_in_a_module_that_the_workload_imports_counts_too(beside):
-    (beside / "wrapper.py").write_text("from helper import make\ndef wrapped():\n    return make()\n")
-    (beside / "helper.py").write_text("from flowers import flowers\ndef make():\n    return flowers()\n")
-    before = resolve(make_spec(workload="wrapper:wrapped"), beside).manifest.digest
-    (beside / "helper.py").write_text("from flowers import flowers\ndef make():\n    x = 1\n    return flowers()\n")
-    assert resolve(make_spec(workload="wrapper:wrapped"), beside).manifest.digest != before
-
-
 def test_a_dataset_with_a_collate_and_a_measure_of_its_own(beside):
     spec = make_spec(
         workload="flowers:sentences", removals={"groups": {"some": [0, 4], "none": [], "one": [9]}}, seeds=2
@@ -284,30 +250,6 @@ def test_an_interrupted_run_is_incomplete_and_says_what_is_there(beside):
     assert report.outcome.stopped == "stopped"
     report, _, _ = run_here(make_spec(), beside, store)
     assert report.exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind", "said"),
-    [
-        ({"workload": "nowhere:flowers"}, UsageError, "'nowhere' not found"),
-        ({"workload": "flowers:flower"}, UsageError, "did you mean 'flowers'"),
-        ({"workload": "flowers:fails"}, WorkloadError, "ValueError: the data is not there"),
-        ({"workload": "flowers:not_one"}, WorkloadError, "returned dict"),
-        ({"workload": "flowers:scalar_loss"}, WorkloadError, "one value per example"),
-        ({"workload_args": {"rows": 3}}, UsageError, "unexpected keyword argument"),
-        ({"evals": 8}, UsageError, "asks for 8"),
-        ({"removals": {"indices": [23]}}, UsageError, "there are 23"),
-        ({"final_model": "missing.safetensors"}, UsageError, "cannot be read"),
-        ({"final_model": "flowers.py"}, WorkloadError, "not a valid safetensors"),
-        ({"estimators": ["grad_dott"]}, UsageError, "did you mean 'grad_dot'"),
-        ({"estimators": ["grad_dot", "grad_dot"]}, UsageError, "given twice"),
-    ],
-)
-def test_a_mistake_is_one_line_before_anything_is_written(beside, changes, kind, said):
-    with pytest.raises(kind) as caught:
-        resolve(make_spec(**changes), beside)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_loss_that_is_not_finite_at_the_final_model_is_refused(beside):
