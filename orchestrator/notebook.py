@@ -8,6 +8,7 @@ inside the functions, so that a spec is read without it.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ def run(
 ) -> OpenSweep:
     """Compute what is missing of a sweep in this process, then reduce and score it.
 
+    Warns of each thing that a reader of the tables must know: tasks set aside, estimators left out, runs not finite.
+
     Args:
         spec: a spec, or the path of a spec file.
         store: a directory or ``s3://bucket/prefix``.
@@ -39,21 +42,27 @@ def run(
             the spec file's folder, or the current one for a ``Spec``.
 
     Raises:
-        UsageError, WorkloadError: in one line, before anything is written.
+        UsageError, WorkloadError: in one line, before anything is written; WorkloadError also if every shard fails.
         StoreError: the store cannot be written or read.
     """
+    from fimo.orchestrator.report.ending import complaints
     from fimo.orchestrator.resolve.resolved import resolve
     from fimo.orchestrator.run import driver
     from fimo.orchestrator.run.schedule import in_process
     from fimo.orchestrator.store import open_store
     from fimo.orchestrator.sweep.sweep import Sweep
+    from fimo.workers.errors import WorkloadError
 
     if not isinstance(spec, Spec):
         beside = Path(spec).resolve().parent if beside is None else beside
         spec = load_spec(spec)
     folder = Path.cwd() if beside is None else Path(beside).resolve()
     opened = open_store(os.fspath(store))
-    driver.run(resolve(spec, folder), opened, where=in_process)
+    report = driver.run(resolve(spec, folder), opened, where=in_process)
+    if report.outcome.broken:
+        raise WorkloadError(f"the sweep was stopped: {report.outcome.stopped}")
+    for line in complaints(report):
+        warnings.warn(line, stacklevel=2)
     return OpenSweep(Sweep(opened, spec.name))
 
 

@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"run", "tables", "resolve", "sweep", "spec", "store"},
     "cluster": {"run", "tables", "resolve", "sweep", "spec", "store"},
     "commands": {"cluster", "report", "run", "tables", "resolve", "sweep", "spec", "store"},
-    "notebook": {"run", "tables", "resolve", "sweep", "spec", "store"},
+    "notebook": {"report", "run", "tables", "resolve", "sweep", "spec", "store"},
 }
 """Room of the orchestrator -> the rooms that it may import."""
 

@@ -65,7 +65,7 @@ def run_resolved(
             out.print(table)
         print_lines(report.written.values())
     for line in complaints(report):
-        tell(line)
+        tell(f"fimo: {line}")
     exit_with(report.exit_code)
 
 

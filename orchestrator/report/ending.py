@@ -37,41 +37,38 @@ def complaints(report: Report) -> Iterator[str]:
     """One line for each thing that a reader of the tables must know; the last says how to go on, if that can help."""
     gathered, outcome, uri = report.gathered, report.outcome, report.sweep
     for named, why in report.failures.left_out.items():
-        yield f"fimo: {label(*named)} is left out of the default estimators: {why}"
+        yield f"{label(*named)} is left out of the default estimators: {why}"
     if outcome.broken:
-        yield f"fimo: stopped: {outcome.stopped}"
+        yield f"stopped: {outcome.stopped}"
     elif outcome.stopped:
-        yield f"fimo: {outcome.stopped}; `fimo resume {uri}` goes on"
+        yield f"{outcome.stopped}; `fimo resume {uri}` goes on"
     yield from _set_aside(report)
     if gathered.diverged:
         number, seed, step = gathered.diverged[0]
         who = "the baseline" if number < 0 else f"removal {number}"
         yield (
-            f"fimo: {len(gathered.diverged)} results are not finite and were left out, the first: {who}, seed {seed}, "
+            f"{len(gathered.diverged)} results are not finite and were left out, the first: {who}, seed {seed}, "
             f"step {step}; lower the learning rate or clip"
         )
     if len(gathered.devices) > 1:
         devices = ", ".join(gathered.devices)
-        yield f"fimo: parts come from several devices ({devices}): differences between them are noise"
+        yield f"parts come from several devices ({devices}): differences between them are noise"
     cells, estimators = report.owed_cells, report.owed_estimators
     if (cells or estimators) and not outcome.broken:
         owed = f"{cells} cells and {estimators} estimators"
-        yield f"fimo: incomplete: {owed} are missing; `fimo resume {uri}` computes them"
+        yield f"incomplete: {owed} are missing; `fimo resume {uri}` computes them"
 
 
 def _set_aside(report: Report) -> Iterator[str]:
     aside = report.failures.aside
     for failure in aside[:SHOWN]:
-        yield f"fimo: set aside: {failure.line}"
+        yield f"set aside: {failure.line}"
     if len(aside) > SHOWN:
-        yield f"fimo: and {len(aside) - SHOWN} more set aside"
+        yield f"and {len(aside) - SHOWN} more set aside"
     if any(failure.final for failure in aside):
         yield (
-            "fimo: an estimator that cannot give values for this model fails the same way every time: change its "
+            "an estimator that cannot give values for this model fails the same way every time: change its "
             "hyper-parameters in the spec, or take it out"
         )
     if not all(failure.final for failure in aside):
-        yield (
-            f"fimo: the traceback is under {report.sweep}/failed; `fimo resume {report.sweep} --retry-failed` "
-            "tries again"
-        )
+        yield (f"the traceback is under {report.sweep}/failed; `fimo resume {report.sweep} --retry-failed` tries again")

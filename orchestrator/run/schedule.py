@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from fimo.orchestrator.run.plan import EstimateTask, Task
 from fimo.orchestrator.run.tasks import CannotEstimateError, ConflictError, Receipt, run_task
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -242,8 +243,12 @@ def error_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def in_process(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[LocalPool]:
-    """Tasks in this process, one after another, under the same contract as on Ray."""
-    yield LocalPool(lambda task: run_task(sweep, manifest, final_model, task))
+    """Tasks in this process, one after another, under the same contract as on Ray; torch's threads are put back."""
+    threads = torch.get_num_threads()
+    try:
+        yield LocalPool(lambda task: run_task(sweep, manifest, final_model, task))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class LocalPool:

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from fimo.orchestrator.run.written import read_table
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.errors import UsageError
+from fimo.workers.errors import UsageError, WorkloadError
 
 import fimo
 from tests.support.small_sweep import SPEC, make_spec, run_here
@@ -59,7 +60,9 @@ def path(beside: Path) -> Path:
 
 def test_a_sweep_runs_and_is_read_in_this_process(path, tmp_path):
     ray_before = "ray" in sys.modules
+    torch.set_num_threads(2)
     sweep = fimo.run(path, tmp_path / "store")
+    assert torch.get_num_threads() == 2
     assert ("ray" in sys.modules) == ray_before
     assert sweep.status()["complete"]
     assert sweep.uri == f"{tmp_path}/store/flowers"
@@ -94,3 +97,11 @@ def test_what_is_no_sweep_is_told(tmp_path):
         fimo.open_sweep(tmp_path / "none").scores()
     with pytest.raises(UsageError, match="cannot be read"):
         fimo.load_spec(tmp_path / "none.yaml")
+
+
+def test_what_a_reader_must_know_is_warned_of_and_a_sweep_that_fails_throughout_raises(beside, tmp_path):
+    diverging = make_spec(further_training={"optimizer": {"name": "sgd", "lr": 1e38, "momentum": 0.9}})
+    with pytest.warns(UserWarning, match="results are not finite"):
+        fimo.run(diverging, tmp_path / "one", beside)
+    with pytest.raises(WorkloadError, match=r"every shard fails.*nan at the final model"):
+        fimo.run(make_spec(workload="flowers:nan_loss", estimators=[]), tmp_path / "two", beside)

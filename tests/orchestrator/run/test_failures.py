@@ -54,7 +54,7 @@ def test_an_estimator_of_the_default_set_that_cannot_is_left_out_and_the_sweep_i
     spec = default_set(monkeypatch)
     report, store, _ = run_here(spec, beside)
     assert (report.exit_code, report.complete) == (0, True)
-    assert list(complaints(report)) == [f"fimo: grad_cos is left out of the default estimators: {WHY}"]
+    assert list(complaints(report)) == [f"grad_cos is left out of the default estimators: {WHY}"]
     assert report_json(report)["left_out"] == {"grad_cos": WHY}
     assert set(report.gathered.tables["estimates"]["estimator"].to_pylist()) == {"grad_dot"}
     assert diverging == ["grad_cos"]
