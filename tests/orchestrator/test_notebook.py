@@ -60,9 +60,13 @@ def path(beside: Path) -> Path:
 
 def test_a_sweep_runs_and_is_read_in_this_process(path, tmp_path):
     ray_before = "ray" in sys.modules
-    torch.set_num_threads(2)
-    sweep = fimo.run(path, tmp_path / "store")
-    assert torch.get_num_threads() == 2
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        sweep = fimo.run(path, tmp_path / "store")
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
     assert ("ray" in sys.modules) == ray_before
     assert sweep.status()["complete"]
     assert sweep.uri == f"{tmp_path}/store/flowers"
