@@ -16,6 +16,7 @@ from fimo.orchestrator.commands.main import main
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import LocalStore
+from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.sweep import open_sweep
 
 from tests.faults import sweeps
@@ -229,7 +230,8 @@ def test_hostile_sets_failures_and_foreign_objects_do_not_stop_a_status(store: L
     """What cannot be read is passed over; what parts and blocks hold is told from themselves."""
     for entry in list(store.list("tiny/sets/")):
         store.put(entry.key, b"[" * 50_000)
-    store.put("tiny/failed/x.json", b"[" * 50_000)
+    digest = open_sweep(f"{store.uri}/tiny").read_manifest().digest
+    store.put(keys.failed("tiny", f"{digest[:16]}-x"), b"[" * 50_000)
     for entry in [*store.list("tiny/estimates/"), *store.list("tiny/parts/")]:
         store.put(f"{entry.key.rpartition('/')[0]}/foreign", b"")
     found = sweep_status(open_sweep(f"{store.uri}/tiny"))
