@@ -1,1 +1,147 @@
-"""What a notebook needs: a spec read, a sweep run here, a sweep opened. Functions of ``import fimo``."""
+"""What a notebook needs: a spec read, a sweep run here, a sweep opened. Functions of ``import fimo``.
+
+Nothing needs Ray: a run's tasks are computed in this process, one after another, under the same contract as on a
+cluster, so a sweep begun here can be resumed there and the other way round. Modules that need torch are imported
+inside the functions, so that a spec is read without it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fimo.orchestrator.spec.spec import Spec, read_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from fimo.orchestrator.sweep.sweep import Sweep
+
+
+def load_spec(path: str | os.PathLike[str]) -> Spec:
+    """Read and validate a spec file. Its folder is not remembered: pass ``beside`` to ``run``, or the path itself.
+
+    Raises:
+        UsageError: one line: it cannot be read, or what is wrong in it.
+    """
+    return read_file(Path(path))
+
+
+def run(
+    spec: Spec | str | os.PathLike[str], store: str | os.PathLike[str], beside: str | os.PathLike[str] | None = None
+) -> OpenSweep:
+    """Compute what is missing of a sweep in this process, then reduce and score it.
+
+    Warns of each thing that a reader of the tables must know: tasks set aside, estimators left out, runs not finite.
+
+    Args:
+        spec: a spec, or the path of a spec file.
+        store: a directory or ``s3://bucket/prefix``.
+        beside: the folder in which the workload's module and the files that the spec names are looked for; default:
+            the spec file's folder, or the current one for a ``Spec``.
+
+    Raises:
+        UsageError, WorkloadError: in one line, before anything is written; WorkloadError also if every shard fails.
+        StoreError: the store cannot be written or read.
+    """
+    from fimo.orchestrator.report.ending import complaints
+    from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.run import driver
+    from fimo.orchestrator.run.schedule import in_process
+    from fimo.orchestrator.store import open_store
+    from fimo.orchestrator.sweep.sweep import Sweep
+    from fimo.workers.errors import WorkloadError
+
+    if not isinstance(spec, Spec):
+        beside = Path(spec).resolve().parent if beside is None else beside
+        spec = load_spec(spec)
+    folder = Path.cwd() if beside is None else Path(beside).resolve()
+    opened = open_store(os.fspath(store))
+    report = driver.run(resolve(spec, folder), opened, where=in_process)
+    if report.outcome.broken:
+        raise WorkloadError(f"the sweep was stopped: {report.outcome.stopped}")
+    for line in complaints(report):
+        warnings.warn(line, stacklevel=2)
+    return OpenSweep(Sweep(opened, spec.name))
+
+
+def open_sweep(uri: str | os.PathLike[str]) -> OpenSweep:
+    """A sweep by STORE/NAME; its store is read when something is asked of it.
+
+    Raises:
+        UsageError: the URI names no sweep.
+    """
+    from fimo.orchestrator.sweep import sweep
+
+    return OpenSweep(sweep.open_sweep(os.fspath(uri)))
+
+
+class OpenSweep:
+    """A sweep in its store. Each table is read when it is first asked for, and kept.
+
+    A table is the store's own if that was made from what the store holds now, and is reduced anew otherwise. Every
+    method raises UsageError if there is no such sweep, and StoreError if its store cannot be read.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._tables: dict[str, pa.Table] = {}
+
+    def __repr__(self) -> str:
+        return f"OpenSweep({self.uri!r})"
+
+    @property
+    def uri(self) -> str:
+        """STORE/NAME, as commands take it."""
+        return self._sweep.uri
+
+    def status(self) -> dict[str, Any]:
+        """How far the sweep is, as `fimo status --json` prints it."""
+        from fimo.orchestrator.run.status import sweep_status
+
+        return sweep_status(self._sweep)
+
+    def attribution(self) -> pa.Table:
+        """a*: removal, eval, step int32; effect, sem float64; seeds int32."""
+        return self._table("attribution")
+
+    def training_only(self) -> pa.Table:
+        """What further training on all examples does by itself: eval, step int32; delta, sem float64; seeds int32."""
+        return self._table("training_only")
+
+    def estimates(self) -> pa.Table:
+        """estimator, params string; removal, eval, step int32 (null: for every amount); value float64."""
+        return self._table("estimates")
+
+    def scores(self) -> pa.Table:
+        """Agreement of each estimate with the attribution, by metric, adjust, seeds and step."""
+        return self._table("scores")
+
+    def reliability(self) -> pa.Table:
+        """How far the attribution itself can be trusted, by step."""
+        return self._table("reliability")
+
+    def similarity(self) -> pa.Table:
+        """Mean cosine between any two estimators."""
+        return self._table("similarity")
+
+    def removals(self) -> pa.Table:
+        """removal int32, name string, indices list<int32>."""
+        return self._table("removals")
+
+    def costs(self) -> pa.Table:
+        """Device seconds and peak bytes of each shard and estimator."""
+        return self._table("costs")
+
+    def _table(self, name: str) -> pa.Table:
+        from fimo.orchestrator.run.gather import gather
+        from fimo.orchestrator.run.written import is_current, read_table
+
+        if name not in self._tables:
+            manifest = self._sweep.read_manifest()
+            if is_current(self._sweep, manifest):
+                self._tables[name] = read_table(self._sweep, name)
+            else:
+                self._tables = gather(self._sweep, manifest).tables
+        return self._tables[name]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fimo.orchestrator.run import driver as runs
+from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.spec.spec import read
 
 from tests.support.small_sweep import run_here
@@ -33,19 +33,19 @@ def test_the_own_sweep_is_thirty_lines_and_runs(tmp_path):
     (tmp_path / "mine.py").write_text(module)
     report, _, _ = run_here(read(spec), tmp_path)
     assert report.exit_code == 0
-    assert report.found.tables["scores"].num_rows > 0
+    assert report.gathered.tables["scores"].num_rows > 0
 
 
 @pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.yaml")))
 def test_examples_resolve(example):
     path = ROOT / "examples" / example
-    resolved = runs.resolve(read(path.read_text()), path.parent)
+    resolved = resolve(read(path.read_text()), path.parent)
     assert resolved.manifest.removals
 
 
 def test_the_paper_s_setting_is_the_paper_s():
     path = ROOT / "examples" / "concrete-paper.yaml"
-    resolved = runs.resolve(read(path.read_text()), path.parent)
+    resolved = resolve(read(path.read_text()), path.parent)
     training = resolved.spec.further_training
     assert [r.indices for r in resolved.manifest.removals] == [(i,) for i in range(0, 900, 9)]
     assert (resolved.spec.seeds.count, training.epochs, training.batch_size) == (100, 500, 128)
@@ -54,7 +54,7 @@ def test_the_paper_s_setting_is_the_paper_s():
 
 
 def test_every_command_that_the_readme_names_exists():
-    from fimo.orchestrator.commands.cli import app
+    from fimo.orchestrator.commands.main import app
     from typer.main import get_command
 
     known = set(get_command(app).commands)

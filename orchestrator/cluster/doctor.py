@@ -17,7 +17,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from fimo.orchestrator.run import pool as driver
+from fimo.orchestrator.cluster import jobs
+from fimo.orchestrator.resolve.identity import tensors_digest
+from fimo.orchestrator.run import pool
 from fimo.orchestrator.run.tasks import versions
 from fimo.orchestrator.store import Store, open_store
 from fimo.orchestrator.store.base import PROBE_PREFIX
@@ -60,10 +62,10 @@ def examine(store: str | None, address: str | None) -> list[Check]:
     Raises:
         UsageError: a malformed store or address.
     """
-    found = [] if store is None else list(store_checks(open_store(store)))
+    checks = [] if store is None else list(store_checks(open_store(store)))
     if address is not None and address.startswith(("http://", "https://")):
-        return found + list(_as_job(store, address))
-    return found + list(ray_checks(address))
+        return checks + list(_as_job(store, address))
+    return checks + list(ray_checks(address))
 
 
 # -- the store ------------------------------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ def store_checks(store: Store) -> Iterator[Check]:
     key = PROBE_PREFIX + uuid.uuid4().hex
     step = "credentials"
     try:
-        # First of all a listing: some servers answer a write to a bucket that does not exist by making it.
+        # List before writing: some servers answer a write to a missing bucket by making the bucket.
         list(store.list(PROBE_PREFIX))
         yield Check(step, True, f"{store.uri} answers and lists")
         step = "store"
@@ -103,7 +105,7 @@ def _clock(store: Store, key: str, before: datetime, after: datetime) -> Check:
     entries = list(store.list(key))
     if not entries:
         return Check("clock", False, f"store {store.uri} does not list what was just written; use another server")
-    # Stores keep whole seconds; the write took from `before` to `after`.
+    # Allow a second, since stores keep whole ones; the write took from `before` to `after`.
     early, late = (before - entries[0].modified).total_seconds() - 1, (entries[0].modified - after).total_seconds()
     off = max(0.0, early, late)
     if off > CLOCK_S:
@@ -115,24 +117,24 @@ def _clock(store: Store, key: str, before: datetime, after: datetime) -> Check:
 
 
 def ray_checks(address: str | None) -> Iterator[Check]:
-    """Ray from a driver here: an embedded one, or the one at ``address``."""
+    """Ray from a driver here: an embedded one, or the one at ``address``. Failures are checks, never raised."""
     where = "an embedded Ray" if address is None else f"Ray at {address}"
     try:
-        with driver.cluster(address):
-            nodes = driver.nodes()
+        with pool.cluster(address):
+            nodes = pool.nodes()
             yield Check("ray", True, f"{where} answers, {len(nodes)} node{'s' if len(nodes) != 1 else ''}")
             yield from _node_checks(nodes)
     except FimoError as error:
         yield Check("ray", False, str(error))
 
 
-def _node_checks(nodes: list[driver.Node]) -> Iterator[Check]:
+def _node_checks(nodes: list[pool.Node]) -> Iterator[Check]:
     ours = versions()
-    devices: dict[str, tuple[driver.Node, float]] = {}
+    devices: dict[str, tuple[pool.Node, float]] = {}
     for node in nodes:
         counted = float(node.resources.get("GPU", 0))
         try:
-            theirs = driver.on_node(node, probe, gpus=min(counted, 1.0))
+            theirs = pool.on_node(node, probe, gpus=min(counted, 1.0))
         except FimoError as error:
             mend = "install the same fimo, Ray and Python there, or look at the node's logs"
             yield Check(f"node {node.name}", False, f"{error}; {mend}")
@@ -148,7 +150,7 @@ def _node_checks(nodes: list[driver.Node]) -> Iterator[Check]:
         yield _determinism(name, node, gpus)
 
 
-def _versions(node: driver.Node, ours: Mapping[str, str], theirs: Mapping[str, str]) -> Check:
+def _versions(node: pool.Node, ours: Mapping[str, str], theirs: Mapping[str, str]) -> Check:
     name = f"versions on {node.name}"
     differ = [f"{k} {theirs.get(k, 'none')} (driver: {ours.get(k, 'none')})" for k in sorted({*ours, *theirs})]
     differ = [text for k, text in zip(sorted({*ours, *theirs}), differ, strict=True) if ours.get(k) != theirs.get(k)]
@@ -157,7 +159,7 @@ def _versions(node: driver.Node, ours: Mapping[str, str], theirs: Mapping[str, s
     return Check(name, True, ", ".join(f"{k} {v}" for k, v in ours.items()))
 
 
-def _gpus(node: driver.Node, counted: float, theirs: Mapping[str, Any]) -> Check:
+def _gpus(node: pool.Node, counted: float, theirs: Mapping[str, Any]) -> Check:
     name, seen = f"GPUs on {node.name}", theirs["gpus"]
     if counted and not seen:
         return Check(name, False, f"Ray counts {counted:g}, torch sees none: install CUDA builds and a driver")
@@ -166,10 +168,10 @@ def _gpus(node: driver.Node, counted: float, theirs: Mapping[str, Any]) -> Check
     return Check(name, True, f"{counted:g} × {theirs['device']}")
 
 
-def _determinism(name: str, node: driver.Node, gpus: float) -> Check:
+def _determinism(name: str, node: pool.Node, gpus: float) -> Check:
     try:
-        # Two tasks: where they land in two processes, those are compared too.
-        digests = [d for _ in range(2) for d in driver.on_node(node, tiny_shard_twice, gpus=gpus)]
+        # Two tasks: if they land in two processes, those are compared too.
+        digests = [d for _ in range(2) for d in pool.on_node(node, tiny_shard_twice, gpus=gpus)]
     except FimoError as error:
         return Check(f"determinism on {name}", False, f"{error}; no shard can be trained there")
     if len(set(digests)) > 1:
@@ -185,8 +187,6 @@ def probe() -> dict[str, Any]:
 
 def tiny_shard_twice() -> list[str]:
     """Digests of two trainings of one tiny shard in this process."""
-    from fimo.orchestrator.resolve.identity import tensors_digest
-
     prepare_environment()
     device = pick_device(1)
     generator = torch.Generator().manual_seed(0)
@@ -217,8 +217,6 @@ def _loss(outputs: Tensor, batch: Batch) -> Tensor:
 
 def _as_job(store: str | None, address: str) -> Iterator[Check]:
     """The same checks run on the cluster by a job of this command, with the cluster's own credentials."""
-    from fimo.orchestrator.cluster import jobs
-
     words = ["fimo", "doctor", "--address", "auto", "--json", *(["--store", store] if store else [])]
     try:
         text = jobs.run_and_wait(address, words, "fimo-doctor")

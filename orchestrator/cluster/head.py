@@ -1,9 +1,9 @@
 """The head of a cluster: its dashboard's job server, reached with one line of error and never a leaked token.
 
-Ray's token comes from where Ray takes it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token). Where jobs are
-looked up from a store's records it is sent only to a head that the user named: on the command line now, or on this
-machine before (kept in `heads` in the user's state folder, as ssh keeps known hosts). A store must not choose who
-gets it.
+Ray's token comes from the places that Ray itself reads (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token). A
+store's record of a job names a head, and a store must not choose who gets the token: it is sent only to a head that
+the user named, on the command line now or on this machine before (kept in `heads` in the user's state folder, as ssh
+keeps known hosts).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def connect(address: str) -> Any:
 
 
 def _knock(address: str) -> None:
-    """A connection with a time-out, which Ray's client has not; not where a proxy stands between."""
+    """Try a connection with the time-out that Ray's client lacks; not through a proxy, which would answer itself."""
     from requests.utils import get_environ_proxies
 
     if get_environ_proxies(address):
@@ -77,7 +77,7 @@ def _knock(address: str) -> None:
 
 
 class Telling:
-    """Turns what Ray's client raises in the body into JobError, in one line, without the token."""
+    """Turns an error of Ray's client in the body into a JobError of one line, without the token."""
 
     def __init__(self, address: str, job: str | None = None) -> None:
         self.address, self.job = address, job

@@ -1,9 +1,10 @@
 """Sweeps as jobs of a Ray cluster: submit, read logs, cancel. All truth about a sweep is in its store.
 
-    NAME/jobs/ID.json    where a job was submitted, when, and from which folder here; never a credential
+A job's record says where it was submitted, when, and from which folder here.
 
 Invariant: no credential is in an entry point, a runtime environment, a job's metadata or a record. The store's
-credentials on the cluster come from the cluster's own environment, Ray's token from the user's (``fimo.orchestrator.cluster.head``).
+credentials on the cluster come from the cluster's own environment, Ray's token from the user's
+(``fimo.orchestrator.cluster.head``).
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from typing import Any
 
 from fimo.orchestrator.cluster import staging
 from fimo.orchestrator.cluster.head import JobError, Telling, check_address, connect, remember, remembered
-from fimo.orchestrator.resolve.identity import canonical
+from fimo.orchestrator.resolve.code import Staged, source_digest
 from fimo.orchestrator.run.pool import SEE_ALL_GPUS
+from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.spec import Spec
 from fimo.orchestrator.store import open_store
 from fimo.orchestrator.store.weather import scrub
-from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.sweep import Sweep, open_sweep
 from fimo.workers.errors import FimoError, StoreError, UsageError
 
 STOP_TIMEOUT_S = 60.0
@@ -58,7 +61,7 @@ class Submission:
 
     sweep: str
     entrypoint: str
-    files: list[staging.Staged]
+    files: list[Staged]
     job: Job | None
 
     def json(self) -> dict[str, Any]:
@@ -87,13 +90,13 @@ def submit(
     entrypoint = shlex.join([*words, *(["--retry-failed"] if retry_failed else [])])
     if dry_run:
         text = staging.spec_text(job_spec).encode()
-        files = [staging.Staged(Path(staging.SPEC_FILE), staging.SPEC_FILE, len(text)), *files]
+        files = [Staged(Path(staging.SPEC_FILE), staging.SPEC_FILE, len(text)), *files]
         return Submission(sweep.uri, entrypoint, files, None)
     client = connect(address)
     opened.check()
     number = f"fimo-{spec.name}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="fimo-job-") as folder:
-        staging.write(files, Path(folder), job_spec)
+        staging.write_job(files, Path(folder), job_spec)
         with Telling(address):
             client.submit_job(
                 entrypoint=entrypoint,
@@ -102,7 +105,7 @@ def submit(
                 metadata={"sweep": sweep.uri},
             )
     job = Job(number, address, datetime.now(UTC).isoformat(), str(beside), dict(renamed))
-    opened.put(f"{sweep.name}/jobs/{number}.json", canonical(asdict(job)).encode())
+    opened.put(keys.job(sweep.name, number), canonical(asdict(job)).encode())
     remember(address)
     return Submission(sweep.uri, entrypoint, files, job)
 
@@ -110,7 +113,7 @@ def submit(
 def recorded(sweep: Sweep) -> list[Job]:
     """The sweep's jobs, oldest first; a record that is not one is passed over."""
     jobs = []
-    for entry in sweep.store.list(f"{sweep.name}/jobs/"):
+    for entry in sweep.store.list(keys.job(sweep.name)):
         try:
             values = json.loads(sweep.store.get(entry.key))
             renamed = {str(k): str(v) for k, v in values.get("renamed", {}).items()}
@@ -122,7 +125,7 @@ def recorded(sweep: Sweep) -> list[Job]:
 
 
 def find(sweep: Sweep, number: str | None, address: str | None) -> tuple[Job, str]:
-    """A job of the sweep, the latest where none is named, and the address to reach it at.
+    """A job of the sweep, the latest if none is named, and the address to reach it at.
 
     Raises:
         UsageError: there is none, or its recorded address is one that this machine never submitted to.
@@ -147,12 +150,12 @@ def _trusted(job: Job, address: str | None) -> str:
 
 
 def logs(uri: str, number: str | None, address: str | None, follow: bool, write: Callable[[str], None]) -> None:
-    """Write a job's output, until it ends where ``follow``.
+    """Write a job's output; with ``follow`` go on until the job ends.
 
     Raises:
         UsageError, JobError: one line.
     """
-    job, at = find(_sweep(uri), number, address)
+    job, at = find(open_sweep(uri), number, address)
     client = connect(at)
     with Telling(at, job.id):
         if not follow:
@@ -175,7 +178,7 @@ def cancel(uri: str, number: str | None, address: str | None) -> list[tuple[str,
     Raises:
         UsageError, JobError: one line.
     """
-    sweep = _sweep(uri)
+    sweep = open_sweep(uri)
     find(sweep, number, address)  # at least one
     chosen = [job for job in recorded(sweep) if number in (None, job.id)]
     stopped: list[tuple[str, str]] = []
@@ -190,7 +193,7 @@ def cancel(uri: str, number: str | None, address: str | None) -> list[tuple[str,
                 client.stop_job(job.id)
                 stopped.append((job.id, _wait_until_ended(client, job.id)))
         except FimoError:
-            # An older job's cluster may be long gone; the latest one's must answer.
+            # Pass over an older job whose cluster is gone; the latest one's must answer.
             if latest:
                 raise
     return stopped
@@ -225,19 +228,17 @@ def run_and_wait(address: str, words: Sequence[str], name: str, timeout_s: float
 def resubmit(uri: str, address: str, retry_failed: bool) -> Submission:
     """Submit a sweep again from its store and the workload's code here.
 
-    The code is the user's own: of this folder, or of the one that it was last submitted from, and only where it is
-    as the sweep's manifest has it.
+    The code is the user's own: of this folder, or of the one that it was last submitted from, and only if its digest
+    is the manifest's.
 
     Raises:
         UsageError: it is in neither, or a file that the spec names is not.
     """
-    from fimo.orchestrator.resolve.identity import source_digest  # imports torch, which the other commands do without
-
-    sweep = _sweep(uri)
+    sweep = open_sweep(uri)
     manifest = sweep.read_manifest()
     jobs = recorded(sweep)
     latest = jobs[-1] if jobs else None
-    # `beside` is only read from, and only under the recorded digest; what else goes up is asked for below.
+    # A job's folder is known from the store alone: take code from it only if its digest is the manifest's.
     folders = [Path.cwd(), Path(manifest.beside), *([Path(latest.beside)] if latest else [])]
     for beside in folders:
         if beside.is_dir() and source_digest(manifest.spec.workload, beside) == manifest.source:
@@ -250,7 +251,7 @@ def resubmit(uri: str, address: str, retry_failed: bool) -> Submission:
 
 
 def _as_written(spec: Spec, renamed: dict[str, str]) -> Spec:
-    """The spec with the file names that the user wrote; refuses what only a store, and no user here, has named."""
+    """The spec with the file names that the user wrote; refuses a name that stands in the store's records alone."""
     for name in (spec.final_model, spec.removals.file):
         if name is not None and "://" not in name and (name in renamed or not _plain(name)):
             file = scrub(renamed.get(name, name))
@@ -260,9 +261,3 @@ def _as_written(spec: Spec, renamed: dict[str, str]) -> Spec:
 
 def _plain(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts and not name.startswith("~")
-
-
-def _sweep(uri: str) -> Sweep:
-    from fimo.orchestrator.commands.commands import open_sweep
-
-    return open_sweep(uri)

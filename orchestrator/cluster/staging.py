@@ -7,51 +7,27 @@ cluster's machines or be fetched by the workload itself.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from fimo.orchestrator.resolve.identity import local_modules
+from fimo.orchestrator.resolve.code import Staged, code_files, write_files
 from fimo.orchestrator.spec.spec import Spec, parse
 from fimo.workers.errors import UsageError
-from fimo.workers.workload import find_module
 
 SPEC_FILE = "spec.yaml"
 OUTSIDE = "outside"
-"""Where files go that the spec names outside its own folder."""
+"""The folder of the job's working directory for files that lie outside the spec's own."""
 MAX_BYTES = 100 * 2**20
 """Ray takes 512 MiB at most, and keeps it in the head's memory."""
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A file that goes up: where it lies here, and its path in the job's working directory."""
-
-    source: Path
-    target: str
-    size: int
-
-
-def code_files(reference: str, beside: Path) -> list[Staged]:
-    """The workload's module and the local modules that it imports; none where it is an installed one.
-
-    Raises:
-        UsageError: a module is not Python, or lies outside the spec's folder.
-    """
-    if find_module(reference, beside)[2] is None:
-        return []
-    files = local_modules(reference, beside).values()
-    return [Staged(path, path.relative_to(beside).as_posix(), path.stat().st_size) for path in sorted(files)]
 
 
 def job_files(spec: Spec, beside: Path) -> tuple[Spec, list[Staged], Mapping[str, str]]:
     """Everything that a job needs from here.
 
     Returns:
-        The spec with its file names as they are in the job, the files, and job's name -> name here of renamed ones.
+        The spec with its file names as they are in the job; the files; the job's name -> the name here of renamed ones.
 
     Raises:
         UsageError: a file is missing, or all are too large together.
@@ -87,14 +63,10 @@ def _name_file(name: str, beside: Path, what: str, files: list[Staged], renamed:
     return target
 
 
-def write(files: list[Staged], folder: Path, spec: Spec | None = None) -> None:
-    """Copy files (and the spec, as `spec.yaml`) into an empty folder."""
-    for file in files:
-        target = folder / file.target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file.source, target)
-    if spec is not None:
-        (folder / SPEC_FILE).write_text(spec_text(spec), encoding="utf-8")
+def write_job(files: list[Staged], folder: Path, spec: Spec) -> None:
+    """Copy files, and the spec as ``spec.yaml``, into an empty folder."""
+    write_files(files, folder)
+    (folder / SPEC_FILE).write_text(spec_text(spec), encoding="utf-8")
 
 
 def spec_text(spec: Spec) -> str:

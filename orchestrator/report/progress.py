@@ -7,9 +7,9 @@ from types import TracebackType
 
 from fimo.orchestrator.report.show import task_label
 from fimo.orchestrator.run.driver import Listener
-from fimo.orchestrator.run.plan import Plan, Shard
+from fimo.orchestrator.run.plan import Plan, Shard, Task
 from fimo.orchestrator.run.schedule import Failed, Lost, Result, error_line
-from fimo.orchestrator.run.tasks import Receipt, Task
+from fimo.orchestrator.run.tasks import Receipt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -76,7 +76,7 @@ class ProgressReport:
             self.say(f"{self._done} of {self._cells} cells done")
 
     def say(self, line: str) -> None:
-        """One line of talk; reductions of single seeds are told only where there is a bar to tell them on."""
+        """One line of talk; the reduction of each seed is told on the bar alone, if there is one."""
         if line.startswith("reducing"):
             if self._bar is not None and self._bar_task is not None:
                 self._bar.update(self._bar_task, description=line)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
-from fimo.orchestrator.run.tasks import EstimateTask, Task, task_name
+from fimo.orchestrator.run.plan import EstimateTask, Task, task_name
 from rich.table import Table
 
 from fimo import estimators
@@ -39,7 +39,7 @@ def label(estimator: str, params: str) -> str:
 def task_label(task: Task) -> str:
     """A task in a line of progress."""
     if isinstance(task, EstimateTask):
-        return f"estimator {label(task.estimator, task.params)}"
+        return f"estimator {label(task.estimator, task.params)}{task.span}"
     return task_name(task)
 
 
@@ -58,9 +58,9 @@ def score_table(scores: pa.Table, costs: pa.Table, metric: str = "cosine", adjus
     for step in steps:
         table.add_column(str(step), justify="right", no_wrap=True)
     table.add_column("seconds", justify="right")
-    found = {(r["estimator"], r["params"], r["step"]): r for r in rows}
+    by_step = {(r["estimator"], r["params"], r["step"]): r for r in rows}
     for estimator, params in dict.fromkeys((r["estimator"], r["params"]) for r in rows):
-        cells = [_score(found.get((estimator, params, step))) for step in steps]
+        cells = [_score(by_step.get((estimator, params, step))) for step in steps]
         cost = spent.get((estimator, params))
         table.add_row(label(estimator, params), *cells, f"{cost:.1f}" if cost is not None else "")
     return table
@@ -90,44 +90,49 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def plan_lines(found: dict[str, Any]) -> list[str]:
+def plan_lines(plan: dict[str, Any]) -> list[str]:
     """``fimo plan`` for people."""
-    there = f" ({found['done']} there already)" if found["done"] else ""
+    there = f" ({plan['done']} there already)" if plan["done"] else ""
     lines = [
-        f"{found['name']}: {found['removals']} removals × {found['seeds']} seeds = {found['cells']} cells{there}",
-        f"{found['shards']} shards to train, {found['steps']} steps a cell, evaluated at {found['amounts']} amounts on "
-        f"{found['evals']} evaluation examples",
-        f"{found['scalars']} trainable scalars, {found['train']} training examples, "
-        f"removal mode {found['removal_mode']}",
-        f"about {size(found['bytes'])} of rows before compression",
-        f"estimators: {', '.join(found['estimators']) or 'none'}",
-        f"digest {found['digest'][:32]}",
+        f"{plan['name']}: {plan['removals']} removals × {plan['seeds']} seeds = {plan['cells']} cells{there}",
+        f"{plan['shards']} shards to train, {plan['steps']} steps a cell, evaluated at {plan['amounts']} amounts on "
+        f"{plan['evals']} evaluation examples",
+        f"{plan['scalars']} trainable scalars, {plan['train']} training examples, removal mode {plan['removal_mode']}",
+        f"about {size(plan['bytes'])} of rows before compression",
+        f"estimators: {', '.join(plan['estimators']) or 'none'}",
+        f"digest {plan['digest'][:32]}",
     ]
-    if "device_hours" in found:
+    if "device_hours" in plan:
         lines.append(
-            f"measured on this {found['device']}: {found['replicas']} replicas together, "
-            f"{found['seconds_per_cell']:.2f} s a cell; {found['device_hours']:.3g} device-hours for what is missing"
+            f"measured on this {plan['device']}: {plan['replicas']} replicas together, "
+            f"{plan['seconds_per_cell']:.2f} s a cell; {plan['device_hours']:.3g} device-hours for what is missing"
         )
     return lines
 
 
-def status_lines(found: dict[str, Any]) -> list[str]:
+def status_lines(status: dict[str, Any]) -> list[str]:
     """``fimo status`` for people."""
     lines = [
-        f"{found['sweep']}: {found['done']} of {found['cells']} cells done, {found['missing']} missing",
-        f"seeds: {found['seeds_complete']} of {found['seeds']} whole, {found['seeds_begun']} begun",
-        f"{found['parts']} parts, {size(found['part_bytes'])}",
+        f"{status['sweep']}: {status['done']} of {status['cells']} cells done, {status['missing']} missing",
+        f"seeds: {status['seeds_complete']} of {status['seeds']} whole, {status['seeds_begun']} begun",
+        f"{status['parts']} parts, {size(status['part_bytes'])}",
     ]
-    if found["last_commit_age_s"] is not None:
-        pace = found["parts_per_minute"]
+    if status["last_commit_age_s"] is not None:
+        pace = status["parts_per_minute"]
         lines.append(
-            f"last commit {duration(found['last_commit_age_s'])} ago"
+            f"last commit {duration(status['last_commit_age_s'])} ago"
             + (f", {pace:.1f} parts a minute" if pace else "")
-            + (f", done in about {duration(found['finish_in_s'])}" if found["finish_in_s"] else "")
+            + (f", done in about {duration(status['finish_in_s'])}" if status["finish_in_s"] else "")
         )
-    if found["estimates_missing"]:
-        lines.append(f"estimators still to run: {', '.join(found['estimates_missing'])}")
-    if found["failed"]:
-        lines.append(f"{len(found['failed'])} tasks set aside; the first: {found['failed'][0]}")
-    lines.append("complete" if found["complete"] else f"incomplete: `fimo resume {found['sweep']}` computes the rest")
+    if status["estimates_missing"]:
+        lines.append(f"estimators still to run: {', '.join(status['estimates_missing'])}")
+    lines += [f"{name} is left out of the default estimators: {why}" for name, why in status["left_out"].items()]
+    if status["failed"]:
+        lines.append(f"{len(status['failed'])} tasks set aside; the first: {status['failed'][0]}")
+    if status["complete"]:
+        lines.append("complete")
+    elif status["resumable"]:
+        lines.append(f"incomplete: `fimo resume {status['sweep']}` computes the rest")
+    else:
+        lines.append("incomplete: all that is missing was set aside")
     return lines

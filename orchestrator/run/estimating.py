@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 
 import torch
-from fimo.orchestrator.resolve.identity import digest
-from fimo.orchestrator.resolve.prepare import Prepared
+from fimo.orchestrator.resolve.resolved import Resolved
+from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.spec import Spec
 from fimo.workers.displacement import mean_displacement
 
@@ -37,7 +37,7 @@ def _count(value: object) -> int | None:
 
 
 def estimate(
-    prepared: Prepared,
+    prepared: Resolved,
     device: torch.device,
     estimator: str,
     params: str,

@@ -1,4 +1,4 @@
-"""Which cells there are, which are done, and which shards to compute: arithmetic on values, no I/O.
+"""The tasks of a sweep, and which shards are still to be computed: arithmetic on values, no I/O.
 
 Cells are matched by what they are (seed and removed indices), so raising seeds or adding removals finds the old
 parts, and resuming is: list and subtract.
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.workers.batches import steps_recorded
 from fimo.workers.settings import FurtherTraining
 
@@ -24,6 +25,39 @@ class Shard:
 
     seed: int
     removals: tuple[NamedRemoval, ...]
+
+
+@dataclass(frozen=True)
+class EstimateTask:
+    """One estimator's values for some removals and a block of evaluation examples.
+
+    Attributes:
+        params: canonical JSON of the hyper-parameters.
+        first, count: the block's evaluation examples are ``first`` to ``first + count − 1``.
+        whole: the block holds all evaluation examples of the sweep.
+    """
+
+    estimator: str
+    params: str
+    removals: tuple[NamedRemoval, ...]
+    first: int
+    count: int
+    whole: bool = True
+
+    @property
+    def span(self) -> str:
+        """The block in words, to follow the estimator's name; empty if it is the only one."""
+        return "" if self.whole else f", evaluation examples {self.first} to {self.first + self.count - 1}"
+
+
+Task = Shard | EstimateTask
+
+
+def task_name(task: Task) -> str:
+    """How a task is called in progress and errors."""
+    if isinstance(task, Shard):
+        return f"seed {task.seed}, {len(task.removals)} removals"
+    return f"estimator {task.estimator} {task.params}{task.span}"
 
 
 @dataclass(frozen=True)
@@ -51,13 +85,19 @@ class Plan:
 
 
 def shard_size(scalars: int, steps: int) -> int:
-    """Removals in one part: up to 100, fewer where a cell is dear, so that an interruption loses little.
+    """Removals in one part: up to 100, fewer if a cell is dear, so that an interruption loses little.
 
     Args:
         scalars: trainable scalars of the model.
         steps: optimizer steps of one cell.
     """
     return int(min(LARGEST, max(SMALLEST, SHARD_WORK // max(1, scalars * steps))))
+
+
+def size_of_shards(manifest: Manifest) -> int:
+    """Removals in one part: as the spec says, or by the cost of a cell."""
+    asked = manifest.spec.resources.shard
+    return shard_size(manifest.scalars, manifest.steps[-1]) if asked == "auto" else asked
 
 
 def make_plan(

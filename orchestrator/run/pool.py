@@ -6,6 +6,7 @@ Nothing of value lives in Ray: a task commits its own object and returns a recei
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fimo.orchestrator.cluster import staging
+from fimo.orchestrator.resolve.code import code_files, write_files
+from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.schedule import Failed, Lost, Result
-from fimo.orchestrator.run.tasks import Context, Receipt, Task, is_prepared, run_task
-from fimo.orchestrator.spec.spec import Resources
+from fimo.orchestrator.run.tasks import Receipt, is_prepared, run_task
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import FimoError, UsageError
 
 QUIET = {
@@ -28,13 +31,16 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 EMBEDDED = {
-    # Loopback only: Ray otherwise listens on every interface even when told not to.
+    # Listen on loopback alone: Ray otherwise listens on every interface even when told not to.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # An embedded cluster is this process's own: a token would only be written to the user's home.
     "RAY_AUTH_MODE": "disabled",
 }
 SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-"""CUDA reads CUDA_VISIBLE_DEVICES once, but a reused process may be given another GPU: tasks pick theirs by number."""
+"""Show every worker all GPUs; a task picks its own by number.
+
+CUDA reads CUDA_VISIBLE_DEVICES once, but Ray may give a reused process another GPU.
+"""
 CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 512 * 2**20
 
@@ -71,7 +77,7 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
             environment = {"env_vars": SEE_ALL_GPUS}
             options["runtime_env"] = environment | ({"working_dir": str(code)} if code is not None else {})
-    # Ray puts a handler of its own on SIGTERM, which aborts; whoever started the run decides how it ends.
+    # Put the caller's handlers back afterwards: Ray's own handler of SIGTERM aborts, and the caller decides how to end.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with contextlib.nullcontext() if address is None else _without_stderr():
@@ -89,7 +95,7 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Ray's native code writes a warning a second to descriptor 2 where a token is refused."""
+    """Silence descriptor 2 for the body: if a token is refused, Ray's native code writes a warning there a second."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -101,7 +107,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 def knock(host: str, port: int) -> str | None:
-    """Why nothing answers at an address, None where something does; Ray itself tries for minutes."""
+    """Why nothing answers at an address, None if something does; Ray itself would try for minutes."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, UnicodeError) as error:
@@ -141,14 +147,17 @@ def _unreachable(error: Exception, address: str | None) -> str:
 
 def on_ray(
     address: str | None,
-) -> Callable[[Context, bytes | None, Resources], contextlib.AbstractContextManager[RayPool]]:
-    """Tasks on an embedded Ray, or on the one at ``address``, whose nodes get the workload's code."""
+) -> Callable[[Sweep, Manifest, bytes | None], contextlib.AbstractContextManager[RayPool]]:
+    """Tasks on an embedded Ray, or on the one at ``address``, whose nodes get the workload's code.
+
+    Entering the place raises ClusterError if Ray cannot be reached, and UsageError if the embedded one is too small.
+    """
 
     @contextlib.contextmanager
-    def pool(context: Context, final_model: bytes | None, resources: Resources) -> Iterator[RayPool]:
+    def pool(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[RayPool]:
         if address is None:
             with cluster(None):
-                here = RayPool(context, final_model, resources)
+                here, resources = RayPool(sweep, manifest, final_model), manifest.spec.resources
                 if here.slots() < 1:
                     # On a cluster a node may still come; here none will.
                     raise UsageError(
@@ -158,23 +167,23 @@ def on_ray(
                 yield here
             return
         with tempfile.TemporaryDirectory(prefix="fimo-code-") as folder:
-            staging.write(staging.code_files(context.workload, Path(context.beside)), Path(folder))
+            write_files(code_files(manifest.spec.workload, Path(manifest.beside)), Path(folder))
             with cluster(address, Path(folder)):
-                yield RayPool(context, final_model, resources)
+                yield RayPool(sweep, manifest, final_model)
 
     return pool
 
 
-def _on_worker(context: Context, final_model: list[Any], task: Task) -> Receipt:
+def _on_worker(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Task) -> Receipt:
     """``run_task`` in a worker; θᶠ is fetched (by reference: once a node) only by a process that lacks it."""
     import ray
 
-    data = None if is_prepared(context) else ray.get(final_model[0])
-    return run_task(context, data, task, gpu_number())
+    data = None if is_prepared(manifest) else ray.get(final_model[0])
+    return run_task(sweep, manifest, data, task, gpu_number())
 
 
 def gpu_number() -> int:
-    """torch's number of the GPU that Ray gave the running task; 0 where it gave none."""
+    """torch's number of the GPU that Ray gave the running task; 0 if it gave none."""
     import ray
 
     given = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
@@ -187,22 +196,24 @@ def gpu_number() -> int:
 class RayPool:
     """Tasks as plain Ray tasks; data and θᶠ travel once a node, as objects of Ray's store."""
 
-    def __init__(self, context: Context, final_model: bytes | None, resources: Resources) -> None:
+    def __init__(self, sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> None:
         import ray
 
         self._ray = ray
-        self._resources = resources
-        # max_calls must be bound here: Ray gives GPU tasks a new process each otherwise (0.8 s against 1 ms).
-        # Retries are the schedule's, which tells a worker's death from a task's own error.
+        self._resources = resources = manifest.spec.resources
+        # Bind max_calls here: otherwise Ray gives each GPU task a new process (0.8 s against 1 ms).
+        # Leave retries to the schedule, which tells a worker's death from a task's own error.
         remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=0, max_retries=0)
         self._work = remote(_on_worker)
+        # Every task unpickles these two, and carries removals of its own: the sweep's whole list stays here.
+        self._sweep, self._manifest = ray.put(sweep), ray.put(dataclasses.replace(manifest, removals=()))
         # In a list, the reference itself travels, not the bytes.
-        self._context, self._final = ray.put(context), [ray.put(final_model)]
+        self._final = [ray.put(final_model)]
         self._flying: dict[Any, Any] = {}
 
     def submit(self, task: Task) -> Hashable:
         """Start a task."""
-        reference = self._work.remote(self._context, self._final, task)
+        reference = self._work.remote(self._sweep, self._manifest, self._final, task)
         self._flying[reference] = task
         handle: Hashable = reference
         return handle

@@ -14,8 +14,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fimo.orchestrator.run.tasks import ConflictError, Context, EstimateTask, Receipt, Task, run_task
-from fimo.orchestrator.spec.spec import Resources
+import torch
+from fimo.orchestrator.run.plan import EstimateTask, Task
+from fimo.orchestrator.run.tasks import CannotEstimateError, ConflictError, Receipt, run_task
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import DivergedError, FimoError, StoreError, UsageError, WorkloadError
 
 ATTEMPTS = 3
@@ -62,11 +65,12 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class SetAside:
-    """A task given up, with its last error."""
+    """A task given up, with its last error; ``final``: an estimator's own verdict, the same at every try."""
 
     task: Task
     line: str
     traceback: str
+    final: bool = False
 
 
 @dataclass
@@ -74,8 +78,9 @@ class Outcome:
     """How a drive ended.
 
     Attributes:
-        stopped: why it ended early, None where every task was finished or set aside.
+        stopped: why it ended early, None if every task was finished or set aside.
         broken: the circuit breaker opened: nothing was set aside for good.
+        lost: how often a task's worker or node died, or a deadline passed.
     """
 
     receipts: list[Receipt] = field(default_factory=list)
@@ -124,6 +129,8 @@ def drive(
 
 
 class _Loop:
+    """The state of one drive: what is in flight, what comes again, and how often each task has failed or been lost."""
+
     def __init__(self, tasks: Iterator[Task], pool: Pool, deadline_s: float | None) -> None:
         self.tasks, self.pool, self.deadline_s = tasks, pool, deadline_s
         self.again: deque[Task] = deque()
@@ -173,26 +180,27 @@ class _Loop:
 
     def _failed(self, task: Task, result: Failed) -> None:
         name = repr(task)
-        # Expired credentials or a server that is gone are no fault of the task: it stays owed, and the drive ends.
+        # Expired credentials or a lost server are not the task's fault: it stays owed, and the drive ends.
         self.store_failures = self.store_failures + 1 if isinstance(result.error, StoreError) else 0
         if self.store_failures >= BREAKER:
             self.store_line = error_line(result.error)
             self.again.append(task)
             return
         self.failures[name] = self.failures.get(name, 0) + 1
-        # These say the same however often they are asked.
-        certain = isinstance(result.error, UsageError | WorkloadError | DivergedError | ConflictError)
+        final = isinstance(result.error, CannotEstimateError)
+        # These errors come again at every try.
+        certain = final or isinstance(result.error, UsageError | WorkloadError | DivergedError | ConflictError)
         if certain or self.failures[name] >= ATTEMPTS:
-            self.outcome.set_aside.append(SetAside(task, error_line(result.error), result.traceback))
+            self.outcome.set_aside.append(SetAside(task, error_line(result.error), result.traceback, final))
         else:
             self.again.append(task)
 
     def overdue(self) -> list[tuple[Task, Lost]]:
-        """Give up and queue again what has passed its deadline."""
+        """Give up what has passed its deadline, and queue it again."""
         limit = self.deadline_s if self.deadline_s is not None else self._generous()
-        now, found = time.monotonic(), []
+        now, given_up = time.monotonic(), list[tuple[Task, Lost]]()
         if not self.room:
-            # All nodes are gone, or none has come yet: nothing runs, so no task is late.
+            # While there is no node for any task, none runs, so none is late.
             for flight in self.flying.values():
                 flight.since = now
         for handle, flight in list(self.flying.items()):
@@ -200,14 +208,14 @@ class _Loop:
                 self.pool.cancel(handle)
                 lost = Lost(f"no result within {limit:.0f} s")
                 self.take(handle, lost)
-                found.append((flight.task, lost))
-        return found
+                given_up.append((flight.task, lost))
+        return given_up
 
     def _generous(self) -> float | None:
         return max(1800.0, 20 * self.longest_s) if self.longest_s else None
 
     def breaker(self) -> str | None:
-        """The reason to stop where the first tasks all fail, or the store does."""
+        """The reason to stop if the first shards all fail, or the store does; else None."""
         if self.store_failures >= BREAKER:
             return f"stopped, since the store fails: {self.store_line}"
         aside = [a for a in self.outcome.set_aside if not isinstance(a.task, EstimateTask)]
@@ -228,22 +236,26 @@ class _Loop:
 
 
 def error_line(error: BaseException) -> str:
-    """The first line of an error, with its type where it is not one of fimo's own."""
+    """The first line of an error, with its type unless it is one of fimo's own."""
     text = (str(error).strip().splitlines() or [""])[0]
     return text if isinstance(error, FimoError) else f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
-def in_process(context: Context, final_model: bytes | None, _resources: Resources) -> Iterator[LocalPool]:
-    """Tasks in this process, one after another, under the same contract as on Ray."""
-    yield LocalPool(lambda task: run_task(context, final_model, task))
+def in_process(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[LocalPool]:
+    """Tasks in this process, one after another, under the same contract as on Ray; torch's threads are put back."""
+    threads = torch.get_num_threads()
+    try:
+        yield LocalPool(lambda task: run_task(sweep, manifest, final_model, task))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class LocalPool:
-    """Runs tasks one after another in this process: for tests, and for debugging a workload.
+    """Runs tasks one after another in this process: for notebooks, tests, and debugging a workload.
 
     Args:
-        work: what a task is turned into a receipt by.
+        work: computes a task and returns its receipt.
     """
 
     def __init__(self, work: Callable[[Task], Receipt]) -> None:

@@ -1,4 +1,4 @@
-"""What runs in a worker process: one shard or one block of estimates, from a context to a committed object.
+"""What runs in a worker process: one shard or one block of estimates, from the manifest to a committed object.
 
 A task returns a receipt (key, counts, timings), never data: everything of value is in the store before it returns. Ray
 is not imported here; the same functions run in process under test.
@@ -7,30 +7,28 @@ is not imported here; the same functions run in process under test.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import platform
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
-from fimo.orchestrator.resolve.identity import canonical
-from fimo.orchestrator.resolve.prepare import Prepared, prepare
+from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
 from fimo.orchestrator.run import estimating
-from fimo.orchestrator.run.estimating import estimate_identity
-from fimo.orchestrator.run.plan import Shard
-from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.spec.spec import parse
-from fimo.orchestrator.store import NotFound, Store
-from fimo.orchestrator.sweep import estimates as estimate_parts
-from fimo.orchestrator.sweep import parts
+from fimo.orchestrator.run.blocks import value_digest
+from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, size_of_shards
+from fimo.orchestrator.spec.canonical import canonical
+from fimo.orchestrator.store import NotFound
+from fimo.orchestrator.sweep import estimates, keys, parts
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.device import deterministic, device_name, pick_device, prepare_environment
-from fimo.workers.errors import FimoError, WorkloadError
+from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
 from fimo.workers.shard import run_shard
 from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.start import Start
@@ -40,41 +38,8 @@ class ConflictError(FimoError):
     """Another writer committed different rows under the same key."""
 
 
-@dataclass(frozen=True)
-class Context:
-    """What every task of a run shares; small, and free of data and credentials.
-
-    Attributes:
-        spec: canonical JSON.
-        beside: the folder in which the workload's module is looked for.
-        digest, estimate_digest: what the worker's own must equal.
-    """
-
-    store: Store
-    sweep: str
-    spec: str
-    beside: str
-    digest: str
-    estimate_digest: str
-
-    @property
-    def workload(self) -> str:
-        """The spec's ``module:function``."""
-        return str(json.loads(self.spec)["workload"])
-
-
-@dataclass(frozen=True)
-class EstimateTask:
-    """One estimator's values for some removals and a block of evaluation examples."""
-
-    estimator: str
-    params: str
-    removals: tuple[NamedRemoval, ...]
-    first: int
-    count: int
-
-
-Task = Shard | EstimateTask
+class CannotEstimateError(FimoError):
+    """An estimator cannot give values for this model: no other try, moment or machine changes that."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +47,10 @@ class Receipt:
     """What a finished task says of itself.
 
     Attributes:
-        key: the committed object; ``written``: by this task, rather than found there with the same rows.
-        cells: cells in it (0 for estimates); ``diverged``: of these, runs that were not finite.
+        key: the committed object.
+        written: by this task, rather than met there.
+        cells: cells in it, 0 for estimates; ``diverged``: how many of its runs were not finite.
+        seconds: wall time of the task.
     """
 
     key: str
@@ -94,59 +61,51 @@ class Receipt:
     device: str
 
 
-def task_name(task: Task) -> str:
-    """How a task is called in progress and errors."""
-    if isinstance(task, Shard):
-        return f"seed {task.seed}, {len(task.removals)} removals"
-    return f"estimator {task.estimator} {task.params}"
-
-
-def run_task(context: Context, final_model: bytes | None, task: Task, gpu: int = 0) -> Receipt:
+def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: Task, gpu: int = 0) -> Receipt:
     """Compute and commit one task.
 
     Args:
-        final_model: the bytes of θᶠ's file; not looked at where the process is prepared already.
+        manifest: the driver's; its list of removals is not looked at, since a task carries its own.
+        final_model: the bytes of θᶠ's file; not looked at if ``is_prepared(manifest)``.
         gpu: which of the GPUs that torch sees is this task's.
 
     Raises:
-        FimoError: in one line; ConflictError where different rows are already committed under the key.
+        FimoError: in one line; ConflictError if different rows are already committed under the key.
     """
     prepare_environment()
-    prepared = _prepared(context, final_model)
-    device = _device(prepared.spec.resources.gpus, gpu)
-    torch.set_num_threads(max(1, int(prepared.spec.resources.cpus)))
+    resolved = _resolved(manifest, final_model)
+    device = _device(manifest.spec.resources.gpus, gpu)
+    torch.set_num_threads(max(1, int(manifest.spec.resources.cpus)))
     if isinstance(task, Shard):
-        return _shard(context, prepared, device, task)
-    return _estimate(context, prepared, device, task)
+        return _shard(sweep, resolved, device, task)
+    return _estimate(sweep, resolved, device, task)
 
 
 # One sweep at a time in a process: the next one's model and data replace this one's.
-_cache: dict[tuple[str, str], Prepared] = {}
-_starts: dict[tuple[str, str], Start] = {}
+_loaded: dict[tuple[str, ...], Resolved] = {}
+_starts: dict[tuple[str, str, bool], Start] = {}
 
 
-def is_prepared(context: Context) -> bool:
+def is_prepared(manifest: Manifest) -> bool:
     """Whether this process holds the sweep's model and data already."""
-    return (context.digest, context.spec) in _cache
+    return _sweep_of(manifest) in _loaded
 
 
-def _prepared(context: Context, final_model: bytes | None) -> Prepared:
-    name = (context.digest, context.spec)
-    if name not in _cache:
-        _cache.clear()
+def _sweep_of(manifest: Manifest) -> tuple[str, ...]:
+    return manifest.digest, manifest.beside, manifest.spec.name
+
+
+def _resolved(manifest: Manifest, final_model: bytes | None) -> Resolved:
+    name = _sweep_of(manifest)
+    if name not in _loaded:
+        _loaded.clear()
         _starts.clear()
-        # On a machine without the driver's folder the code is where Ray has put it: the working directory.
-        beside = Path(context.beside) if Path(context.beside).is_dir() else Path.cwd()
-        prepared = prepare(parse(json.loads(context.spec)), beside, final_model)
-        if (prepared.digest, prepared.estimate_digest) != (context.digest, context.estimate_digest):
-            raise WorkloadError(
-                f"node {platform.node()} sees other code or data than the driver (another digest): "
-                "make the workload deterministic and its files the same everywhere"
-            )
+        resolved = resolve_like(manifest, final_model)
         # torch loads its function transforms on first use: a second that no estimator should be charged with.
         torch.func.vmap(torch.func.grad(lambda x: x * x))(torch.ones(1))
-        _cache[name] = prepared
-    return _cache[name]
+        _loaded[name] = resolved
+    # Of an equal digest, resources may differ.
+    return dataclasses.replace(_loaded[name], manifest=manifest)
 
 
 def _device(gpus: float, number: int) -> torch.device:
@@ -161,91 +120,107 @@ def _device(gpus: float, number: int) -> torch.device:
     return device
 
 
-def _start(context: Context, prepared: Prepared, device: torch.device) -> Start:
-    name = (context.digest, str(device))
+def _start(resolved: Resolved, device: torch.device) -> Start:
+    name = (resolved.manifest.digest, str(device), resolved.spec.resources.replay)
     if name not in _starts:
         # A process that is given another GPU leaves none of its memory on the last one.
         _starts.clear()
-        _starts[name] = prepared.start(device)
+        _starts[name] = resolved.start(device)
     return _starts[name]
 
 
-def _shard(context: Context, prepared: Prepared, device: torch.device, task: Shard) -> Receipt:
-    started = time.monotonic()
-    key = parts.part_key(context.sweep, context.digest, task.seed, task.removals)
-    # A task whose receipt was lost with its worker, or that another driver was quicker at, is not computed again.
-    with contextlib.suppress(NotFound, parts.BadPartError):
-        part = parts.decode_part(context.store.get(key), key)
-        diverged = len({row for row, _ in part.diverged})
-        return Receipt(key, False, len(task.removals), diverged, time.monotonic() - started, device_name(device))
+# -- shards --------------------------------------------------------------------------------------------------------
+
+
+def _shard(sweep: Sweep, resolved: Resolved, device: torch.device, task: Shard) -> Receipt:
+    started, manifest = time.monotonic(), resolved.manifest
+    key = keys.part(sweep.name, manifest.digest, task.seed, task.removals)
+
+    def receipt(written: bool, diverged: int) -> Receipt:
+        seconds = time.monotonic() - started
+        return Receipt(key, written, len(task.removals), diverged, seconds, device_name(device))
+
+    # A task whose receipt was lost with its worker, or that another driver was quicker at, is not computed again. A
+    # part that does not verify is the reduction's to set aside, after which the shard is owed again.
+    with contextlib.suppress(NotFound):
+        return receipt(False, _diverged_at(sweep, key, manifest))
     with deterministic(device) as flags:
-        start = _start(context, prepared, device)
-        replicas = _replicas(context, prepared, start, device)
+        start = _start(resolved, device)
+        replicas = _replicas(sweep, resolved, start, device)
         result = run_shard(start, [r.indices for r in task.removals], task.seed, replicas)
     provenance = {
-        **_provenance(device, prepared, flags),
+        **_provenance(device, resolved, flags),
         "replicas": result.replicas,
         "device_seconds": time.monotonic() - started,
         "peak_bytes": result.peak_bytes or _peak_host_bytes(),
     }
-    data, rows = parts.encode_part(result, task.removals, context.digest, provenance)
-    written = context.store.create(key, data)
-    if not written and parts.decode_part(context.store.get(key), key).rows != rows:
+    data, rows = parts.encode_part(result, task.removals, manifest.digest, provenance)
+    written = sweep.store.create(key, data)
+    if not written and sweep.read_part(key, manifest).rows != rows:
         raise ConflictError(
             f"part {key} holds other rows than this run computed (another device, threads or replicas?); "
             "the committed part stands"
         )
-    diverged = int((~result.deltas.isfinite().all(dim=2)).any(dim=1).sum())
-    return Receipt(key, written, len(task.removals), diverged, time.monotonic() - started, device_name(device))
+    return receipt(written, int((~result.deltas.isfinite().all(dim=2)).any(dim=1).sum()))
 
 
-def _replicas(context: Context, prepared: Prepared, start: Start, device: torch.device) -> int:
+def _diverged_at(sweep: Sweep, key: str, manifest: Manifest) -> int:
+    """How many runs of a committed part are not finite, 0 if it does not verify; raises NotFound."""
+    try:
+        return len({row for row, _ in sweep.read_part(key, manifest).diverged})
+    except parts.BadPartError:
+        return 0
+
+
+def _replicas(sweep: Sweep, resolved: Resolved, start: Start, device: torch.device) -> int:
     """Cells trained together: as the spec says, or measured once per device type and kept in the store."""
-    asked = prepared.spec.resources.replicas
+    asked = resolved.spec.resources.replicas
     if asked != "auto":
         return asked
-    key = replicas_key(context.sweep, context.digest, device_name(device))
+    key = keys.replicas(sweep.name, resolved.manifest.digest, device_name(device))
     for _ in range(2):
         with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
-            return max(1, int(json.loads(context.store.get(key))["replicas"]))
-        size, seconds = measure_stack_size(start, parts_largest(prepared))
+            return max(1, int(json.loads(sweep.store.get(key))["replicas"]))
+        # A shard's removals and its baseline are the most that can be trained together.
+        size, seconds = measure_stack_size(start, size_of_shards(resolved.manifest) + 1)
         body = {"replicas": size, "seconds_per_replica_step": {str(k): v for k, v in seconds.items()}}
         # The first to have measured decides for everybody.
-        if context.store.create(key, canonical(body).encode()):
+        if sweep.store.create(key, canonical(body).encode()):
             return size
     return size
 
 
-def replicas_key(sweep: str, result_digest: str, device: str) -> str:
-    """Where the measured number of replicas for a device type (`fimo.workers.device.device_name`) is kept."""
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")[:80]
-    return f"{sweep}/replicas/{result_digest[:32]}-{slug}.json"
+# -- estimates -----------------------------------------------------------------------------------------------------
 
 
-def parts_largest(prepared: Prepared) -> int:
-    """The most cells that a shard of this sweep can train together: its removals and a baseline."""
-    shard = prepared.spec.resources.shard
-    return 101 if shard == "auto" else shard + 1
+def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: EstimateTask) -> Receipt:
+    started, manifest = time.monotonic(), resolved.manifest
+    digest = value_digest(manifest, task.estimator, task.params)
+    prefix = keys.estimates(sweep.name, digest, task.estimator, task.params)
+    key = keys.block(prefix, task.removals, task.first, task.count)
 
+    def receipt(written: bool) -> Receipt:
+        return Receipt(key, written, 0, 0, time.monotonic() - started, device_name(device))
 
-def _estimate(context: Context, prepared: Prepared, device: torch.device, task: EstimateTask) -> Receipt:
-    started = time.monotonic()
-    digest = estimate_identity(context.digest, context.estimate_digest, prepared.spec, task.estimator, task.params)
-    key = estimate_parts.key(context.sweep, digest, task.estimator, task.params, task.removals, task.first, task.count)
-    with contextlib.suppress(NotFound, parts.BadPartError):
-        estimate_parts.decode_block(context.store.get(key), key)
-        return Receipt(key, False, 0, 0, time.monotonic() - started, device_name(device))
+    # As with parts: a block that does not verify is the reduction's to set aside.
+    with contextlib.suppress(NotFound):
+        with contextlib.suppress(parts.BadPartError):
+            sweep.read_block(key, digest, task.estimator, task.params)
+        return receipt(False)
     _reset_peak(device)
     removals, span = [r.indices for r in task.removals], (task.first, task.count)
-    with deterministic(device) as flags:
-        estimate = estimating.estimate(prepared, device, task.estimator, task.params, removals, span)
+    try:
+        with deterministic(device) as flags:
+            estimate = estimating.estimate(resolved, device, task.estimator, task.params, removals, span)
+    except (DivergedError, UsageError, WorkloadError) as error:
+        raise CannotEstimateError(str(error)) from error
     provenance = {
-        **_provenance(device, prepared, flags),
+        **_provenance(device, resolved, flags),
         "notes": json.loads(json.dumps(dict(estimate.notes), default=str)),
         "device_seconds": time.monotonic() - started,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_host_bytes(),
     }
-    part = estimate_parts.EstimateBlock(
+    block = estimates.EstimateBlock(
         digest=digest,
         estimator=task.estimator,
         params=task.params,
@@ -255,9 +230,10 @@ def _estimate(context: Context, prepared: Prepared, device: torch.device, task: 
         values=estimate.values.numpy(),
         provenance=provenance,
     )
-    data, _ = estimate_parts.encode_block(part)
-    written = context.store.create(key, data)
-    return Receipt(key, written, 0, 0, time.monotonic() - started, device_name(device))
+    return receipt(sweep.store.create(key, estimates.encode_block(block)[0]))
+
+
+# -- provenance ----------------------------------------------------------------------------------------------------
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -272,23 +248,24 @@ def _peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _provenance(device: torch.device, prepared: Prepared, flags: Mapping[str, object]) -> dict[str, Any]:
+def _provenance(device: torch.device, resolved: Resolved, flags: Mapping[str, object]) -> dict[str, Any]:
     return {
         "versions": versions(),
         "device": device_name(device),
         "host": platform.node(),
-        "dtype": prepared.spec.further_training.precision,
+        "dtype": resolved.spec.further_training.precision,
         "threads": torch.get_num_threads(),
         "determinism": dict(flags),
-        "removal_mode": prepared.spec.further_training.removal_mode,
+        "removal_mode": resolved.spec.further_training.removal_mode,
+        "replay": resolved.spec.resources.replay,
     }
 
 
 @lru_cache
 def versions() -> dict[str, str]:
     """The versions that a part records of the software that made it."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for package in ("fimo", "torch", "numpy", "pyarrow", "ray", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            known[package] = version(package)
+    return known

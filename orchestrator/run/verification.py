@@ -1,66 +1,26 @@
 """``fimo verify``: is what the store holds what it should be?
 
-Reads every part and block of estimates (schema, digest, rows, finite values), and trains random cells again here. A
-cell is trained again in the very stack it was part of, with its shard's baseline, so where the device, threads,
-versions and stack size are those of the part its deltas must be the same bits. Elsewhere its effect must agree to ten
-times the noise floor: root mean squares over evaluation examples are compared, step by step.
+Reads every part and block of estimates (schema, digest, rows, finite values), and has random cells trained again here
+(``fimo.orchestrator.run.rerun``).
 
 Not here: setting bad parts aside and computing them again, which `fimo resume` does.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from fimo.orchestrator.commands import commands
-from fimo.orchestrator.run import gather
-from fimo.orchestrator.run.tasks import replicas_key, versions
+from fimo.orchestrator.run import failures
+from fimo.orchestrator.run.blocks import assemble, listed_blocks, value_digest
+from fimo.orchestrator.run.rerun import Array, Rerun, train_again
+from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.store import NotFound
-from fimo.orchestrator.sweep import estimates as estimate_parts
+from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError, Part
-from fimo.orchestrator.sweep.sweep import Listed, Manifest, Sweep
-from fimo.workers.device import deterministic, device_name, pick_device
-from fimo.workers.errors import UsageError
-from fimo.workers.shard import run_shard
-from fimo.workers.start import Start
+from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from numpy.typing import NDArray
-
-FLOORS = 10.0
-"""Noise floors that an effect may differ by where bits cannot be expected to agree."""
-ROUNDING = 1e-12
-"""The least tolerance, as a share of the largest delta: a float64 sweep's noise floor may be 0."""
-
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Rerun:
-    """One cell trained again.
-
-    Attributes:
-        device: of the part; ``here``: of this rerun; ``exact``: whether the same bits must come out.
-        identical: whether they did; ``difference``: largest ratio over steps of the effect's root mean square
-            difference to the tolerance: above 1 is a disagreement.
-    """
-
-    seed: int
-    removal: int
-    device: str
-    here: str
-    exact: bool
-    identical: bool
-    difference: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether the cell holds."""
-        return self.identical or (not self.exact and self.difference <= 1)
 
 
 @dataclass
@@ -80,7 +40,7 @@ class Device:
 
 @dataclass
 class Verification:
-    """What was found.
+    """What the objects of a sweep are, and how the cells trained again came out.
 
     Attributes:
         cells, done: of the sweep, and those in a part that verifies; ``owed``: estimators not complete.
@@ -126,24 +86,8 @@ class Verification:
             "exit_code": self.exit_code,
         }
 
-    def lines(self) -> Iterator[str]:
-        """For people."""
-        yield f"{self.sweep}: {self.parts} parts and {self.blocks} blocks of estimates read, {len(self.bad)} bad"
-        yield f"{self.done} of {self.cells} cells there" + (f", {self.owed} estimators missing" if self.owed else "")
-        yield from (f"bad: {line}; `fimo resume {self.sweep}` computes it again" for line in self.bad)
-        if self.diverged:
-            yield f"{self.diverged} results are not finite: lower the learning rate or clip"
-        for name, device in sorted(self.devices.items()):
-            drift = f", baselines differ from other devices' by {device.drift:.3g}" if device.drift else ""
-            yield f"{name}: {device.parts} parts, noise floor {device.floor:.3g}{drift}"
-        for r in self.reruns:
-            how = "the same bits" if r.identical else f"differs by {r.difference:.3g} of the tolerance"
-            wanted = "" if r.ok or not r.exact else ", and the same bits are due on the same device and versions"
-            other = "" if r.device == r.here else f" ({r.device}, trained again on {r.here})"
-            yield f"{'ok' if r.ok else 'WRONG'}: seed {r.seed}, removal {r.removal}: {how}{wanted}{other}"
 
-
-def verify(uri: str, rerun: int = 0, seed: int = 0) -> Verification:
+def verify(sweep: Sweep, rerun: int = 0, seed: int = 0) -> Verification:
     """Read everything; train ``rerun`` random cells again.
 
     Args:
@@ -153,34 +97,31 @@ def verify(uri: str, rerun: int = 0, seed: int = 0) -> Verification:
         UsageError: no such sweep, or the workload's code or data are not what they were.
         StoreError: the store cannot be read.
     """
-    sweep = commands.open_sweep(uri)
     manifest = sweep.read_manifest()
-    found = Verification(sweep.uri, cells=len(manifest.removals) * manifest.spec.seeds.count)
-    reading = _Reading(sweep, manifest, found)
+    verification = Verification(sweep.uri, cells=manifest.cells)
+    reading = _Reading(sweep, manifest, verification)
     good = reading.parts()
     reading.estimates()
     if rerun:
         cells = [(part, row) for part, rows in good for row in rows]
         chosen = np.random.default_rng(seed).permutation(len(cells))[:rerun]
-        found.reruns = _reruns(sweep, manifest, [cells[i] for i in sorted(chosen)], reading.floor())
-    return found
+        verification.reruns = train_again(sweep, manifest, [cells[i] for i in sorted(chosen)], reading.floor())
+    return verification
 
 
 class _Reading:
     """One pass over the objects; parts themselves are not kept."""
 
-    def __init__(self, sweep: Sweep, manifest: Manifest, found: Verification) -> None:
-        self.sweep, self.manifest, self.found = sweep, manifest, found
+    def __init__(self, sweep: Sweep, manifest: Manifest, verification: Verification) -> None:
+        self.sweep, self.manifest, self.into = sweep, manifest, verification
         self.squares = np.zeros(len(manifest.steps))
         self.values = 0
 
     def parts(self) -> list[tuple[Listed, list[int]]]:
         """Every part that verifies, with its rows that count: wanted, finite, and in no earlier part of the seed."""
-        seeds = set(self.manifest.spec.seeds)
         good, by_seed = [], dict[int, list[Listed]]()
-        for listed in self.sweep.list_parts(self.manifest.digest):
-            if listed.seed in seeds:
-                by_seed.setdefault(listed.seed, []).append(listed)
+        for listed in listed_parts(self.sweep, self.manifest):
+            by_seed.setdefault(listed.seed, []).append(listed)
         wanted = {r.indices: r.number for r in self.manifest.removals}
         for each in by_seed.values():
             taken: set[tuple[int, ...]] = set()
@@ -194,24 +135,22 @@ class _Reading:
                 taken |= {part.removals[i].indices for i in fresh}
                 finite: NDArray[np.bool_] = np.asarray(np.isfinite(part.deltas).all(axis=(1, 2)))
                 good.append((listed, [i for i in fresh if finite[i] and finite[-2]]))
-            self.found.done += sum(r.indices in taken for r in self.manifest.removals)
+            self.into.done += sum(r.indices in taken for r in self.manifest.removals)
         return good
 
     def _read(self, listed: Listed) -> Part | None:
-        self.found.parts += 1
+        self.into.parts += 1
         try:
-            part = self.sweep.read_part(listed, self.manifest.digest)
-            if part.steps != self.manifest.steps or part.deltas.shape[2] != self.manifest.evals:
-                raise BadPartError(f"part {listed.key}: its steps or evaluation examples are not the sweep's")
+            part = self.sweep.read_part(listed.key, self.manifest)
         except (BadPartError, NotFound) as error:
-            self.found.bad.append(str(error))
+            self.into.bad.append(str(error))
             return None
-        self.found.diverged += len(part.diverged)
+        self.into.diverged += len(part.diverged)
         return part
 
     def _device(self, part: Part, baselines: dict[str, Array]) -> None:
         name = str(part.provenance.get("device", "unknown"))
-        device = self.found.devices.setdefault(name, Device())
+        device = self.into.devices.setdefault(name, Device())
         device.parts += 1
         baseline, second = part.deltas[-2], part.deltas[-1]
         difference = second - baseline
@@ -223,7 +162,7 @@ class _Reading:
             drift = float(np.sqrt(((theirs - baseline) ** 2).mean()))
             if other != name and np.isfinite(drift):
                 for one in (name, other):
-                    self.found.devices[one].drift = max(self.found.devices[one].drift, drift)
+                    self.into.devices[one].drift = max(self.into.devices[one].drift, drift)
         baselines.setdefault(name, baseline)
 
     def floor(self) -> Array:
@@ -232,89 +171,14 @@ class _Reading:
 
     def estimates(self) -> None:
         """Every block of estimates of the sweep."""
-        for (estimator, params), entries in gather.listed_estimates(self.sweep, self.manifest):
+        left_out = failures.read(self.sweep, self.manifest).left_out
+        for (estimator, params), entries in listed_blocks(self.sweep, self.manifest):
+            digest = value_digest(self.manifest, estimator, params)
             blocks = []
             for entry in entries:
-                self.found.blocks += 1
+                self.into.blocks += 1
                 try:
-                    block = estimate_parts.decode_block(self.sweep.store.get(entry.key), entry.key)
-                    if (block.estimator, block.params) != (estimator, params):
-                        raise BadPartError(f"estimates {entry.key}: they belong under another key")
-                    blocks.append(block)
+                    blocks.append(self.sweep.read_block(entry.key, digest, estimator, params))
                 except (BadPartError, NotFound) as error:
-                    self.found.bad.append(str(error))
-            self.found.owed += gather.assemble(blocks, self.manifest) is None
-
-
-def _reruns(sweep: Sweep, manifest: Manifest, cells: Sequence[tuple[Listed, int]], floor: Array) -> list[Rerun]:
-    _, resolved = commands.resume(sweep.uri)
-    if resolved.manifest.digest != manifest.digest:
-        raise UsageError("the workload's data or final model are not what they were when the sweep was run")
-    device, starts = pick_device(manifest.spec.resources.gpus), list[Start]()
-    found = []
-    for listed, row in cells:
-        part = sweep.read_part(listed, manifest.digest)
-        with _threads(_count(part, "threads")), deterministic(device):
-            if not starts:
-                starts.append(resolved.prepared.start(device))
-            [start] = starts
-            found.append(_rerun(sweep, manifest, part, row, start, floor))
-    return found
-
-
-def _rerun(sweep: Sweep, manifest: Manifest, part: Part, row: int, start: Start, floor: Array) -> Rerun:
-    replicas = _count(part, "replicas")
-    rows = _stack_mates(row, len(part.removals), replicas)
-    result = run_shard(start, [part.removals[i].indices for i in rows], part.seed, replicas)
-    ours = result.deltas.numpy()
-    cell, baseline = ours[rows.index(row)], ours[-2]
-    identical = np.array_equal(cell, part.deltas[row]) and np.array_equal(baseline, part.deltas[-2])
-    effect = (cell - baseline) - (part.deltas[row] - part.deltas[-2])
-    least = ROUNDING * np.abs(part.deltas[[row, -2]]).max(axis=(0, 2))
-    tolerance = np.maximum(FLOORS * floor, np.maximum(least, np.finfo(np.float64).tiny))
-    difference = float((np.sqrt((effect**2).mean(axis=1)) / tolerance).max())
-    device, here = str(part.provenance.get("device", "unknown")), device_name(start.model.device)
-    exact = (
-        device == here
-        and part.provenance.get("versions") == versions()
-        and result.replicas == replicas == _asked_replicas(sweep, manifest, device)
-    )
-    return Rerun(part.seed, part.removals[row].number, device, here, exact, identical, difference)
-
-
-def _count(part: Part, name: str) -> int:
-    """A number of the part's provenance, which its digest does not cover: 1 where it is none."""
-    value = part.provenance.get(name)
-    return value if isinstance(value, int) and value > 0 else 1
-
-
-def _stack_mates(row: int, removals: int, replicas: int) -> list[int]:
-    """Rows whose shard makes the same stacks as the part's: the baseline's stack and the row's own.
-
-    The cells of a part are the baseline and then its removals, cut into stacks of ``replicas``.
-    """
-    first = list(range(min(replicas - 1, removals)))
-    start = (row + 1) // replicas * replicas - 1
-    own = list(range(max(start, 0), min(start + replicas, removals)))
-    return first if row < replicas - 1 else first + own
-
-
-def _asked_replicas(sweep: Sweep, manifest: Manifest, device: str) -> int | None:
-    """The stack size that shards began with: a part with a smaller one ran short of memory, no one knows where."""
-    asked = manifest.spec.resources.replicas
-    if asked != "auto":
-        return asked
-    try:
-        return int(json.loads(sweep.store.get(replicas_key(sweep.name, manifest.digest, device)))["replicas"])
-    except (NotFound, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(count, 1024))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+                    self.into.bad.append(str(error))
+            self.into.owed += assemble(blocks, self.manifest) is None and (estimator, params) not in left_out

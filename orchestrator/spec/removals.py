@@ -24,10 +24,10 @@ class NamedRemoval:
     indices: tuple[int, ...]
 
 
-def resolve(spec: RemovalsSection, n: int, read: Callable[[str], bytes]) -> list[NamedRemoval]:
+def number_removals(spec: RemovalsSection, n: int, read: Callable[[str], bytes]) -> list[NamedRemoval]:
     """Number the removals of a spec against ``n`` training examples.
 
-    ``random`` draws a prefix of one permutation of the seed, so that a larger number keeps the smaller one's.
+    ``random`` draws a prefix of one permutation of the seed, so that a larger number keeps a smaller one's examples.
 
     Args:
         read: the bytes of a file named by ``from``.

@@ -1,14 +1,16 @@
-"""The sweep spec: validated, frozen, and the one way to configure a sweep .
+"""The sweep spec: validated, frozen, and the one way to configure a sweep.
 
-Pure: reads nothing but the text it is given. ``fimo.orchestrator.resolve.identity`` says what a result depends on.
+Reads nothing but what it is given. ``fimo.orchestrator.resolve.identity`` says what a result depends on.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fimo.orchestrator.spec.yaml import read_yaml
+from fimo.orchestrator.spec.shipped import SHIPPED
+from fimo.orchestrator.spec.yaml import MAX_BYTES, read_yaml
 from fimo.workers import settings
 from fimo.workers.errors import UsageError, nearest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -158,6 +160,7 @@ class Resources(_Section):
         replicas: cells trained together, or auto = measured once per device type.
         shard: removals in one part, or auto = bounded by the cost of a cell.
         deadline_s: seconds after which a task is given up and queued again; auto = from the tasks before it.
+        replay: trace the steps of small models; off computes every step as written, with the same numbers to rounding.
     """
 
     gpus: NonNegative = 0.0
@@ -165,13 +168,14 @@ class Resources(_Section):
     replicas: Count | Literal["auto"] = "auto"
     shard: Count | Literal["auto"] = "auto"
     deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    replay: Annotated[bool, Field(strict=True)] = True
 
 
 class Spec(_Section):
     """A whole sweep spec."""
 
     name: Name
-    workload: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    workload: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$|^[A-Za-z_]\w*$")]
     workload_args: dict[str, Any] = {}
     final_model: str | None = None
     removals: RemovalsSection
@@ -180,6 +184,16 @@ class Spec(_Section):
     further_training: FurtherTraining
     estimators: tuple[str | dict[str, Any], ...] | None = None
     resources: Resources = Resources()
+
+    @field_validator("workload")
+    @classmethod
+    def _shipped_by_name(cls, value: str) -> str:
+        """A bare name is a shipped workload and stands for its long form, so that both have one digest."""
+        if ":" in value:
+            return value
+        if value not in SHIPPED:
+            raise ValueError(f"no shipped workload is called so{nearest(value, SHIPPED)}; your own is module:function")
+        return SHIPPED[value]
 
     @field_validator("removals", mode="before")
     @classmethod
@@ -225,11 +239,26 @@ def read(text: str, name: str = "the spec") -> Spec:
     return parse(read_yaml(text, name), name)
 
 
+def read_file(path: Path) -> Spec:
+    """Read, parse and validate a spec file.
+
+    Raises:
+        UsageError: one line: it cannot be read, or see ``parse``.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"spec {path} cannot be read: {reason}") from error
+    return read(text, str(path))
+
+
 def _one_line(error: ValidationError) -> str:
     errors = error.errors(include_url=False)
-    # A misspelt key is both unknown and missing: the unknown one tells more.
+    # Tell the unknown key first: a misspelt one is both unknown and missing.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # pydantic's paths name the alternative that it tried ("sgd", "constrained-int"), which no user wrote.
+    # Leave out the alternatives that pydantic tried ("sgd", "constrained-int"): no user wrote them.
     path = [str(p) for p in first["loc"] if str(p) not in _ALTERNATIVES and "[" not in str(p)]
     where, kind = ".".join(path), first["type"]
     more = len(errors) - 1
@@ -250,7 +279,7 @@ def _one_line(error: ValidationError) -> str:
     if kind == "string_pattern_mismatch" and where == "name":
         said = "use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 100"
     if kind == "string_pattern_mismatch" and where == "workload":
-        said = "write it as module:function"
+        said = "write it as module:function, or the name of a shipped workload"
     given = first.get("input")
     shown = f", got {str(given)[:60]!r}" if isinstance(given, str | int | float | bool) else ""
     return f"'{where}': {said[:1].lower()}{said[1:]}{shown}{tail}"
@@ -274,7 +303,7 @@ def _in_union(location: tuple[int | str, ...]) -> bool:
 
 
 def _fields(location: tuple[int | str, ...]) -> list[str]:
-    """The keys known where an unknown one was found."""
+    """The known keys of the section that an unknown one stands in."""
     sections: dict[str, type[BaseModel]] = {
         "removals": RemovalsSection,
         "seeds": Seeds,

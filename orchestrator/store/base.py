@@ -106,7 +106,7 @@ def validate_prefix(prefix: str) -> None:
 
 
 def _mistake_in(key: str) -> str | None:
-    # What prints can also be written in UTF-8: lone surrogates do not print.
+    # isprintable() also refuses lone surrogates, which UTF-8 cannot encode.
     if not key.isprintable() or "\\" in key:
         return "holds a backslash or a character that cannot be printed"
     if len(key.encode()) > MAX_KEY_BYTES:
@@ -131,7 +131,7 @@ def check_store(store: Store) -> None:
     """The common body of `Store.check`: every operation once, on a key of its own that it removes."""
     key = PROBE_PREFIX + uuid.uuid4().hex
     first, second = b"fimo probe, first write", b"fimo probe, second write"
-    # First of all a listing: some servers answer a write to a bucket that does not exist by making it.
+    # List before writing: some servers answer a write to a missing bucket by making the bucket.
     list(store.list(PROBE_PREFIX))
     store.create(key, first)
     try:

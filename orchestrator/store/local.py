@@ -51,7 +51,7 @@ class LocalStore:
             try:
                 os.link(temporary, _name(key), src_dir_fd=unfinished, dst_dir_fd=folder, follow_symlinks=False)
             except FileExistsError:
-                # The winner may not have flushed the folder yet, and False promises a durable object.
+                # Flush before answering False, which promises a durable object: the winner may not have done so yet.
                 os.fsync(folder)
                 return False
             os.fsync(folder)
@@ -84,7 +84,7 @@ class LocalStore:
         base = prefix.rpartition("/")[0]
         try:
             with self._folder(base) as folder:
-                found = [
+                entries = [
                     Entry(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
                     for key, status in _files(folder, base)
                     if key.startswith(prefix) and is_key(key)
@@ -93,7 +93,7 @@ class LocalStore:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 return iter(())
             raise self._failure("list", prefix, error) from error
-        return iter(sorted(found))
+        return iter(sorted(entries))
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
@@ -186,7 +186,7 @@ def _name(key: str) -> str:
 
 
 def _write_all(file: int, data: bytes) -> None:
-    # One write() takes at most 2 GiB on Linux, and stops short when the disk fills up.
+    # Write on until nothing is left: one write() takes at most 2 GiB on Linux, and stops short when the disk fills up.
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(file, rest) :]

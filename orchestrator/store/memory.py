@@ -62,8 +62,8 @@ class MemoryStore:
         """See `Store.list`."""
         validate_prefix(prefix)
         with self._lock:
-            found = [Entry(k, len(d), t) for k, (d, t) in self._objects.items() if k.startswith(prefix)]
-        return iter(sorted(found))
+            entries = [Entry(k, len(d), t) for k, (d, t) in self._objects.items() if k.startswith(prefix)]
+        return iter(sorted(entries))
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""

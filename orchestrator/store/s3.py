@@ -42,7 +42,7 @@ TRIES = 3
 
 LONGEST_PAUSE_S = 8.0
 
-# A web server that answers 200 to everything would otherwise be an empty store that loses every write.
+# Refuse answers without S3's own fields: a web server that answers 200 to everything would lose every write.
 _FOREIGN = "the endpoint's answer is not S3's: set AWS_ENDPOINT_URL_S3 to an S3 server"
 
 _Answer = TypeVar("_Answer")
@@ -129,7 +129,7 @@ class S3Store:
         Sorted here: servers that keep folders list "a/b" before "a-b", which is not key order.
         """
         validate_prefix(prefix)
-        found: dict[str, Entry] = {}
+        entries: dict[str, Entry] = {}
         token: str | None = None
         while True:
             request: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self.prefix + prefix, "MaxKeys": 1000}
@@ -139,10 +139,10 @@ class S3Store:
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self.prefix)
                 if is_key(key) and item["Key"].startswith(self.prefix):
-                    found[key] = Entry(key, item["Size"], item["LastModified"].astimezone(UTC))
+                    entries[key] = Entry(key, item["Size"], item["LastModified"].astimezone(UTC))
             following = page.get("NextContinuationToken")
             if not page.get("IsTruncated"):
-                return iter(sorted(found.values()))
+                return iter(sorted(entries.values()))
             if not following or following == token:
                 raise StoreError(f"store {self.uri}: the server's listing does not advance; is this an S3 endpoint?")
             token = following
@@ -181,7 +181,7 @@ class S3Store:
                 raise
             except Exception as error:
                 verdict = judge(error, self._secrets())
-            # Outside the except block: nothing of botocore's text may hang on to what is raised below.
+            # Raise outside the except block: otherwise botocore's error, with its text, would be chained to ours.
             waited_s = time.monotonic() - began
             if not verdict.again or waited_s + pause_s > self.patience_s:
                 raise self._failure(verb, key, verdict, waited_s)
@@ -218,10 +218,10 @@ class S3Store:
         return session.client("s3", config=config), session
 
     def _secrets(self) -> tuple[str | None, ...]:
-        """What must not be in a message even where it has no telling shape."""
+        """The credentials, to be struck from messages even if they do not look like any."""
         try:
-            found = self._made[2].get_credentials() if self._made else None
-            return (found.access_key, found.secret_key, found.token) if found else ()
+            credentials = self._made[2].get_credentials() if self._made else None
+            return (credentials.access_key, credentials.secret_key, credentials.token) if credentials else ()
         except Exception:
             return ()
 

@@ -1,7 +1,7 @@
 """What an S3 failure means: try again, or one line for the user.
 
 Invariant: no credential is in any line. Text that came from the server or from botocore is used only
-where fimo has no words of its own, and only after `scrub`.
+if fimo has no words of its own, and only after `scrub`.
 
 Not here: when to retry and for how long (`s3.py`).
 """
@@ -119,7 +119,7 @@ _FATAL_EXCEPTIONS = {
     "ProfileNotFound": "the profile named by AWS_PROFILE is not in the AWS config: correct it",
     "NoRegionError": "no region is set: set AWS_REGION",
     "InvalidRegionError": "AWS_REGION is not a region: correct it",
-    # How botocore ends when a redirect does not name the region: it asks for the region, is redirected, …
+    # If a redirect names no region, botocore asks for it, is redirected again, and so on until the stack is full.
     "RecursionError": _REGION,
     "ConfigParseError": "the AWS config file cannot be read: correct it",
     "InvalidEndpointConfigurationError": "AWS_ENDPOINT_URL is not a URL: correct it (http://host:port)",
@@ -132,7 +132,7 @@ def judge(error: Exception, secrets: Iterable[str | None] = ()) -> Verdict:
     if isinstance(response, dict) and "Error" in response:
         return _judge_answer(response, secrets)
     if "maximum recursion depth" in str(error):
-        # Where the stack ends decides what the RecursionError is wrapped in.
+        # Look at the text, not the type: what botocore wraps a RecursionError in depends on how deep the stack was.
         return Verdict(False, _FATAL_EXCEPTIONS["RecursionError"])
     for kind in type(error).__mro__:
         if kind.__name__ in _FATAL_EXCEPTIONS:

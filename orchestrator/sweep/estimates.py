@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fimo.orchestrator.resolve.identity import SCHEMA_VERSION, canonical, digest, rows_digest
+from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, rows_digest
 from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.sweep.parts import METADATA_KEY, BadPartError, set_hash
+from fimo.orchestrator.sweep.parts import METADATA_KEY, BadPartError
 from numpy.typing import NDArray
 
 SCHEMA = pa.schema(
@@ -36,7 +36,7 @@ class EstimateBlock:
     Attributes:
         params: canonical JSON of the hyper-parameters.
         first: number of the block's first evaluation example.
-        steps: what the leading dimension of ``values`` runs over, None where the estimate is one for all amounts.
+        steps: what the leading dimension of ``values`` runs over, None if the estimate is one for all amounts.
         values: float64 (R, E), or (S, R, E).
     """
 
@@ -50,31 +50,13 @@ class EstimateBlock:
     provenance: Mapping[str, Any]
 
 
-def folder(sweep: str, result_digest: str, estimator: str, params: str) -> str:
-    """Where the blocks of one estimator with given hyper-parameters lie."""
-    return f"{sweep}/estimates/{result_digest[:32]}/{estimator}-{digest(json.loads(params))[:16]}/"
-
-
-def key(
-    sweep: str,
-    result_digest: str,
-    estimator: str,
-    params: str,
-    removals: Sequence[NamedRemoval],
-    first: int,
-    count: int,
-) -> str:
-    """The key of one block."""
-    return f"{folder(sweep, result_digest, estimator, params)}{set_hash(removals)}-{first:08d}-{count:08d}.parquet"
-
-
-def encode_block(part: EstimateBlock) -> tuple[bytes, str]:
+def encode_block(block: EstimateBlock) -> tuple[bytes, str]:
     """Parquet bytes (zstd), and the digest of the rows; rows run over steps, removals, evals."""
-    values = part.values if part.steps is not None else part.values[None]
+    values = block.values if block.steps is not None else block.values[None]
     s, r, e = values.shape
-    numbers = np.array([x.number for x in part.removals], dtype=np.int32)
-    evals = np.arange(part.first, part.first + e, dtype=np.int32)
-    steps: list[int | None] = [None] if part.steps is None else [*part.steps]
+    numbers = np.array([x.number for x in block.removals], dtype=np.int32)
+    evals = np.arange(block.first, block.first + e, dtype=np.int32)
+    steps: list[int | None] = [None] if block.steps is None else [*block.steps]
     table = pa.table(
         {
             "removal": np.tile(np.repeat(numbers, e), s),
@@ -87,14 +69,14 @@ def encode_block(part: EstimateBlock) -> tuple[bytes, str]:
     rows = _rows(values)
     about = {
         "schema": SCHEMA_VERSION,
-        "digest": part.digest,
-        "estimator": part.estimator,
-        "params": part.params,
-        "removals": [[x.number, x.name, list(x.indices)] for x in part.removals],
-        "first": part.first,
-        "steps": None if part.steps is None else list(part.steps),
+        "digest": block.digest,
+        "estimator": block.estimator,
+        "params": block.params,
+        "removals": [[x.number, x.name, list(x.indices)] for x in block.removals],
+        "first": block.first,
+        "steps": None if block.steps is None else list(block.steps),
         "rows": rows,
-        "provenance": dict(part.provenance),
+        "provenance": dict(block.provenance),
     }
     sink = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({METADATA_KEY: canonical(about)}), sink, compression="zstd")
@@ -114,7 +96,7 @@ def decode_block(data: bytes, name: str) -> EstimateBlock:
         removals = tuple(NamedRemoval(int(n), str(label), tuple(map(int, i))) for n, label, i in about["removals"])
         steps = None if about["steps"] is None else tuple(map(int, about["steps"]))
         values = table["value"].to_numpy().reshape(len(steps or (0,)), len(removals), -1)
-        part = EstimateBlock(
+        block = EstimateBlock(
             digest=str(about["digest"]),
             estimator=str(about["estimator"]),
             params=str(about["params"]),
@@ -130,7 +112,7 @@ def decode_block(data: bytes, name: str) -> EstimateBlock:
         raise BadPartError(f"estimates {name}: its rows are not those that it was written with")
     if not np.isfinite(values).all():
         raise BadPartError(f"estimates {name}: a value is not finite")
-    return part
+    return block
 
 
 def _rows(values: NDArray[np.float64]) -> str:

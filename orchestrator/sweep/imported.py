@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fimo.orchestrator.sweep import estimates as estimate_parts
-from fimo.orchestrator.sweep.estimates import EstimateBlock
+from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block, encode_block
+from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError
-from fimo.orchestrator.sweep.sweep import Manifest, Sweep
+from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import UsageError
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -64,12 +65,12 @@ def _from_npy(data: bytes, name: str) -> Matrix:
 
 def _from_safetensors(data: bytes, name: str) -> Matrix:
     try:
-        found = load(data)
+        tensors = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UsageError(f"'{name}' is neither Parquet nor npy nor safetensors") from error
-    if len(found) != 1:
-        raise UsageError(f"'{name}' holds {len(found)} tensors; give a file with one")
-    return np.asarray(next(iter(found.values())), dtype=np.float64)
+    if len(tensors) != 1:
+        raise UsageError(f"'{name}' holds {len(tensors)} tensors; give a file with one")
+    return np.asarray(next(iter(tensors.values())), dtype=np.float64)
 
 
 def _from_parquet(data: bytes, name: str, shape: tuple[int, int]) -> tuple[Matrix, tuple[int, ...] | None]:
@@ -90,10 +91,10 @@ def _from_parquet(data: bytes, name: str, shape: tuple[int, int]) -> tuple[Matri
     steps = sorted(set(step.tolist()))
     places = {s: i for i, s in enumerate(steps)}
     values = np.full((len(steps), *shape), np.nan)
-    keys = (np.array([places[s] for s in step.tolist()], dtype=np.int64), removal, example)
-    if len(set(zip(*(k.tolist() for k in keys), strict=True))) != len(value):
+    cells = (np.array([places[s] for s in step.tolist()], dtype=np.int64), removal, example)
+    if len(set(zip(*(k.tolist() for k in cells), strict=True))) != len(value):
         raise UsageError(f"'{name}' gives a removal and evaluation example twice")
-    values[keys] = value
+    values[cells] = value
     return (values, tuple(steps)) if by_step else (values[0] if steps else np.zeros((0, 0)), None)
 
 
@@ -108,7 +109,7 @@ def import_scores(sweep: Sweep, manifest: Manifest, data: bytes, file: str, name
     if name in estimators.REGISTRY:
         raise UsageError(f"'{name}' is one of fimo's own estimators; choose another name")
     values, steps = read_matrix(data, file, manifest)
-    part = EstimateBlock(
+    block = EstimateBlock(
         digest=manifest.estimate_digest,
         estimator=name,
         params=PARAMS,
@@ -118,25 +119,31 @@ def import_scores(sweep: Sweep, manifest: Manifest, data: bytes, file: str, name
         values=-values if negate else values,
         provenance={"imported_from": file.rsplit("/", 1)[-1], "negated": negate},
     )
-    sweep.store.put(f"{sweep.name}/imported/{name}.parquet", estimate_parts.encode_block(part)[0])
-    return part
+    sweep.store.put(keys.imported(sweep.name, name), encode_block(block)[0])
+    return block
 
 
 def imported(sweep: Sweep, manifest: Manifest) -> tuple[list[EstimateBlock], list[tuple[str, str]]]:
-    """The sweep's imported matrices by name, and (key, why) of those that do not verify or are of other data."""
-    found: list[EstimateBlock] = []
+    """The sweep's imported matrices by name, and (key, why) of those that do not verify; those of other data are left.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    blocks: list[EstimateBlock] = []
     bad: list[tuple[str, str]] = []
     for key in imported_keys(sweep):
         try:
-            part = estimate_parts.decode_block(sweep.store.get(key), key)
+            block = decode_block(sweep.store.get(key), key)
+            if key != keys.imported(sweep.name, block.estimator):
+                raise BadPartError(f"scores {key}: they belong under another key")
         except BadPartError as error:
             bad.append((key, str(error)))
             continue
-        if part.digest == manifest.estimate_digest:
-            found.append(part)
-    return found, bad
+        if block.digest == manifest.estimate_digest:
+            blocks.append(block)
+    return blocks, bad
 
 
 def imported_keys(sweep: Sweep) -> Sequence[str]:
-    """Where imported matrices lie."""
-    return [entry.key for entry in sweep.store.list(f"{sweep.name}/imported/")]
+    """The keys of all imported matrices."""
+    return [entry.key for entry in sweep.store.list(keys.imported(sweep.name))]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fimo.orchestrator.resolve.identity import SCHEMA_VERSION, canonical, digest, rows_digest
+from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, rows_digest
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.errors import FimoError
 from fimo.workers.shard import BASELINE_ROW, FLOOR_ROW, ShardResult
@@ -45,7 +45,7 @@ class Part:
     Attributes:
         removals: the part's removals in row order (numbers as the spec counted them when it was written).
         steps: the T recorded steps.
-        deltas: float64 (C + 2, T, m): removals, then the baseline, then the second baseline; NaN where diverged.
+        deltas: float64 (C + 2, T, m): removals, then the baseline, then the second baseline; NaN if diverged.
         distances: float64 (C + 2, T).
         rows: the digest of the rows.
         provenance: versions, device, dtype, flags, timings.
@@ -65,16 +65,6 @@ class Part:
         """(row, step) of every run that is not finite, in row order."""
         rows, places = np.nonzero(~np.isfinite(self.deltas).all(axis=2))
         return [(int(r), self.steps[int(p)]) for r, p in zip(rows, places, strict=True)]
-
-
-def set_hash(removals: Sequence[NamedRemoval]) -> str:
-    """Names a set of removals in keys: 16 hex digits over their numbers and indices."""
-    return digest([[r.number, list(r.indices)] for r in removals])[:16]
-
-
-def part_key(sweep: str, result_digest: str, seed: int, removals: Sequence[NamedRemoval]) -> str:
-    """``NAME/parts/DIGEST/seed-…/SET.parquet``: lowest seeds list first."""
-    return f"{sweep}/parts/{result_digest[:32]}/seed-{seed:010d}/{set_hash(removals)}.parquet"
 
 
 def encode_part(
@@ -130,7 +120,7 @@ def decode_part(data: bytes, key: str) -> Part:
     try:
         removals = tuple(NamedRemoval(int(n), str(name), tuple(map(int, idx))) for n, name, idx in about["removals"])
         steps, m, seed = tuple(map(int, about["steps"])), int(about["evals"]), int(about["seed"])
-        expected, found = about["rows"], about["digest"]
+        expected, result_digest = str(about["rows"]), str(about["digest"])
         provenance = dict(about["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadPartError(f"part {key}: its metadata is not fimo's") from error
@@ -146,14 +136,14 @@ def decode_part(data: bytes, key: str) -> Part:
         raise BadPartError(f"part {key}: its rows are not those that its metadata names")
     if _rows(numbers, np.array(steps, dtype=np.int32), deltas, distances) != expected:
         raise BadPartError(f"part {key}: its rows do not have the digest that it was written with")
-    return Part(found, seed, removals, steps, deltas, distances, expected, provenance)
+    return Part(result_digest, seed, removals, steps, deltas, distances, expected, provenance)
 
 
 def _rows(
     numbers: NDArray[np.int32], steps: NDArray[np.int32], deltas: NDArray[np.float64], distances: NDArray[np.float64]
 ) -> str:
     finite: Any = np.isfinite(deltas).all(axis=2)
-    # Nulls carry no payload: every run that diverged is the same NaN here, whatever its bits were.
+    # Digest every diverged run as the same NaN: it is stored as null, which keeps no bits.
     clean = np.where(finite[:, :, None], deltas, np.nan)
     kept = np.where(finite & np.isfinite(distances), distances, np.nan)
     return rows_digest({"removal": numbers, "step": steps, "deltas": clean, "distance": kept})

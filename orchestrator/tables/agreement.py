@@ -23,18 +23,18 @@ def norm(a: Array) -> Array:
 
 
 def cosine(a: Array, b: Array, norm_a: Array | None = None, norm_b: Array | None = None) -> Array:
-    """Cosine similarity over the first axis, NaN where a vector is zero.
+    """Cosine similarity over the first axis, float64 (…); NaN for a vector of zeros.
 
     Args:
         a, b: float64 (R, …), broadcast against each other.
-        norm_a, norm_b: their norms, where the caller has them already.
+        norm_a, norm_b: their norms over the first axis, if the caller has them already.
     """
     norms = (norm(a) if norm_a is None else norm_a) * (norm(b) if norm_b is None else norm_b)
     return divide(dot(a, b), norms)
 
 
 def divide(dots: Array, norms: Array) -> Array:
-    """``dots / norms``, NaN where a norm is zero."""
+    """``dots / norms``, NaN for a norm of zero."""
     out: Array = np.divide(dots, norms, out=np.full(dots.shape, np.nan), where=norms > 0)
     return out
 
@@ -57,7 +57,7 @@ def adjusted(effects: Array, adjust: str) -> Array:
 
 
 def undefined(effects: Array, floor: Array | float) -> NDArray[np.bool_]:
-    """Where a vector over removals carries no signal: constant, or its root mean square not above the noise floor.
+    """Which vectors over removals carry no signal: constant, or its root mean square not above the noise floor.
 
     Args:
         effects: float64 (R, …), adjusted.
@@ -70,7 +70,7 @@ def undefined(effects: Array, floor: Array | float) -> NDArray[np.bool_]:
 
 
 def mean_and_sem(values: Array) -> tuple[float | None, float | None, int]:
-    """Mean, standard error and number of the values that are not NaN; None where too few are left."""
+    """Mean, standard error and number of the values that are not NaN; None if too few are left."""
     kept = values[~np.isnan(values)]
     if not len(kept):
         return None, None, 0

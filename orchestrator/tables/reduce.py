@@ -24,8 +24,8 @@ class SeedBlock:
     """One seed's results.
 
     Attributes:
-        effects: delta − its own part's baseline delta, float64 (R, T, m); NaN where missing or diverged.
-        training_only: the baseline's delta (mean over the seed's parts), float64 (T, m); NaN where it diverged.
+        effects: delta − its own part's baseline delta, float64 (R, T, m); NaN if missing or diverged.
+        training_only: the baseline's delta (mean over the seed's parts), float64 (T, m); NaN if it diverged.
         floor_squares: Σ over the seed's parts (``floor_parts``) of (second baseline − baseline)², float64 (T, m).
         diverged: (removal number or −1 for a baseline, step) of every run that was not finite.
     """
@@ -125,7 +125,7 @@ def reduce(blocks: Iterable[SeedBlock], removals: int, steps: int, m: int) -> tu
     """Average over seeds as blocks stream past.
 
     Returns:
-        The blocks again, to be consumed by whoever else needs them, and the reduction, final once they are.
+        The blocks again, for whoever else needs them, and the reduction, which is final once they are consumed.
     """
     result = Reduction(Welford((removals, steps, m)), Welford((1, steps, m)), np.zeros((steps, m)), [], [])
 

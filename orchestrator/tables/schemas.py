@@ -113,7 +113,7 @@ def decode_table(data: bytes, name: str) -> pa.Table:
         raise StoreError(f"table {name} is torn or foreign; run the sweep again to write it anew") from error
     if not value.schema.equals(SCHEMAS[name]):
         raise StoreError(f"table {name} has foreign columns; run the sweep again to write it anew")
-    # Parquet has its own name for a list's values, and an equal schema may still differ in it: bytes must not.
+    # Cast to our own name for a list's items: Parquet has another, `equals` overlooks it, and the bytes would differ.
     return value.cast(SCHEMAS[name])
 
 

@@ -27,7 +27,7 @@ class EstimateMatrix:
 
     Attributes:
         params: canonical JSON.
-        values: float64 (R, m), or (S, R, m) where ``steps`` (S) is given; NaN where there is none.
+        values: float64 (R, m), or (S, R, m) if ``steps`` (S) is given; NaN for a missing value.
     """
 
     estimator: str
@@ -111,14 +111,14 @@ class Scorer:
             gold = adjusted(effects, adjust)
             without, gold_norm = undefined(gold, floor), norm(gold)
             for number, (places, values) in enumerate(self._aligned):
-                # Indexing copies: an estimate of every amount is held against the arrays as they are.
+                # Indexing with a list copies, so an estimate of every amount takes the arrays as they are.
                 at = slice(None) if len(places) == len(self.steps) else places
                 plain, by_rank = self._norms[number]
-                found = {
+                agreements = {
                     "cosine": cosine(gold[:, at], values, gold_norm[at], plain),
                     "spearman": cosine(ranked[:, at], self._ranked[number], ranked_norm[at], by_rank),
                 }
-                for metric, agreement in found.items():
+                for metric, agreement in agreements.items():
                     result.add((number, metric, adjust), np.where(without[places], np.nan, agreement))
 
     def finish(self, reduction: Reduction) -> None:
@@ -180,7 +180,7 @@ def _rows(estimate: EstimateMatrix, keep: NDArray[np.bool_]) -> EstimateMatrix:
 def similarity_table(estimates: Sequence[EstimateMatrix]) -> pa.Table:
     """``similarity.parquet``: mean cosine between any two estimators over evaluation examples.
 
-    ``step`` is null where neither depends on the amount of further training.
+    ``step`` is null if neither depends on the amount of further training.
     """
     rows: list[tuple[object, ...]] = []
     for a in estimates:

@@ -13,8 +13,7 @@ import pytest
 import yaml
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store.base import PROBE_PREFIX
-from fimo.orchestrator.sweep import estimates as estimate_parts
-from fimo.orchestrator.sweep import parts
+from fimo.orchestrator.sweep import keys
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.deploy.manifests import DEPLOY, filled, json_document
@@ -23,8 +22,8 @@ IDENTITY_POLICIES = ["aws/iam-policy.json", "aws/iam-policy-driver.json", "aws/i
 POLICIES = [*IDENTITY_POLICIES, "aws/bucket-policy.json", "aws/trust-ec2.json"]
 
 REMOVALS = (NamedRemoval(0, "0", (1,)), NamedRemoval(1, "1", (2,)))
-PART = "runs/" + parts.part_key("concrete", "d" * 64, 3, REMOVALS)
-ESTIMATE = "runs/" + estimate_parts.key("concrete", "d" * 64, "cg", "{}", REMOVALS, 0, 10)
+PART = "runs/" + keys.part("concrete", "d" * 64, 3, REMOVALS)
+ESTIMATE = "runs/" + keys.block(keys.estimates("concrete", "d" * 64, "cg", "{}"), REMOVALS, 0, 10)
 REPLICAS = "runs/concrete/replicas/dddd-cpu.json"
 SPEC = "runs/concrete/sweep.json"
 TABLE = "runs/concrete/tables/scores.parquet"

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from fimo.orchestrator.run.driver import Where
+from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.schedule import Failed, Lost, Result
-from fimo.orchestrator.run.tasks import Context, Receipt, Task, run_task
-from fimo.orchestrator.spec.spec import Resources
+from fimo.orchestrator.run.tasks import Receipt, run_task
 from fimo.orchestrator.store import Entry, Store
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import StoreError
 
 KINDS = ("refused", "answer_lost", "killed_before", "killed_after")
@@ -84,8 +86,8 @@ def forked(chances: Callable[[], Callable[[], None] | None]) -> Where:
     """
 
     @contextmanager
-    def where(context: Context, final_model: bytes | None, _resources: Resources) -> Iterator[ForkedPool]:
-        yield ForkedPool(lambda task: run_task(context, final_model, task), chances)
+    def where(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[ForkedPool]:
+        yield ForkedPool(lambda task: run_task(sweep, manifest, final_model, task), chances)
 
     return where
 

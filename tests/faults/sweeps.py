@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from fimo.orchestrator.resolve.resolved import Resolved, resolve
 from fimo.orchestrator.run import driver as runs
-from fimo.orchestrator.run.driver import Listener, Report, Resolved, Where
+from fimo.orchestrator.run.driver import Listener, Report, Where
 from fimo.orchestrator.run.schedule import in_process
 from fimo.orchestrator.spec.spec import Spec, read
 from fimo.orchestrator.store import LocalStore, Store
@@ -74,7 +75,7 @@ def write_project(folder: Path, seeds: int = 3, epochs: int = 1) -> Path:
 
 def resolved(spec: Path) -> Resolved:
     parsed: Spec = read(spec.read_text())
-    return runs.resolve(parsed, spec.parent)
+    return resolve(parsed, spec.parent)
 
 
 def run_here(

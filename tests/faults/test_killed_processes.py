@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from fimo.orchestrator.run.driver import Resolved
+from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.store import MemoryStore
 
 from tests.faults import sweeps

@@ -11,14 +11,14 @@ from random import Random
 from typing import Any
 
 import pytest
+from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run import tasks
-from fimo.orchestrator.run.driver import Resolved
 from fimo.orchestrator.run.plan import Shard
 from fimo.orchestrator.run.schedule import LocalPool, Result, drive
 from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import MemoryStore, Store
-from fimo.orchestrator.sweep import parts
+from fimo.orchestrator.sweep import keys
 from fimo.workers.errors import FimoError, StoreError
 from fimo.workers.shard import ShardResult, run_shard
 
@@ -50,7 +50,7 @@ class Watch:
 
     def __call__(self, problem: Any, removals: Sequence[tuple[int, ...]], seed: int, replicas: int) -> ShardResult:
         numbered = [NamedRemoval(i[0] // 4, "", i) for i in removals]
-        key = parts.part_key("tiny", self.digest, seed, numbered)
+        key = keys.part("tiny", self.digest, seed, numbered)
         assert key not in sweeps.part_keys(self.store), f"{key} is committed and computed again"
         self.computed += 1
         return run_shard(problem, removals, seed, replicas)
@@ -138,7 +138,7 @@ def test_a_full_disk_stops_in_one_line_and_what_was_written_stays(
         patch.setattr(os, "write", full_after(write))
         try:
             report = sweeps.run_here(problem, store)
-            told = [line for _, line in report.aside] + [report.outcome.stopped or ""]
+            told = [failure.line for failure in report.failures.aside] + [report.outcome.stopped or ""]
         except StoreError as error:
             told = [str(error)]
     assert any("disk is full" in line for line in told)
@@ -251,7 +251,7 @@ def test_expired_credentials_end_the_run_before_every_shard_is_trained_in_vain(
     report = sweeps.run_here(problem, Expiring(inner, parts_taken))
     assert report.exit_code == 3
     assert "credentials have expired" in (report.outcome.stopped or "")
-    assert report.aside == []
+    assert report.failures.aside == ()
     assert watch.computed == parts_taken + 3
     assert len(sweeps.part_keys(inner)) == parts_taken
     assert sweeps.run_here(problem, inner).exit_code == 0

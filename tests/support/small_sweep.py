@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import driver as runs
 from fimo.orchestrator.run.driver import Listener, Report
 from fimo.orchestrator.run.schedule import in_process
@@ -69,7 +70,7 @@ def run_here(spec: Spec, beside: Path, store: Store | None = None, **options: An
     """Run a sweep in this process."""
     store = MemoryStore() if store is None else store
     heard = Heard()
-    report = runs.run(runs.resolve(spec, beside), store, heard.listener(), where=in_process, **options)
+    report = runs.run(resolve(spec, beside), store, heard.listener(), where=in_process, **options)
     return report, store, heard
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from fimo.orchestrator.commands import commands
+from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import MemoryStore, open_store
+from fimo.orchestrator.sweep.sweep import open_sweep
 
 from tests.faults import sweeps
 from tests.faults.processes import environment, fimo, wait_until
@@ -99,7 +100,7 @@ def complete(shell: Shell, cells: int) -> bool:
     store = open_store(shell.store)
     if not list(store.list("tiny/sweep.json")):
         return False
-    found = commands.status(f"{shell.store}/tiny")
+    found = sweep_status(open_sweep(f"{shell.store}/tiny"))
     return found["cells"] == cells and bool(found["complete"])
 
 

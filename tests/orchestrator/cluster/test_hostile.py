@@ -12,9 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fimo.orchestrator.commands import cli, commands
-from fimo.orchestrator.resolve.identity import source_digest
+from fimo.orchestrator.commands.main import main
+from fimo.orchestrator.resolve.code import source_digest
+from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import LocalStore
+from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.sweep import open_sweep
 
 from tests.faults import sweeps
 
@@ -50,7 +53,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], f
         monkeypatch.setattr(sys, "argv", ["fimo", *words])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         said = capsys.readouterr()
         assert ended.value.code in codes, said
         lines = said.err.strip().splitlines()
@@ -227,10 +230,11 @@ def test_hostile_sets_failures_and_foreign_objects_do_not_stop_a_status(store: L
     """What cannot be read is passed over; what parts and blocks hold is told from themselves."""
     for entry in list(store.list("tiny/sets/")):
         store.put(entry.key, b"[" * 50_000)
-    store.put("tiny/failed/x.json", b"[" * 50_000)
+    digest = open_sweep(f"{store.uri}/tiny").read_manifest().digest
+    store.put(keys.failed("tiny", f"{digest[:16]}-x"), b"[" * 50_000)
     for entry in [*store.list("tiny/estimates/"), *store.list("tiny/parts/")]:
         store.put(f"{entry.key.rpartition('/')[0]}/foreign", b"")
-    found = commands.status(f"{store.uri}/tiny")
+    found = sweep_status(open_sweep(f"{store.uri}/tiny"))
     assert found["done"] == found["cells"]
     assert found["estimates_missing"] == []
     assert found["failed"] == ["its record cannot be read"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from fimo.orchestrator.cluster import staging
-from fimo.orchestrator.resolve.identity import local_modules, source_digest
+from fimo.orchestrator.resolve.code import code_files, local_modules, source_digest
 from fimo.orchestrator.spec.spec import Spec, parse, read
 from fimo.workers.errors import UsageError
 
@@ -69,7 +69,7 @@ def test_a_change_of_any_of_them_changes_the_digest(folder: Path, name: str) -> 
 
 
 def test_an_installed_workload_takes_nothing_along(folder: Path) -> None:
-    assert staging.code_files("fimo.workers.workloads.tabular:concrete", folder) == []
+    assert code_files("fimo.workers.workloads.tabular:concrete", folder) == []
 
 
 def test_files_that_the_spec_names_go_up_under_names_that_hold_there(folder: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_files_that_the_spec_names_go_up_under_names_that_hold_there(folder: Pat
     assert there.final_model == "models/final.safetensors"
     assert there.removals.file == "outside/removals/chosen.txt"
     assert renamed == {"outside/removals/chosen.txt": "../chosen.txt"}
-    staging.write(files, tmp_path / "job", there)
+    staging.write_job(files, tmp_path / "job", there)
     assert (tmp_path / "job/outside/removals/chosen.txt").read_text() == "1\n2\n"
     assert (tmp_path / "job/models/final.safetensors").read_bytes() == b"x" * 10
     assert read((tmp_path / "job/spec.yaml").read_text()) == there

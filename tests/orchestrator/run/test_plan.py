@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fimo.orchestrator.run.plan import plan, shard_size
+from fimo.orchestrator.run.plan import make_plan, shard_size
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.settings import FurtherTraining, Optimizer
 from hypothesis import given
@@ -23,7 +23,7 @@ def test_every_missing_cell_is_planned_exactly_once_and_no_done_one(removals, se
     done: dict[int, set[tuple[int, ...]]] = {}
     for seed, index in finished:
         done.setdefault(seed, set()).add((index,))
-    found = plan(loo(removals), range(seeds), done, SETTINGS, 23, 7, size)
+    found = make_plan(loo(removals), range(seeds), done, SETTINGS, 23, 7, size)
     planned = [(s.seed, r.indices) for s in found.shards for r in s.removals]
     grid = {(seed, (i,)) for seed in range(seeds) for i in range(removals)}
     there = {(seed, (i,)) for seed, i in finished}
@@ -36,16 +36,16 @@ def test_every_missing_cell_is_planned_exactly_once_and_no_done_one(removals, se
 
 @given(st.integers(1, 12), st.integers(1, 5), st.data())
 def test_what_is_missing_after_lost_parts_is_cut_into_the_same_parts(removals, size, data):
-    whole = plan(loo(removals), [0], {}, SETTINGS, 23, 7, size).shards
+    whole = make_plan(loo(removals), [0], {}, SETTINGS, 23, 7, size).shards
     kept = data.draw(st.sets(st.sampled_from(range(len(whole)))))
     done = {0: {r.indices for k in kept for r in whole[k].removals}}
-    again = plan(loo(removals), [0], done, SETTINGS, 23, 7, size).shards
+    again = make_plan(loo(removals), [0], done, SETTINGS, 23, 7, size).shards
     assert list(again) == [s for k, s in enumerate(whole) if k not in kept]
 
 
 def test_removals_of_equal_indices_are_one_cell():
     twins = [NamedRemoval(0, "a", (3,)), NamedRemoval(1, "b", (3,)), NamedRemoval(2, "c", (4,))]
-    [shard] = plan(twins, [0], {}, SETTINGS, 23, 7, 10).shards
+    [shard] = make_plan(twins, [0], {}, SETTINGS, 23, 7, 10).shards
     assert [r.indices for r in shard.removals] == [(3,), (4,)]
 
 

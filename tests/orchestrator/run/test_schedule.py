@@ -6,9 +6,9 @@ import random
 from collections import Counter
 
 import pytest
-from fimo.orchestrator.run.plan import Shard
+from fimo.orchestrator.run.plan import EstimateTask, Shard
 from fimo.orchestrator.run.schedule import ATTEMPTS, LOSSES, Failed, Lost, Receipt, drive
-from fimo.orchestrator.run.tasks import ConflictError, EstimateTask
+from fimo.orchestrator.run.tasks import ConflictError
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.errors import StoreError, WorkloadError
 

@@ -4,7 +4,7 @@ import io
 
 import pyarrow.parquet as pq
 import pytest
-from fimo.orchestrator.spec.removals import resolve
+from fimo.orchestrator.spec.removals import number_removals
 from fimo.orchestrator.spec.spec import RemovalsSection
 from fimo.orchestrator.tables.reduce import removals_table
 from fimo.workers.errors import UsageError
@@ -15,7 +15,7 @@ def no_file(name: str) -> bytes:
 
 
 def indices(spec: dict, n: int = 30, read=no_file) -> list[tuple[int, ...]]:
-    return [r.indices for r in resolve(RemovalsSection.model_validate(spec), n, read)]
+    return [r.indices for r in number_removals(RemovalsSection.model_validate(spec), n, read)]
 
 
 def test_every_count_is_the_paper_s_range():
@@ -26,7 +26,7 @@ def test_every_count_is_the_paper_s_range():
 def test_all_and_indices_and_groups_keep_spec_order():
     assert indices({"all": True}, 4) == [(0,), (1,), (2,), (3,)]
     assert indices({"indices": [5, 2]}) == [(5,), (2,)]
-    found = resolve(RemovalsSection.model_validate({"groups": {"b": [4, 1], "a": [], "c": [2]}}), 30, no_file)
+    found = number_removals(RemovalsSection.model_validate({"groups": {"b": [4, 1], "a": [], "c": [2]}}), 30, no_file)
     assert [(r.number, r.name, r.indices) for r in found] == [(0, "b", (1, 4)), (1, "a", ()), (2, "c", (2,))]
 
 
@@ -50,10 +50,12 @@ def test_removals_from_files_of_each_kind(name, data):
 
 
 def test_removals_from_a_pulled_table():
-    table = removals_table(resolve(RemovalsSection.model_validate({"groups": {"x": [1, 2], "y": [3]}}), 30, no_file))
+    table = removals_table(
+        number_removals(RemovalsSection.model_validate({"groups": {"x": [1, 2], "y": [3]}}), 30, no_file)
+    )
     sink = io.BytesIO()
     pq.write_table(table, sink)
-    found = resolve(RemovalsSection.model_validate({"from": "removals.parquet"}), 30, lambda _: sink.getvalue())
+    found = number_removals(RemovalsSection.model_validate({"from": "removals.parquet"}), 30, lambda _: sink.getvalue())
     assert [(r.name, r.indices) for r in found] == [("x", (1, 2)), ("y", (3,))]
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fimo.orchestrator.commands import commands
+from fimo.orchestrator.commands.import_scores import take_scores
+from fimo.orchestrator.commands.pull import pull_tables
 from fimo.orchestrator.run import gather
 from fimo.orchestrator.store import open_store
 from fimo.orchestrator.sweep import imported
@@ -118,34 +119,34 @@ def test_the_command_keeps_the_matrix_and_pull_brings_it(beside, tmp_path):
     run_here(make_spec(), beside, store)
     (tmp_path / "theirs.npy").write_bytes(FORMS["npy"])
     uri = f"{tmp_path / 'store'}/flowers"
-    found = commands.import_scores(tmp_path / "theirs.npy", uri, "theirs", False)
-    assert found.table is not None
-    assert {r["metric"] for r in found.json["scores"]} == {"cosine", "spearman"}
-    pulled = commands.pull(uri, tmp_path / "out", "parquet", lambda line: None)
+    values, table = take_scores(tmp_path / "theirs.npy", uri, "theirs", False)
+    assert table is not None
+    assert {r["metric"] for r in values["scores"]} == {"cosine", "spearman"}
+    pulled = pull_tables(uri, tmp_path / "out", "parquet", lambda line: None)
     assert pulled["complete"]
     assert "theirs" in pq.read_table(pulled["tables"]["scores"])["estimator"].to_pylist()
     # A second run of the spec keeps it.
     report, _, heard = run_here(make_spec(), beside, store)
     assert heard.tasks == []
-    assert "theirs" in report.found.tables["scores"]["estimator"].to_pylist()
+    assert "theirs" in report.gathered.tables["scores"]["estimator"].to_pylist()
 
 
 def test_estimates_alone_need_no_further_training(beside):
     report, store, _ = run_here(make_spec(), beside, shards=False)
     assert report.exit_code == 0
     assert not list(store.list("flowers/parts/"))
-    assert set(report.found.tables["estimates"]["estimator"].to_pylist()) == {"grad_dot", "grad_cos"}
+    assert set(report.gathered.tables["estimates"]["estimator"].to_pylist()) == {"grad_dot", "grad_cos"}
     report, _, heard = run_here(make_spec(), beside, store)
     assert report.exit_code == 0
     assert len(heard.tasks) == 12
 
 
 def test_estimators_that_follow_training_depend_on_it_and_others_do_not(beside):
-    from fimo.orchestrator.run import driver as runs
+    from fimo.orchestrator.resolve.resolved import resolve
     from fimo.orchestrator.run.estimating import estimate_identity
 
     def identity(estimator, params="{}", **changes):
-        m = runs.resolve(make_spec(**changes), beside).manifest
+        m = resolve(make_spec(**changes), beside).manifest
         return estimate_identity(m.digest, m.estimate_digest, m.spec, estimator, params)
 
     other = {"further_training": {"optimizer": {"name": "sgd", "lr": 0.2}}}
@@ -162,10 +163,10 @@ def test_the_generalised_influence_function_gets_the_baseline_s_mean_displacemen
     wanted = {"name": "datainf", "training_gradient": "further", "displacement_step": 3}
     report, _, _ = run_here(make_spec(estimators=[wanted, "datainf"]), beside)
     assert report.exit_code == 0
-    values = report.found.tables["estimates"].to_pandas()
+    values = report.gathered.tables["estimates"].to_pandas()
     one, other = (values[values["params"] == p]["value"].to_numpy() for p in values["params"].unique())
     assert not np.allclose(one, other)
     far = {"name": "datainf", "training_gradient": "further", "displacement_step": 3000}
     report, _, _ = run_here(make_spec(estimators=[far], name="far"), beside)
     assert report.exit_code == 1
-    assert "lies beyond" in report.aside[0][1]
+    assert "lies beyond" in report.failures.aside[0].line

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.sweep.parts import METADATA_KEY, BadPartError, decode_part, encode_part, set_hash
+from fimo.orchestrator.sweep.keys import set_hash
+from fimo.orchestrator.sweep.parts import METADATA_KEY, BadPartError, decode_part, encode_part
 from fimo.workers.shard import ShardResult
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,0 +1,63 @@
+"""The Typer app, the arguments that several commands take, and printing.
+
+Results go to stdout, talk to stderr; exit 0 complete, 1 failed, 2 usage, 3 incomplete. A command reads its arguments,
+calls the package and prints; it imports what computes inside its own function, so that `fimo --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="fimo",
+    help="Further training at cluster scale: the gold standard of training-data attribution for a final model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# In a file or a pipe, tables are not folded to a terminal's 80 columns.
+out = Console(width=None if sys.stdout.isatty() else 160)
+talk = Console(stderr=True)
+
+SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The sweep's spec, a YAML file.")]
+SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="STORE/NAME.")]
+StoreOption = Annotated[str, typer.Option("--store", metavar="STORE", help="A directory or s3://bucket/prefix.")]
+RayOption = Annotated[str | None, typer.Option("--address", help="A running Ray; default: an embedded one.")]
+RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try tasks again that were set aside.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+HeadOption = Annotated[
+    str, typer.Option("--address", metavar="URL", help="The head's dashboard, http://HEAD:8265.", envvar="FIMO_ADDRESS")
+]
+KnownHeadOption = Annotated[
+    str | None, typer.Option("--address", metavar="URL", help="The head's dashboard; default: as submitted.")
+]
+JobOption = Annotated[str | None, typer.Option("--job", metavar="ID", help="Default: the sweep's latest.")]
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines of results on stdout, as they are."""
+    for line in lines:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def tell(line: str) -> None:
+    """One line of talk on stderr, as it is."""
+    talk.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def exit_with(code: int) -> None:
+    """End the command with its exit code; 0 returns."""
+    if code:
+        raise typer.Exit(code)

@@ -1,0 +1,29 @@
+"""``fimo doctor``: what would fail later, found now."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from fimo.orchestrator.commands.app import JsonOption, app, exit_with, print_json, print_lines
+
+
+@app.command()
+def doctor(
+    store: Annotated[str | None, typer.Option("--store", metavar="STORE", help="Check this store.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Check this Ray (http://HEAD:8265 from outside, auto on a node); else here."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What would fail later, found now."""
+    from fimo.orchestrator.cluster.doctor import examine
+
+    checks = examine(store, address)
+    ok = all(check.ok for check in checks)
+    if as_json:
+        print_json({"checks": [check.json() for check in checks], "ok": ok})
+    else:
+        print_lines(check.line() for check in checks)
+    exit_with(0 if ok else 1)

@@ -1,0 +1,24 @@
+"""``fimo estimate``: a spec's estimators without further training."""
+
+from __future__ import annotations
+
+from fimo.orchestrator.commands.app import JsonOption, RayOption, RetryOption, SpecArgument, StoreOption, app
+from fimo.orchestrator.commands.run import run_resolved
+
+
+@app.command()
+def estimate(
+    spec: SpecArgument,
+    store: StoreOption,
+    address: RayOption = None,
+    retry_failed: RetryOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a spec's estimators alone; no further training."""
+    from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.spec.spec import read_file
+    from fimo.orchestrator.store import open_store
+
+    opened = open_store(store)
+    resolved = resolve(read_file(spec), spec.resolve().parent)
+    run_resolved(resolved, opened, address, retry_failed, as_json, shards=False)

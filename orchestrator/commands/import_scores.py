@@ -1,0 +1,61 @@
+"""``fimo import-scores``: another library's matrix, scored beside fimo's estimators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from fimo.orchestrator.commands.app import JsonOption, SweepArgument, app, out, print_json, tell
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@app.command("import-scores")
+def import_scores(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="removal × eval: Parquet, npy or safetensors.")],
+    sweep: SweepArgument,
+    name: Annotated[str, typer.Option("--name", help="How the scores are called in tables.")],
+    negate: Annotated[bool, typer.Option("--negate", help="The library counts a helpful example as negative.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score another library's matrix beside fimo's; positive must mean that removing the example raises g."""
+    values, table = take_scores(file, sweep, name, negate)
+    if as_json:
+        print_json(values)
+        return
+    if table is not None:
+        out.print(table)
+    tell(f"{name}: kept in {values['sweep']}")
+
+
+def take_scores(file: Path, uri: str, name: str, negate: bool) -> tuple[dict[str, Any], Table | None]:
+    """Take a matrix into a sweep and score it.
+
+    Returns:
+        Plain values (sweep, name, negated, tables, scores), and the score table; None if there is nothing to score
+        against yet.
+
+    Raises:
+        UsageError: no such sweep, the file cannot be read, or its matrix does not fit.
+    """
+    from fimo.orchestrator.report.show import score_table
+    from fimo.orchestrator.run.gather import gather
+    from fimo.orchestrator.run.written import write_tables
+    from fimo.orchestrator.sweep import imported
+    from fimo.orchestrator.sweep.sweep import open_sweep
+    from fimo.workers.errors import UsageError
+
+    sweep = open_sweep(uri)
+    manifest = sweep.read_manifest()
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"'{file}' cannot be read: {error.strerror or error}") from error
+    imported.import_scores(sweep, manifest, data, str(file), name, negate)
+    gathered = gather(sweep, manifest)
+    written = write_tables(sweep, gathered.tables, gathered.stamp)
+    scores = [r for r in gathered.tables["scores"].to_pylist() if r["estimator"] == name]
+    values = {"sweep": sweep.uri, "name": name, "negated": negate, "tables": written, "scores": scores}
+    return values, score_table(gathered.tables["scores"], gathered.tables["costs"])

@@ -1,0 +1,37 @@
+"""The console script: every command, and one line for each error that is the user's to mend."""
+
+from __future__ import annotations
+
+import sys
+
+# isort: off
+from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the app, in the order of `fimo --help`)
+    plan,
+    run,
+    resume,
+    status,
+    pull,
+    submit,
+    logs,
+    cancel,
+    doctor,
+    verify,
+    estimate,
+    import_scores,
+)
+
+# isort: on
+from fimo.orchestrator.commands.app import app
+from fimo.workers.errors import FimoError
+
+
+def main() -> None:
+    """Run ``fimo``; never a traceback for a user's mistake."""
+    try:
+        app(standalone_mode=True)
+    except FimoError as error:
+        sys.stderr.write(f"fimo: {' '.join(str(error).split())}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("fimo: interrupted\n")
+        sys.exit(3)

@@ -1,0 +1,62 @@
+"""``fimo plan``: what a sweep consists of and costs, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from fimo.orchestrator.commands.app import JsonOption, SpecArgument, app, print_json, print_lines
+
+if TYPE_CHECKING:
+    from fimo.orchestrator.run.plan import Plan
+    from fimo.orchestrator.sweep.manifest import Manifest
+
+
+@app.command()
+def plan(
+    spec: SpecArgument,
+    store: Annotated[str | None, typer.Option("--store", help="Subtract what this store holds.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a few steps: seconds and device-hours.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Cells, shards and bytes of a sweep; nothing is written."""
+    from fimo.orchestrator.report.show import plan_lines
+    from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.run import measure as measuring
+    from fimo.orchestrator.run.owed import current_plan
+    from fimo.orchestrator.spec.spec import read_file
+    from fimo.orchestrator.store import open_store
+    from fimo.orchestrator.sweep.sweep import Sweep
+
+    parsed = read_file(spec)
+    resolved = resolve(parsed, spec.resolve().parent)
+    sweep = None if store is None else Sweep(open_store(store), parsed.name)
+    planned = current_plan(resolved.manifest, sweep)
+    values = _plan_json(resolved.manifest, planned) | (measuring.measure(resolved, planned) if measure else {})
+    if as_json:
+        print_json(values)
+    else:
+        print_lines(plan_lines(values))
+
+
+def _plan_json(manifest: Manifest, planned: Plan) -> dict[str, Any]:
+    from fimo.orchestrator.report.show import label
+
+    spec = manifest.spec
+    return {
+        "name": spec.name,
+        "digest": manifest.digest,
+        "cells": planned.cells,
+        "done": planned.done,
+        "shards": len(planned.shards),
+        "removals": len(manifest.removals),
+        "seeds": spec.seeds.count,
+        "evals": manifest.evals,
+        "train": manifest.train,
+        "scalars": manifest.scalars,
+        "steps": manifest.steps[-1],
+        "amounts": len(manifest.steps),
+        "bytes": planned.part_bytes,
+        "removal_mode": spec.further_training.removal_mode,
+        "estimators": [label(*e) for e in manifest.estimators],
+    }

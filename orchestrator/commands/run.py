@@ -1,0 +1,83 @@
+"""``fimo run``: a sweep from its spec to its tables, here."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fimo.orchestrator.commands.app import (
+    JsonOption,
+    RayOption,
+    RetryOption,
+    SpecArgument,
+    StoreOption,
+    app,
+    exit_with,
+    out,
+    print_json,
+    print_lines,
+    talk,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from fimo.orchestrator.resolve.resolved import Resolved
+    from fimo.orchestrator.store import Store
+
+
+@app.command()
+def run(
+    spec: SpecArgument,
+    store: StoreOption,
+    address: RayOption = None,
+    retry_failed: RetryOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan, train, estimate, reduce and score; prints the score table. Run again to compute what is missing."""
+    from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.spec.spec import read_file
+    from fimo.orchestrator.store import open_store
+
+    opened = open_store(store)
+    run_resolved(resolve(read_file(spec), spec.resolve().parent), opened, address, retry_failed, as_json)
+
+
+def run_resolved(
+    resolved: Resolved, store: Store, address: str | None, retry_failed: bool, as_json: bool, shards: bool = True
+) -> None:
+    """Run a resolved sweep with progress, print how it ended, and exit by it."""
+    from fimo.orchestrator.report.ending import complaints, report_json
+    from fimo.orchestrator.report.progress import ProgressReport
+    from fimo.orchestrator.report.show import score_table
+    from fimo.orchestrator.run import driver
+    from fimo.orchestrator.run.pool import on_ray
+
+    stop = _stop_on_signal()
+    with ProgressReport(talk) as progress:
+        report = driver.run(resolved, store, progress.listener, stop, on_ray(address), retry_failed, shards)
+    if as_json:
+        print_json(report_json(report))
+    else:
+        table = score_table(report.gathered.tables["scores"], report.gathered.tables["costs"])
+        if table is not None:
+            out.print(table)
+        print_lines(report.written.values())
+    for line in complaints(report):
+        tell(f"fimo: {line}")
+    exit_with(report.exit_code)
+
+
+def _stop_on_signal() -> Callable[[], str | None]:
+    """SIGTERM and the first SIGINT end a run in good order: nothing more is started, what is committed stays."""
+    seen: list[str] = []
+
+    def note(number: int, _frame: object) -> None:
+        if seen:
+            os._exit(3)
+        seen.append(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return lambda: f"stopped by {seen[0]}" if seen else None

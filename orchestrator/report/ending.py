@@ -1,0 +1,74 @@
+"""How a run ended: as plain values for ``--json``, and as the lines that a reader of the tables must know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fimo.orchestrator.report.show import label
+from fimo.orchestrator.run.driver import Report
+
+SHOWN = 3
+"""Tasks set aside that are told one by one."""
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """A run's end as plain values, with the scores against all seeds."""
+    gathered = report.gathered
+    scores = gathered.tables["scores"].to_pylist()
+    seeds = max((r["seeds"] for r in scores), default=0)
+    return {
+        "sweep": report.sweep,
+        "cells": gathered.cells,
+        "done": gathered.done,
+        "computed": sum(r.cells for r in report.outcome.receipts),
+        "complete": report.complete,
+        "diverged": len(gathered.diverged),
+        "failed": [failure.line for failure in report.failures.aside],
+        "left_out": {name: why for (name, _), why in report.failures.left_out.items()},
+        "stopped": report.outcome.stopped,
+        "tables": report.written,
+        "scores": [r for r in scores if r["seeds"] == seeds],
+        "exit_code": report.exit_code,
+    }
+
+
+def complaints(report: Report) -> Iterator[str]:
+    """One line for each thing that a reader of the tables must know; the last says how to go on, if that can help."""
+    gathered, outcome, uri = report.gathered, report.outcome, report.sweep
+    for named, why in report.failures.left_out.items():
+        yield f"{label(*named)} is left out of the default estimators: {why}"
+    if outcome.broken:
+        yield f"stopped: {outcome.stopped}"
+    elif outcome.stopped:
+        yield f"{outcome.stopped}; `fimo resume {uri}` goes on"
+    yield from _set_aside(report)
+    if gathered.diverged:
+        number, seed, step = gathered.diverged[0]
+        who = "the baseline" if number < 0 else f"removal {number}"
+        yield (
+            f"{len(gathered.diverged)} results are not finite and were left out, the first: {who}, seed {seed}, "
+            f"step {step}; lower the learning rate or clip"
+        )
+    if len(gathered.devices) > 1:
+        devices = ", ".join(gathered.devices)
+        yield f"parts come from several devices ({devices}): differences between them are noise"
+    cells, estimators = report.owed_cells, report.owed_estimators
+    if (cells or estimators) and not outcome.broken:
+        owed = f"{cells} cells and {estimators} estimators"
+        yield f"incomplete: {owed} are missing; `fimo resume {uri}` computes them"
+
+
+def _set_aside(report: Report) -> Iterator[str]:
+    aside = report.failures.aside
+    for failure in aside[:SHOWN]:
+        yield f"set aside: {failure.line}"
+    if len(aside) > SHOWN:
+        yield f"and {len(aside) - SHOWN} more set aside"
+    if any(failure.final for failure in aside):
+        yield (
+            "an estimator that cannot give values for this model fails the same way every time: change its "
+            "hyper-parameters in the spec, or take it out"
+        )
+    if not all(failure.final for failure in aside):
+        yield (f"the traceback is under {report.sweep}/failed; `fimo resume {report.sweep} --retry-failed` tries again")

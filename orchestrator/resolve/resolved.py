@@ -1,0 +1,232 @@
+"""From a spec to what a process computes with: workload, θᶠ, manifest. The same code on the driver and on a worker.
+
+A worker compares its digests with the driver's before it computes anything: other code or data on one node is an
+error, never a number.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fimo.orchestrator.resolve import identity
+from fimo.orchestrator.resolve.code import source_digest
+from fimo.orchestrator.spec.canonical import canonical
+from fimo.orchestrator.spec.removals import number_removals
+from fimo.orchestrator.spec.spec import Spec
+from fimo.orchestrator.store import open_store
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers.batches import steps_recorded
+from fimo.workers.errors import StoreError, UsageError, WorkloadError
+from fimo.workers.examples import Examples
+from fimo.workers.final_model import check_fits, read_final_model
+from fimo.workers.functional import FunctionalModel, check
+from fimo.workers.start import Start, start_from
+from fimo.workers.workload import Workload, load_workload
+from torch import Tensor
+
+from fimo import estimators
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A manifest with the workload and θᶠ that it was, or is, resolved from.
+
+    Attributes:
+        state: θᶠ by parameter and buffer name; None if the workload's model carries it.
+    """
+
+    manifest: Manifest
+    workload: Workload
+    state: dict[str, Tensor] | None
+
+    @property
+    def spec(self) -> Spec:
+        """The manifest's spec."""
+        return self.manifest.spec
+
+    def model(self, device: torch.device) -> FunctionalModel:
+        """The model at θᶠ on a device, in the sweep's precision."""
+        return FunctionalModel(self.workload, self.state, device, _dtype(self.spec))
+
+    def examples(self, device: torch.device) -> tuple[Examples, Examples]:
+        """Training and evaluation examples on a device, in the sweep's precision; the latter cut to the sweep's."""
+        return _examples(self.workload, self.spec, self.manifest.evals, device)
+
+    def start(self, device: torch.device) -> Start:
+        """What the sweep's cells share.
+
+        Raises:
+            WorkloadError, DivergedError: see ``fimo.workers.start.start_from``.
+        """
+        settings, replay = self.spec.further_training.settings(), self.spec.resources.replay
+        return start_from(self.model(device), *self.examples(device), settings, replay=replay)
+
+
+def resolve(spec: Spec, beside: Path) -> Resolved:
+    """Load the workload and resolve removals, estimators and digests.
+
+    Args:
+        beside: the folder of the spec, in which the workload's module and the files that it names are looked for.
+
+    Raises:
+        UsageError, WorkloadError: in one line, before anything is written.
+    """
+    given = [e for entry in spec.estimators or () for e in estimators.parse(entry)]
+    workload, state = _load(spec, beside, read_final(spec, beside))
+    train, evals = len(Examples(workload.train, workload.collate)), _count_evals(spec, workload)
+    removals = number_removals(spec.removals, train, lambda name: read_beside(name, beside))
+    settings, cpu = spec.further_training.settings(), torch.device("cpu")
+    model = FunctionalModel(workload, state, cpu, _dtype(spec))
+    if spec.estimators is None:
+        examples = _examples(workload, spec, evals, cpu)
+        left_out = [r.indices for r in removals]
+        given = estimators.defaults(estimators.Problem(model, *examples, left_out, settings, list(spec.seeds)))
+    source, digest, estimate_digest = _digests(spec, beside, workload, state, evals)
+    manifest = Manifest(
+        spec=spec,
+        beside=str(beside),
+        source=source,
+        digest=digest,
+        estimate_digest=estimate_digest,
+        train=train,
+        evals=evals,
+        scalars=sum(p.numel() for p in model.params.values()),
+        steps=tuple(steps_recorded(train, settings)),
+        removals=tuple(removals),
+        estimators=_named(given),
+    )
+    return Resolved(manifest, workload, state)
+
+
+def resolve_like(manifest: Manifest, final_model: bytes | None) -> Resolved:
+    """On a worker: load what the driver has resolved.
+
+    Args:
+        final_model: the bytes of θᶠ's file (see ``read_final``).
+
+    Raises:
+        UsageError, WorkloadError: in one line; WorkloadError if code or data here are not the driver's.
+    """
+    # If the driver's folder is not on this machine, Ray has put the code into the working directory.
+    beside = Path(manifest.beside) if Path(manifest.beside).is_dir() else Path.cwd()
+    workload, state = _load(manifest.spec, beside, final_model)
+    _, *ours = _digests(manifest.spec, beside, workload, state, _count_evals(manifest.spec, workload))
+    if ours != [manifest.digest, manifest.estimate_digest]:
+        raise WorkloadError(
+            f"node {platform.node()} sees other code or data than the driver (another digest): "
+            "make the workload deterministic and its files the same everywhere"
+        )
+    return Resolved(manifest, workload, state)
+
+
+def resolve_again(sweep: Sweep) -> Resolved:
+    """Resolve the spec of a sweep in its store, if its code is here.
+
+    Raises:
+        UsageError: the workload's code is not where the spec was, or is not what it was.
+    """
+    manifest = sweep.read_manifest()
+    for beside in (Path(manifest.beside), Path.cwd()):
+        # Held against the recorded digest before anything of it is imported: a store must not choose what code runs.
+        if beside.is_dir() and source_digest(manifest.spec.workload, beside) == manifest.source:
+            return resolve(manifest.spec, beside)
+    raise UsageError(
+        f"the code of workload {manifest.spec.workload} is neither in {manifest.beside} nor here as it was when the "
+        "sweep was started; go to its folder, or start the spec again with `fimo run`"
+    )
+
+
+def read_final(spec: Spec, beside: Path) -> bytes | None:
+    """The bytes of θᶠ's file; None if the spec names none. Raises UsageError."""
+    return None if spec.final_model is None else read_beside(spec.final_model, beside)
+
+
+def read_beside(name: str, beside: Path) -> bytes:
+    """The bytes of a file that a spec names: a path beside the spec, or an object of a store.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    if "://" in name:
+        folder, _, key = name.rpartition("/")
+        try:
+            return open_store(folder).get(key)
+        except StoreError as error:
+            raise UsageError(f"'{name}' cannot be read: {error}") from error
+    try:
+        return (beside / Path(name).expanduser()).read_bytes()
+    except OSError as error:
+        raise UsageError(f"'{name}' cannot be read: {error.strerror or error}") from error
+
+
+def _load(spec: Spec, beside: Path, final_model: bytes | None) -> tuple[Workload, dict[str, Tensor] | None]:
+    """The workload and θᶠ, checked to fit each other and the contract."""
+    # First the code is read, so that what is not Python is told before any of it runs.
+    source_digest(spec.workload, beside)
+    workload = load_workload(spec.workload, spec.workload_args, beside)
+    state = None
+    if final_model is not None:
+        state = read_final_model(final_model, str(spec.final_model))
+        check_fits(workload.model, state, str(spec.final_model))
+    cpu, dtype = torch.device("cpu"), _dtype(spec)
+    train, evals = Examples(workload.train, workload.collate, cpu, dtype), Examples(workload.evals, workload.collate)
+    if len(train) < 2 or len(evals) < 1:
+        raise UsageError(f"the workload has {len(train)} training and {len(evals)} evaluation examples: too few")
+    if spec.evals is not None and spec.evals > len(evals):
+        raise UsageError(f"evals asks for {spec.evals} evaluation examples; the workload has {len(evals)}")
+    some = min(4, len(train))
+    check(FunctionalModel(workload, state, cpu, dtype), train.batch(range(some)), some)
+    return workload, state
+
+
+def _count_evals(spec: Spec, workload: Workload) -> int:
+    return spec.evals or len(Examples(workload.evals, workload.collate))
+
+
+def _dtype(spec: Spec) -> torch.dtype:
+    return torch.float64 if spec.further_training.precision == "float64" else torch.float32
+
+
+def _examples(workload: Workload, spec: Spec, evals: int, device: torch.device) -> tuple[Examples, Examples]:
+    train = Examples(workload.train, workload.collate, device, _dtype(spec))
+    return train, Examples(workload.evals, workload.collate, device, _dtype(spec)).first(evals)
+
+
+def _digests(
+    spec: Spec, beside: Path, workload: Workload, state: Mapping[str, Tensor] | None, evals: int
+) -> tuple[str, str, str]:
+    """Digests of the workload's code, of all that a delta depends on, and of all that an estimate at θᶠ depends on."""
+    model = copy.deepcopy(workload.model)
+    if state is not None:
+        model.load_state_dict(dict(state), strict=False)
+    about: dict[str, Any] = {
+        "workload": spec.workload,
+        "workload_args": spec.workload_args,
+        "source": source_digest(spec.workload, beside),
+        "train": identity.examples_digest(Examples(workload.train, workload.collate)),
+        "evals": identity.examples_digest(Examples(workload.evals, workload.collate).first(evals)),
+        "final_model": identity.tensors_digest(sorted(model.state_dict().items())),
+    }
+    training = identity.training_identity(spec.further_training)
+    at_final = {"precision": spec.further_training.precision}
+    return (
+        about["source"],
+        identity.result_digest(**about, further_training=training),
+        identity.result_digest(**about, further_training=at_final),
+    )
+
+
+def _named(given: list[estimators.Estimator]) -> tuple[tuple[str, str], ...]:
+    named = [(e.name, canonical(e.params())) for e in given]
+    repeated = {n for n in named if named.count(n) > 1}
+    if repeated:
+        name, params = min(repeated)
+        raise UsageError(f"estimator {name} {params} is given twice")
+    return tuple(named)

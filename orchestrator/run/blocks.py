@@ -1,0 +1,60 @@
+"""An estimator's blocks in a sweep: what their values depend on, where they lie, and the matrix that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from fimo.orchestrator.run.estimating import estimate_identity
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.orchestrator.store import Entry
+from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.parts import BadPartError
+from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers.errors import StoreError
+from numpy.typing import NDArray
+
+Named = tuple[str, str]
+"""An estimator's name and its canonical params."""
+
+
+def value_digest(manifest: Manifest, estimator: str, params: str) -> str:
+    """The digest (64 hex digits) of all that an estimator's values depend on."""
+    return estimate_identity(manifest.digest, manifest.estimate_digest, manifest.spec, estimator, params)
+
+
+def listed_blocks(sweep: Sweep, manifest: Manifest) -> Iterator[tuple[Named, list[Entry]]]:
+    """Each estimator in spec order with the blocks that are listed for it; raises StoreError."""
+    for estimator, params in manifest.estimators:
+        prefix = keys.estimates(sweep.name, value_digest(manifest, estimator, params), estimator, params)
+        yield (estimator, params), list(sweep.store.list(prefix))
+
+
+def held_removals(sweep: Sweep, manifest: Manifest, key: str, set_name: str) -> Sequence[NamedRemoval]:
+    """The removals of a block; one whose set cannot be told is read for it, and holds none if it does not verify."""
+    try:
+        return sweep.read_set(manifest.digest, set_name)
+    except StoreError:
+        try:
+            return decode_block(sweep.store.get(key), key).removals
+        except BadPartError:
+            return ()
+
+
+def assemble(blocks: Sequence[EstimateBlock], manifest: Manifest) -> NDArray[np.float64] | None:
+    """The removal × eval matrix of blocks, float64 (R, m), or (S, R, m); None while a value is missing."""
+    if not blocks:
+        return None
+    leading = (len(blocks[0].steps),) if blocks[0].steps is not None else ()
+    matrix = np.full((*leading, len(manifest.removals), manifest.evals), np.nan)
+    for block in blocks:
+        rows = {r.indices: place for place, r in enumerate(block.removals)}
+        pairs = [(place, rows[r.indices]) for place, r in enumerate(manifest.removals) if r.indices in rows]
+        stop = min(block.first + block.values.shape[-1], manifest.evals)
+        if not pairs or block.steps != blocks[0].steps or stop <= block.first:
+            continue
+        into, out_of = [p for p, _ in pairs], [p for _, p in pairs]
+        matrix[..., into, block.first : stop] = block.values[..., out_of, : stop - block.first]
+    return None if np.isnan(matrix).any() else matrix

@@ -1,0 +1,124 @@
+"""Tasks that were given up, as recorded under ``failed/``, and what each means for the sweep.
+
+Two kinds. A task is *set aside* if its error may be mended: it counts against the run until ``--retry-failed`` has it
+tried again. An estimator of the default set is *left out* if it cannot give values for this model at all: nobody asked
+for it by name, so the sweep is complete without it. An estimator that the spec names is never left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from fimo.orchestrator.run.plan import Shard, Task, task_name
+from fimo.orchestrator.run.schedule import SetAside
+from fimo.orchestrator.spec.canonical import canonical, digest
+from fimo.orchestrator.store import NotFound
+from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.sweep import Sweep
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One task set aside.
+
+    Attributes:
+        id: the task's (see ``task_id``).
+        line: what failed and how, in one line.
+        final: the estimator itself cannot give values for this model: trying again gives the same.
+    """
+
+    id: str
+    line: str
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Failures:
+    """What the records of a sweep say.
+
+    Attributes:
+        aside: tasks set aside.
+        left_out: (estimator, params) of the default set -> why it is left out, in one line.
+    """
+
+    aside: tuple[Failure, ...]
+    left_out: dict[tuple[str, str], str]
+
+    @property
+    def ids(self) -> set[str]:
+        """The tasks that are not to be tried again."""
+        return {failure.id for failure in self.aside}
+
+
+def task_id(manifest: Manifest, task: Task) -> str:
+    """A name for a task that is the same in every run of it."""
+    if isinstance(task, Shard):
+        return f"{manifest.digest[:16]}-seed-{task.seed:010d}-{keys.set_hash(task.removals)}"
+    about = [task.estimator, task.params, keys.set_hash(task.removals), task.first]
+    return f"{manifest.digest[:16]}-estimate-{digest(about)[:16]}"
+
+
+def record(manifest: Manifest, sweep: Sweep, given_up: SetAside) -> None:
+    """Keep a task's error and traceback in the store; raises StoreError."""
+    task = given_up.task
+    about: dict[str, Any] = (
+        {"seed": task.seed} if isinstance(task, Shard) else {"estimator": task.estimator, "params": task.params}
+    )
+    body = {
+        "task": task_name(task),
+        **about,
+        "error": given_up.line,
+        "final": given_up.final,
+        "traceback": given_up.traceback,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    sweep.store.put(keys.failed(sweep.name, task_id(manifest, task)), canonical(body).encode())
+
+
+def read(sweep: Sweep, manifest: Manifest) -> Failures:
+    """The records that are about tasks of the manifest; those of an earlier form of the spec are passed over.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    aside: list[Failure] = []
+    left_out: dict[tuple[str, str], str] = {}
+    for name, body in _records(sweep):
+        if not name.startswith(manifest.digest[:16]):
+            continue
+        try:
+            line, final = f"{body['task']}: {body['error']}", body["final"] is True
+            if "seed" in body:
+                wanted = body["seed"] in manifest.spec.seeds
+            else:
+                estimator = (str(body["estimator"]), str(body["params"]))
+                wanted = estimator in manifest.estimators
+                if wanted and final and manifest.spec.estimators is None:
+                    left_out[estimator] = str(body["error"]).removeprefix(f"{estimator[0]}: ")
+                    continue
+        except (KeyError, TypeError):
+            line, final, wanted = "its record cannot be read", False, True
+        if wanted:
+            aside.append(Failure(name, line, final))
+    return Failures(tuple(aside), left_out)
+
+
+def _records(sweep: Sweep) -> Iterator[tuple[str, Any]]:
+    """(task id, record) of every record; None for one that is not JSON."""
+    for entry in sweep.store.list(keys.failed(sweep.name)):
+        try:
+            body = json.loads(sweep.store.get(entry.key))
+        except (ValueError, NotFound, RecursionError):
+            body = None
+        yield entry.key.rsplit("/", 1)[-1].removesuffix(".json"), body
+
+
+def forget(sweep: Sweep) -> None:
+    """Let every task that was given up be tried again; raises StoreError."""
+    for entry in list(sweep.store.list(keys.failed(sweep.name))):
+        sweep.store.delete(entry.key)

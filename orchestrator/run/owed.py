@@ -1,0 +1,82 @@
+"""What a sweep still owes: list what the store holds, subtract it from what the manifest asks for.
+
+Resuming is this and nothing else.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, zip_longest
+
+from fimo.orchestrator.run.blocks import Named, held_removals, listed_blocks, value_digest
+from fimo.orchestrator.run.failures import Failures, task_id
+from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, make_plan, size_of_shards
+from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.sweep import Sweep
+
+EVAL_BLOCK = 128
+"""Evaluation examples in one block of estimates."""
+
+
+def current_plan(manifest: Manifest, sweep: Sweep | None) -> Plan:
+    """The plan against what the store holds; against nothing if there is no sweep."""
+    done = sweep.done(manifest, sweep.list_parts(manifest.digest)) if sweep is not None else {}
+    return make_plan(
+        manifest.removals,
+        manifest.spec.seeds,
+        done,
+        manifest.spec.further_training.settings(),
+        manifest.train,
+        manifest.evals,
+        size_of_shards(manifest),
+    )
+
+
+def missing_estimates(manifest: Manifest, sweep: Sweep, failures: Failures) -> list[EstimateTask]:
+    """One task for each estimator and block of evaluation examples that some removals still lack.
+
+    Estimators that are left out of the default set owe nothing.
+    """
+    tasks: list[EstimateTask] = []
+    for (estimator, params), entries in listed_blocks(sweep, manifest):
+        if (estimator, params) in failures.left_out:
+            continue
+        prefix = keys.estimates(sweep.name, value_digest(manifest, estimator, params), estimator, params)
+        held: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+        for entry in entries:
+            block = keys.read_block_key(entry.key, prefix)
+            if block is not None:
+                set_name, *span = block
+                removals = held_removals(sweep, manifest, entry.key, set_name)
+                held.setdefault((span[0], span[1]), set()).update(r.indices for r in removals)
+        for first in range(0, manifest.evals, EVAL_BLOCK):
+            count = min(EVAL_BLOCK, manifest.evals - first)
+            lacking = tuple(r for r in manifest.removals if r.indices not in held.get((first, count), set()))
+            if lacking:
+                tasks.append(EstimateTask(estimator, params, lacking, first, count, count == manifest.evals))
+    return tasks
+
+
+def owed_tasks(manifest: Manifest, sweep: Sweep, failures: Failures) -> tuple[list[Task], Plan]:
+    """What a run would compute now, in order: shards by seed, estimates in between; what was set aside is left out."""
+    plan = current_plan(manifest, sweep)
+    shards = [s for s in plan.shards if task_id(manifest, s) not in failures.ids]
+    missing = missing_estimates(manifest, sweep, failures)
+    estimates = [e for e in missing if task_id(manifest, e) not in failures.ids]
+    mixed = chain.from_iterable(zip_longest(estimates, shards))
+    return [task for task in mixed if task is not None], plan
+
+
+def cells_in(tasks: list[Task]) -> int:
+    """The cells that tasks would train, without the baselines."""
+    return sum(len(task.removals) for task in tasks if isinstance(task, Shard))
+
+
+def estimators_in(tasks: list[Task]) -> set[Named]:
+    """The estimators that tasks would compute."""
+    return {(task.estimator, task.params) for task in tasks if isinstance(task, EstimateTask)}
+
+
+def is_complete(manifest: Manifest, sweep: Sweep, failures: Failures) -> bool:
+    """Whether the store lists every cell and every estimate; raises StoreError."""
+    return not current_plan(manifest, sweep).missing and not missing_estimates(manifest, sweep, failures)

@@ -1,0 +1,147 @@
+"""A cell trained again: in the very stack that it was part of, with its shard's baseline.
+
+If device, threads, versions and stack size are those of the part, its deltas must be the same bits. Otherwise its
+effect must agree to ten times the noise floor: root mean squares over evaluation examples are compared, step by step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from fimo.orchestrator.resolve.resolved import resolve_again
+from fimo.orchestrator.run.tasks import versions
+from fimo.orchestrator.store import NotFound
+from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.parts import Part
+from fimo.orchestrator.sweep.sweep import Listed, Sweep
+from fimo.workers.device import deterministic, device_name, pick_device
+from fimo.workers.errors import UsageError
+from fimo.workers.shard import run_shard
+from fimo.workers.start import Start
+from numpy.typing import NDArray
+
+FLOORS = 10.0
+"""Noise floors that an effect may differ by if bits cannot be expected to agree."""
+ROUNDING = 1e-12
+"""The least tolerance, as a share of the largest delta: a float64 sweep's noise floor may be 0."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """One cell trained again.
+
+    Attributes:
+        device: of the part; ``here``: of this rerun.
+        exact: whether the same bits must come out; ``identical``: whether they did.
+        difference: the effect's root mean square difference over evaluation examples, in units of the tolerance, at
+            the step where it is largest; above 1 is a disagreement.
+    """
+
+    seed: int
+    removal: int
+    device: str
+    here: str
+    exact: bool
+    identical: bool
+    difference: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the cell holds."""
+        return self.identical or (not self.exact and self.difference <= 1)
+
+
+def train_again(sweep: Sweep, manifest: Manifest, cells: Sequence[tuple[Listed, int]], floor: Array) -> list[Rerun]:
+    """Train cells again on this machine.
+
+    Args:
+        cells: (part, row of it) of each.
+        floor: the noise floor by step, float64 (T,).
+
+    Raises:
+        UsageError: the workload's code or data are not here, or not what they were.
+        StoreError, BadPartError: a part cannot be read.
+    """
+    resolved = resolve_again(sweep)
+    if resolved.manifest.digest != manifest.digest:
+        raise UsageError("the workload's data or final model are not what they were when the sweep was run")
+    device, starts = pick_device(manifest.spec.resources.gpus), list[Start]()
+    reruns = []
+    for listed, row in cells:
+        part = sweep.read_part(listed.key, manifest)
+        with _threads(_count(part, "threads")), deterministic(device):
+            if not starts:
+                starts.append(resolved.start(device))
+            [start] = starts
+            reruns.append(_rerun(sweep, manifest, part, row, start, floor))
+    return reruns
+
+
+def _rerun(sweep: Sweep, manifest: Manifest, part: Part, row: int, start: Start, floor: Array) -> Rerun:
+    replicas = _count(part, "replicas")
+    rows = _stack_mates(row, len(part.removals), replicas)
+    result = run_shard(start, [part.removals[i].indices for i in rows], part.seed, replicas)
+    ours = result.deltas.numpy()
+    cell, baseline = ours[rows.index(row)], ours[-2]
+    identical = np.array_equal(cell, part.deltas[row]) and np.array_equal(baseline, part.deltas[-2])
+    effect = (cell - baseline) - (part.deltas[row] - part.deltas[-2])
+    least = ROUNDING * np.abs(part.deltas[[row, -2]]).max(axis=(0, 2))
+    tolerance = np.maximum(FLOORS * floor, np.maximum(least, np.finfo(np.float64).tiny))
+    difference = float((np.sqrt((effect**2).mean(axis=1)) / tolerance).max())
+    device, here = str(part.provenance.get("device", "unknown")), device_name(start.model.device)
+    exact = (
+        device == here
+        and part.provenance.get("versions") == versions()
+        and part.provenance.get("replay") == manifest.spec.resources.replay
+        and result.replicas == replicas == _asked_replicas(sweep, manifest, device)
+    )
+    return Rerun(part.seed, part.removals[row].number, device, here, exact, identical, difference)
+
+
+def _count(part: Part, name: str) -> int:
+    """A number of the part's provenance, which its digest does not cover; 1 if what stands there is none."""
+    value = part.provenance.get(name)
+    return value if isinstance(value, int) and value > 0 else 1
+
+
+def _stack_mates(row: int, removals: int, replicas: int) -> list[int]:
+    """Rows that make the part's own stacks again if trained as one shard: the baseline's stack and the row's.
+
+    The cells of a part are the baseline and then its removals, cut into stacks of ``replicas``.
+    """
+    first = list(range(min(replicas - 1, removals)))
+    start = (row + 1) // replicas * replicas - 1
+    own = list(range(max(start, 0), min(start + replicas, removals)))
+    return first if row < replicas - 1 else first + own
+
+
+def _asked_replicas(sweep: Sweep, manifest: Manifest, device: str) -> int | None:
+    """The stack size that shards began with, None if it is not known.
+
+    A part with a smaller one ran short of memory at a step that nobody recorded: its stacks cannot be made again.
+    """
+    asked = manifest.spec.resources.replicas
+    if asked != "auto":
+        return asked
+    try:
+        return int(json.loads(sweep.store.get(keys.replicas(sweep.name, manifest.digest, device)))["replicas"])
+    except (NotFound, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(count, 1024))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,70 @@
+"""How far a sweep is, from its store alone: no cluster, no workload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from fimo.orchestrator.run import failures
+from fimo.orchestrator.run.owed import missing_estimates, owed_tasks
+from fimo.orchestrator.sweep.sweep import Listed, Sweep
+
+RECENT_S = 600.0
+"""The pace is that of the last ten minutes of commits."""
+
+
+def sweep_status(sweep: Sweep) -> dict[str, Any]:
+    """Cells done and missing by seed, tasks set aside, pace and estimated finish, as plain values.
+
+    ``resumable``: whether a resume would compute anything. ``exit_code``: 0 complete, 1 tasks are set aside, 3
+    incomplete.
+
+    Raises:
+        UsageError: there is no such sweep.
+        StoreError: the store cannot be read.
+    """
+    manifest = sweep.read_manifest()
+    recorded = failures.read(sweep, manifest)
+    listed = sweep.list_parts(manifest.digest)
+    done = sweep.done(manifest, listed)
+    wanted = [r.indices for r in manifest.removals]
+    by_seed = {seed: sum(i in done.get(seed, set()) for i in wanted) for seed in manifest.spec.seeds}
+    finished = sum(by_seed.values())
+    missing = missing_estimates(manifest, sweep, recorded)
+    complete = finished == manifest.cells and not missing
+    status: dict[str, Any] = {
+        "sweep": sweep.uri,
+        "cells": manifest.cells,
+        "done": finished,
+        "missing": manifest.cells - finished,
+        "seeds": manifest.spec.seeds.count,
+        "seeds_complete": sum(n == len(wanted) for n in by_seed.values()),
+        "seeds_begun": sum(0 < n < len(wanted) for n in by_seed.values()),
+        "by_seed": {str(seed): n for seed, n in by_seed.items()},
+        "removals": len(wanted),
+        "parts": len(listed),
+        "part_bytes": sum(p.size for p in listed),
+        "estimators": len(manifest.estimators),
+        "estimates_missing": sorted({task.estimator for task in missing}),
+        "left_out": {name: why for (name, _), why in recorded.left_out.items()},
+        "failed": [failure.line for failure in recorded.aside],
+        "complete": complete,
+        "resumable": not complete and bool(owed_tasks(manifest, sweep, recorded)[0]),
+        "exit_code": 1 if recorded.aside else 0 if complete else 3,
+    }
+    return status | _pace(listed, finished, manifest.cells)
+
+
+def _pace(listed: Sequence[Listed], done: int, cells: int) -> dict[str, float | None]:
+    """Seconds since the last commit, parts a minute, and seconds until the rest is done at that pace."""
+    if not listed:
+        return {"last_commit_age_s": None, "parts_per_minute": None, "finish_in_s": None}
+    times = sorted(p.modified for p in listed)
+    age = (datetime.now(UTC) - times[-1]).total_seconds()
+    recent = [t for t in times if (times[-1] - t).total_seconds() <= RECENT_S]
+    span = (recent[-1] - recent[0]).total_seconds()
+    pace = 60 * (len(recent) - 1) / span if span > 0 else None
+    per_part = done / len(listed)
+    finish = (cells - done) / per_part / pace * 60 if pace and per_part and cells > done else None
+    return {"last_commit_age_s": age, "parts_per_minute": pace, "finish_in_s": finish}

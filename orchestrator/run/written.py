@@ -1,0 +1,81 @@
+"""The tables that a sweep's store holds, and whether they are still what the store's objects come to.
+
+Invariant: if ``made-from.json`` holds the stamp of what the store holds now, so do the tables beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+from fimo.orchestrator.run.blocks import listed_blocks
+from fimo.orchestrator.spec.canonical import canonical, digest
+from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.imported import imported_keys
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.sweep import Listed, Sweep
+from fimo.orchestrator.tables import schemas
+from fimo.workers.errors import StoreError
+
+
+def listed_parts(sweep: Sweep, manifest: Manifest) -> list[Listed]:
+    """The parts of the spec's own seeds; raises StoreError."""
+    seeds = set(manifest.spec.seeds)
+    return [part for part in sweep.list_parts(manifest.digest) if part.seed in seeds]
+
+
+def stamp(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed]) -> str:
+    """A digest of the manifest and of the objects that tables are made from; only imported scores are read for it.
+
+    Args:
+        listed: the sweep's parts (``listed_parts``).
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    blocks = [entry.key for _, entries in listed_blocks(sweep, manifest) for entry in entries]
+    wanted = [manifest.digest, manifest.estimate_digest, [list(e) for e in manifest.estimators]]
+    removals = [list(r.indices) for r in manifest.removals]
+    others = [hashlib.sha256(sweep.store.get(key)).hexdigest() for key in imported_keys(sweep)]
+    return digest([wanted, removals, manifest.evals, [part.key for part in listed], blocks, others])
+
+
+def write_tables(sweep: Sweep, tables: Mapping[str, pa.Table], made_from: str) -> dict[str, str]:
+    """Put tables into the store.
+
+    Args:
+        made_from: the stamp of what they were made from.
+
+    Returns:
+        The tables' URIs by name.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    written = {}
+    for name, table in tables.items():
+        key = keys.table(sweep.name, name)
+        sweep.store.put(key, schemas.encode_table(table))
+        written[name] = f"{sweep.store.uri.rstrip('/')}/{key}"
+    sweep.store.put(keys.made_from(sweep.name), canonical({"stamp": made_from}).encode())
+    return written
+
+
+def is_current(sweep: Sweep, manifest: Manifest) -> bool:
+    """Whether the store's tables were made from what it holds now."""
+    try:
+        made_from = json.loads(sweep.store.get(keys.made_from(sweep.name)))["stamp"]
+        return bool(made_from == stamp(sweep, manifest, listed_parts(sweep, manifest)))
+    except (StoreError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def read_table(sweep: Sweep, name: str) -> pa.Table:
+    """One of the store's tables.
+
+    Raises:
+        StoreError: there is none, or it is torn or foreign.
+    """
+    return schemas.decode_table(sweep.store.get(keys.table(sweep.name, name)), name)

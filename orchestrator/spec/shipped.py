@@ -1,0 +1,6 @@
+"""Workloads that come with fimo, by the bare name that a spec may give."""
+
+from __future__ import annotations
+
+SHIPPED = {"concrete": "fimo.workers.workloads.tabular:concrete"}
+"""Name -> ``module:function``."""

@@ -1,0 +1,81 @@
+"""The manifest: what a run resolved its spec to; enough to tell progress and to reduce without the workload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.orchestrator.spec.spec import Spec, parse
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A resolved spec, as plain values: recorded in the store, and given to every task.
+
+    Attributes:
+        beside: the folder in which the spec's modules and files lie.
+        source: digest of the workload's code, held against what a resume finds.
+        digest: of all that a delta depends on; ``estimate_digest``: of all that an estimate at θᶠ depends on.
+        train, evals: numbers of training examples and of the sweep's evaluation examples.
+        scalars: number of trainable scalars.
+        steps: the recorded steps, ascending.
+        removals: in spec order, numbered from 0.
+        estimators: (name, canonical params) in spec order.
+    """
+
+    spec: Spec
+    beside: str
+    source: str
+    digest: str
+    estimate_digest: str
+    train: int
+    evals: int
+    scalars: int
+    steps: tuple[int, ...]
+    removals: tuple[NamedRemoval, ...]
+    estimators: tuple[tuple[str, str], ...]
+
+    @property
+    def cells(self) -> int:
+        """Removals × seeds."""
+        return len(self.removals) * self.spec.seeds.count
+
+    def json(self) -> dict[str, Any]:
+        """As plain JSON values; ``from_json`` gives the manifest back."""
+        return {
+            "spec": self.spec.canonical(),
+            "beside": self.beside,
+            "source": self.source,
+            "digest": self.digest,
+            "estimate_digest": self.estimate_digest,
+            "train": self.train,
+            "evals": self.evals,
+            "scalars": self.scalars,
+            "steps": list(self.steps),
+            "removals": [[r.name, list(r.indices)] for r in self.removals],
+            "estimators": [list(e) for e in self.estimators],
+        }
+
+
+def from_json(values: Any) -> Manifest:
+    """A manifest from JSON that anybody may have written.
+
+    Raises:
+        UsageError: its spec is not one.
+        KeyError, TypeError, ValueError: the rest is not a manifest.
+    """
+    removals = [NamedRemoval(i, str(n), tuple(map(int, x))) for i, (n, x) in enumerate(values["removals"])]
+    return Manifest(
+        spec=parse(values["spec"], "the stored spec"),
+        beside=str(values["beside"]),
+        source=str(values["source"]),
+        digest=str(values["digest"]),
+        estimate_digest=str(values["estimate_digest"]),
+        train=int(values["train"]),
+        evals=int(values["evals"]),
+        scalars=int(values["scalars"]),
+        steps=tuple(map(int, values["steps"])),
+        removals=tuple(removals),
+        estimators=tuple((str(n), str(p)) for n, p in values["estimators"]),
+    )

@@ -1,0 +1,134 @@
+"""From a spec to a manifest: digests, mistakes told in one line, and a worker that must see what the driver saw."""
+
+from __future__ import annotations
+
+import pytest
+from fimo.orchestrator.resolve.resolved import resolve, resolve_again, resolve_like
+from fimo.orchestrator.store import MemoryStore
+from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers.errors import UsageError, WorkloadError
+from fimo.workers.workload import load_workload
+from safetensors.torch import save_file
+
+from tests.support.small_sweep import make_spec, run_here
+
+DOUBLE = """
+import flowers
+
+def as_numpy_gives_it():
+    w = flowers.flowers()
+    cast = lambda data: {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
+    model = w.model.double()
+    return flowers.Workload(model, cast(w.train), cast(w.evals), w.outputs, w.loss)
+"""
+
+
+def test_any_change_of_what_a_delta_depends_on_gives_other_parts(beside):
+    def digest(**changes):
+        return resolve(make_spec(**changes), beside).manifest.digest
+
+    base = digest()
+    assert digest(seeds=9) == base
+    assert digest(removals={"indices": [1]}) == base
+    assert digest(estimators=["datainf"]) == base
+    assert digest(resources={"replicas": "auto", "cpus": 2}) == base
+    changed = [
+        digest(further_training={"batch_size": 6}),
+        digest(further_training={"optimizer": {"name": "sgd", "lr": 0.11}}),
+        digest(further_training={"removal_mode": "mask"}),
+        digest(further_training={"precision": "float64"}),
+        digest(evals=6),
+        digest(workload_args={"n": 24}),
+    ]
+    source = beside / "flowers.py"
+    text = source.read_text()
+    source.write_text("# a comment\n" + text)
+    assert digest() == base
+    source.write_text(text.replace("nn.Tanh()", "nn.ReLU()"))
+    changed.append(digest())
+    assert len({base, *changed}) == 8
+
+
+def test_code_in_a_module_that_the_workload_imports_counts_too(beside):
+    (beside / "wrapper.py").write_text("from helper import make\ndef wrapped():\n    return make()\n")
+    (beside / "helper.py").write_text("from flowers import flowers\ndef make():\n    return flowers()\n")
+    before = resolve(make_spec(workload="wrapper:wrapped"), beside).manifest.digest
+    (beside / "helper.py").write_text("from flowers import flowers\ndef make():\n    x = 1\n    return flowers()\n")
+    assert resolve(make_spec(workload="wrapper:wrapped"), beside).manifest.digest != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"workload": "nowhere:flowers"}, UsageError, "'nowhere' not found"),
+        ({"workload": "flowers:flower"}, UsageError, "did you mean 'flowers'"),
+        ({"workload": "flowers:fails"}, WorkloadError, "ValueError: the data is not there"),
+        ({"workload": "flowers:not_one"}, WorkloadError, "returned dict"),
+        ({"workload": "flowers:scalar_loss"}, WorkloadError, "one value per example"),
+        ({"workload_args": {"rows": 3}}, UsageError, "unexpected keyword argument"),
+        ({"evals": 8}, UsageError, "asks for 8"),
+        ({"removals": {"indices": [23]}}, UsageError, "there are 23"),
+        ({"final_model": "missing.safetensors"}, UsageError, "cannot be read"),
+        ({"final_model": "flowers.py"}, WorkloadError, "not a valid safetensors"),
+        ({"estimators": ["grad_dott"]}, UsageError, "did you mean 'grad_dot'"),
+        ({"estimators": ["grad_dot", "grad_dot"]}, UsageError, "given twice"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_written(beside, changes, kind, said):
+    with pytest.raises(kind) as caught:
+        resolve(make_spec(**changes), beside)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_tensors_and_parameters_in_float64_are_cast_as_training_casts_them(beside, precision):
+    (beside / "double.py").write_text(DOUBLE)
+    spec = make_spec(workload="double:as_numpy_gives_it", seeds=1, further_training={"precision": precision})
+    report, _, _ = run_here(spec, beside)
+    assert report.exit_code == 0
+
+
+def test_final_models_that_differ_beyond_float32_have_digests_of_their_own(beside):
+    (beside / "double.py").write_text(DOUBLE)
+    workload = load_workload("double:as_numpy_gives_it", {}, beside)
+    digests = set()
+    for by in (0.0, 1e-12):
+        state = {name: value + by for name, value in workload.model.state_dict().items()}
+        save_file(state, beside / "final.safetensors")
+        spec = make_spec(
+            workload="double:as_numpy_gives_it",
+            final_model="final.safetensors",
+            further_training={"precision": "float64"},
+        )
+        digests.add(resolve(spec, beside).manifest.digest)
+    assert len(digests) == 2
+
+
+def test_a_worker_that_sees_other_code_or_data_refuses_to_compute(beside):
+    manifest = resolve(make_spec(), beside).manifest
+    assert resolve_like(manifest, None).manifest == manifest
+    source = beside / "flowers.py"
+    source.write_text(source.read_text().replace("nn.Tanh()", "nn.ReLU()"))
+    with pytest.raises(WorkloadError, match="sees other code or data than the driver"):
+        resolve_like(manifest, None)
+
+
+def test_a_worker_without_the_driver_s_folder_takes_the_code_of_its_own(beside, monkeypatch, tmp_path):
+    from dataclasses import replace
+
+    manifest = replace(resolve(make_spec(), beside).manifest, beside=str(tmp_path / "not-here"))
+    monkeypatch.chdir(beside)
+    assert resolve_like(manifest, None).manifest == manifest
+
+
+def test_a_sweep_resolves_again_only_with_the_code_that_it_was_started_with(beside, monkeypatch, tmp_path):
+    store = MemoryStore()
+    sweep = Sweep(store, "flowers")
+    sweep.write_manifest(resolve(make_spec(), beside).manifest)
+    assert resolve_again(sweep).manifest == sweep.read_manifest()
+    source = beside / "flowers.py"
+    source.write_text(source.read_text() + "\nraise RuntimeError('must not run')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="as it was when the sweep was started"):
+        resolve_again(sweep)

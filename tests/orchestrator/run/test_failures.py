@@ -1,0 +1,144 @@
+"""Tasks that were given up: what counts against a sweep, what does not, and what a user is told to do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from fimo.orchestrator.report.ending import complaints, report_json
+from fimo.orchestrator.report.show import status_lines
+from fimo.orchestrator.run import estimating
+from fimo.orchestrator.run.gather import current_tables
+from fimo.orchestrator.run.status import sweep_status
+from fimo.orchestrator.run.verification import verify
+from fimo.orchestrator.spec.spec import parse
+from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers.errors import DivergedError
+
+from tests.support.small_sweep import SPEC, make_spec, run_here
+
+WHY = "the recursion grows instead of converging"
+
+
+@pytest.fixture
+def diverging(monkeypatch):
+    """grad_cos cannot give values for any model; returns how often it was asked."""
+    tries: list[str] = []
+    real = estimating.estimate
+
+    def estimate(resolved, device, estimator, *rest):
+        if estimator == "grad_cos":
+            tries.append(estimator)
+            raise DivergedError(f"grad_cos: {WHY}")
+        return real(resolved, device, estimator, *rest)
+
+    monkeypatch.setattr(estimating, "estimate", estimate)
+    return tries
+
+
+def default_set(monkeypatch):
+    """A spec that names no estimator, where the default set is two of them."""
+    from fimo import estimators
+
+    monkeypatch.setattr(
+        estimators, "defaults", lambda problem: estimators.parse("grad_dot") + estimators.parse("grad_cos")
+    )
+    values = copy.deepcopy(SPEC)
+    del values["estimators"]
+    return parse(values)
+
+
+def test_an_estimator_of_the_default_set_that_cannot_is_left_out_and_the_sweep_is_complete(
+    beside, diverging, monkeypatch
+):
+    spec = default_set(monkeypatch)
+    report, store, _ = run_here(spec, beside)
+    assert (report.exit_code, report.complete) == (0, True)
+    assert list(complaints(report)) == [f"grad_cos is left out of the default estimators: {WHY}"]
+    assert report_json(report)["left_out"] == {"grad_cos": WHY}
+    assert set(report.gathered.tables["estimates"]["estimator"].to_pylist()) == {"grad_dot"}
+    assert diverging == ["grad_cos"]
+
+    sweep = Sweep(store, "flowers")
+    status = sweep_status(sweep)
+    assert (status["exit_code"], status["complete"], status["resumable"]) == (0, True, False)
+    assert (status["failed"], status["estimates_missing"]) == ([], [])
+    assert any("left out" in line for line in status_lines(status))
+    assert status_lines(status)[-1] == "complete"
+    _, complete = current_tables(sweep, sweep.read_manifest())
+    assert complete
+    assert verify(sweep).exit_code == 0
+
+    again, _, heard = run_here(spec, beside, store)
+    assert (again.exit_code, heard.tasks) == (0, [])
+    assert report_json(again)["left_out"] == {"grad_cos": WHY}
+
+
+def test_retry_failed_tries_what_was_left_out_again(beside, diverging, monkeypatch):
+    spec = default_set(monkeypatch)
+    _, store, _ = run_here(spec, beside)
+    report, _, heard = run_here(spec, beside, store, retry_failed=True)
+    assert [task.estimator for task in heard.tasks] == ["grad_cos"]
+    assert report.exit_code == 0
+
+
+def test_a_named_estimator_that_cannot_is_an_error_and_nothing_promises_that_resume_computes_it(beside, diverging):
+    report, store, _ = run_here(make_spec(), beside)
+    assert (report.exit_code, report.complete) == (1, False)
+    said = "\n".join(complaints(report))
+    assert WHY in said
+    assert "resume" not in said
+    assert "--retry-failed" not in said
+    assert "take it out" in said
+    status = sweep_status(Sweep(store, "flowers"))
+    assert (status["exit_code"], status["resumable"]) == (1, False)
+    assert "resume" not in status_lines(status)[-1]
+    # Taken out of the spec, it no longer counts.
+    report, _, _ = run_here(make_spec(estimators=["grad_dot"]), beside, store)
+    assert report.exit_code == 0
+    assert sweep_status(Sweep(store, "flowers"))["exit_code"] == 0
+
+
+def test_an_estimator_left_out_of_the_default_set_counts_once_the_spec_names_it(beside, diverging, monkeypatch):
+    _, store, _ = run_here(default_set(monkeypatch), beside)
+    report, _, heard = run_here(make_spec(), beside, store)
+    assert heard.tasks == []
+    assert report.exit_code == 1
+
+
+def test_a_failure_that_may_be_mended_says_retry_failed_and_counts_in_the_default_set_too(beside, monkeypatch):
+    def broken(*_args):
+        raise ValueError("out of luck")
+
+    spec = default_set(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(estimating, "estimate", broken)
+        report, store, _ = run_here(spec, beside)
+    assert report.exit_code == 1
+    assert not report.failures.left_out
+    assert any("--retry-failed" in line for line in complaints(report))
+    report, _, _ = run_here(spec, beside, store, retry_failed=True)
+    assert report.exit_code == 0
+
+
+def test_what_a_resume_would_compute_is_what_it_promises(beside):
+    turns = iter([None] * 5 + ["stopped"] * 99)
+    report, store, _ = run_here(make_spec(), beside, should_stop=lambda: next(turns))
+    assert report.exit_code == 3
+    *_, last = complaints(report)
+    assert f"{report.owed_cells} cells" in last
+    assert f"`fimo resume {report.sweep}` computes them" in last
+    assert report.owed_cells == 20 - report.gathered.done
+    assert sweep_status(Sweep(store, "flowers"))["resumable"]
+
+
+@pytest.mark.parametrize("record", [b"{", b"[]", b"null", b'{"task": 1}', b"[" * 100_000])
+def test_a_foreign_record_is_told_and_breaks_nothing(beside, record):
+    report, store, _ = run_here(make_spec(), beside)
+    manifest = Sweep(store, "flowers").read_manifest()
+    store.put(f"flowers/failed/{manifest.digest[:16]}-x.json", record)
+    store.put("flowers/failed/other-sweep.json", record)
+    report, _, _ = run_here(make_spec(), beside, store)
+    assert [failure.line for failure in report.failures.aside] == ["its record cannot be read"]
+    report, _, _ = run_here(make_spec(), beside, store, retry_failed=True)
+    assert report.exit_code == 0
