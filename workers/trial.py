@@ -23,7 +23,7 @@ from torch import Tensor
 
 ULPS = 4.0
 """Units in the last place that θᶠ is moved by to measure rounding."""
-SLACK = 64.0
+SLACK = 16.0
 """Times that measured rounding by which the engine may differ: it rounds at every step, and in another order."""
 RELATIVE = {"float64": 1e-8, "float32": 1e-6}
 """The least bound: as a share of the largest effect in float64, of the largest delta in float32."""

@@ -20,7 +20,7 @@ import torch
 from fimo.orchestrator.cluster import jobs
 from fimo.orchestrator.resolve.identity import tensors_digest
 from fimo.orchestrator.run import pool
-from fimo.orchestrator.run.tasks import versions
+from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.store import Store, open_store
 from fimo.orchestrator.store.base import PROBE_PREFIX
 from fimo.workers.device import deterministic, device_name, pick_device, prepare_environment

@@ -58,6 +58,8 @@ class ProgressReport:
     def _result(self, task: Task, result: Result) -> None:
         if isinstance(result, Receipt):
             self._done += result.cells
+            for line in result.lines:
+                self.say(line)
             if result.diverged:
                 self.say(f"{task_label(task)}: {result.diverged} runs diverged (not finite) and will not be averaged")
             if not isinstance(task, Shard):

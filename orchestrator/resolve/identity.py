@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, digest
-from fimo.orchestrator.spec.spec import FurtherTraining
+from fimo.orchestrator.spec.training import FurtherTraining
 from fimo.workers.examples import Examples
 from torch import Tensor
 from torch.utils import _pytree as pytree

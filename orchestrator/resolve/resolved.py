@@ -6,7 +6,6 @@ error, never a number.
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.batches import steps_recorded
 from fimo.workers.errors import StoreError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
-from fimo.workers.final_model import check_fits, read_final_model
+from fimo.workers.final_model import check_fits, final_copy, read_final_model
+from fimo.workers.forward import observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, check
-from fimo.workers.start import Start, start_from
+from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.workload import Workload, load_workload
 from torch import Tensor
 
@@ -65,8 +65,8 @@ class Resolved:
         Raises:
             WorkloadError, DivergedError: see ``fimo.workers.start.start_from``.
         """
-        settings, replay = self.spec.further_training.settings(), self.spec.resources.replay
-        return start_from(self.model(device), *self.examples(device), settings, replay=replay)
+        settings, engine = self.spec.further_training.settings(), Engine(replay=self.spec.resources.replay)
+        return start_from(self.model(device), *self.examples(device), settings, engine)
 
 
 def resolve(spec: Spec, beside: Path) -> Resolved:
@@ -82,10 +82,11 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
     workload, state = _load(spec, beside, read_final(spec, beside))
     train, evals = len(Examples(workload.train, workload.collate)), _count_evals(spec, workload)
     removals = number_removals(spec.removals, train, lambda name: read_beside(name, beside))
-    settings, cpu = spec.further_training.settings(), torch.device("cpu")
-    model = FunctionalModel(workload, state, cpu, _dtype(spec))
+    cpu = torch.device("cpu")
+    model, examples = FunctionalModel(workload, state, cpu, _dtype(spec)), _examples(workload, spec, evals, cpu)
+    spec = _settled(spec, model, examples[0])
+    settings = spec.further_training.settings()
     if spec.estimators is None:
-        examples = _examples(workload, spec, evals, cpu)
         left_out = [r.indices for r in removals]
         given = estimators.defaults(estimators.Problem(model, *examples, left_out, settings, list(spec.seeds)))
     source, digest, estimate_digest = _digests(spec, beside, workload, state, evals)
@@ -103,6 +104,18 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
         estimators=_named(given),
     )
     return Resolved(manifest, workload, state)
+
+
+def _settled(spec: Spec, model: FunctionalModel, train: Examples) -> Spec:
+    """The spec with its removal mode written out; refuses one that this model does not have (UsageError)."""
+    section = spec.further_training
+    if section.removal_mode in ("drop", "mask"):
+        return spec
+    forward = observe(model, train, section.settings())
+    settings = section.settings().settled(forward.mixes)
+    refuse_mixing(forward, settings)
+    mode = {"removal_mode": settings.removal_mode}
+    return spec.model_copy(update={"further_training": section.model_copy(update=mode)})
 
 
 def resolve_like(manifest: Manifest, final_model: bytes | None) -> Resolved:
@@ -203,9 +216,8 @@ def _digests(
     spec: Spec, beside: Path, workload: Workload, state: Mapping[str, Tensor] | None, evals: int
 ) -> tuple[str, str, str]:
     """Digests of the workload's code, of all that a delta depends on, and of all that an estimate at θᶠ depends on."""
-    model = copy.deepcopy(workload.model)
-    if state is not None:
-        model.load_state_dict(dict(state), strict=False)
+    # In float64, which holds every θᶠ exactly, whatever the model's own precision.
+    model = final_copy(workload.model, state, "cpu", torch.float64)
     about: dict[str, Any] = {
         "workload": spec.workload,
         "workload_args": spec.workload_args,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from fimo.orchestrator.resolve.resolved import resolve_again
-from fimo.orchestrator.run.tasks import versions
+from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest

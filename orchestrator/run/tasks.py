@@ -9,29 +9,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import platform
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
 from fimo.orchestrator.run import estimating
 from fimo.orchestrator.run.blocks import value_digest
-from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, size_of_shards
-from fimo.orchestrator.spec.canonical import canonical
+from fimo.orchestrator.run.plan import EstimateTask, Shard, Task
+from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
+from fimo.orchestrator.run.proving import Proven, proven
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import estimates, keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers.batches import Removal
 from fimo.workers.device import deterministic, device_name, pick_device, prepare_environment
 from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
 from fimo.workers.shard import run_shard
-from fimo.workers.stacking.size import measure_stack_size
-from fimo.workers.start import Start
 
 
 class ConflictError(FimoError):
@@ -51,6 +46,7 @@ class Receipt:
         written: by this task, rather than met there.
         cells: cells in it, 0 for estimates; ``diverged``: how many of its runs were not finite.
         seconds: wall time of the task.
+        lines: what a person should know of it.
     """
 
     key: str
@@ -59,6 +55,7 @@ class Receipt:
     diverged: int
     seconds: float
     device: str
+    lines: tuple[str, ...] = ()
 
 
 def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: Task, gpu: int = 0) -> Receipt:
@@ -83,7 +80,7 @@ def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: 
 
 # One sweep at a time in a process: the next one's model and data replace this one's.
 _loaded: dict[tuple[str, ...], Resolved] = {}
-_starts: dict[tuple[str, str, bool], Start] = {}
+_engines: dict[tuple[object, ...], Proven] = {}
 
 
 def is_prepared(manifest: Manifest) -> bool:
@@ -99,7 +96,7 @@ def _resolved(manifest: Manifest, final_model: bytes | None) -> Resolved:
     name = _sweep_of(manifest)
     if name not in _loaded:
         _loaded.clear()
-        _starts.clear()
+        _engines.clear()
         resolved = resolve_like(manifest, final_model)
         # torch loads its function transforms on first use: a second that no estimator should be charged with.
         torch.func.vmap(torch.func.grad(lambda x: x * x))(torch.ones(1))
@@ -120,13 +117,17 @@ def _device(gpus: float, number: int) -> torch.device:
     return device
 
 
-def _start(resolved: Resolved, device: torch.device) -> Start:
-    name = (resolved.manifest.digest, str(device), resolved.spec.resources.replay)
-    if name not in _starts:
+def _engine(sweep: Sweep, resolved: Resolved, device: torch.device, removals: tuple[Removal, ...]) -> Proven:
+    """What the sweep's cells share, with the engine that is proven for it; once a process."""
+    asked = resolved.spec.resources
+    name = (resolved.manifest.digest, str(device), asked.replay, asked.proof, asked.replicas, asked.shard)
+    if name not in _engines:
         # A process that is given another GPU leaves none of its memory on the last one.
-        _starts.clear()
-        _starts[name] = resolved.start(device)
-    return _starts[name]
+        _engines.clear()
+        engine = proven(sweep, resolved, resolved.start(device), removals)
+        _engines[name] = dataclasses.replace(engine, lines=())
+        return engine
+    return _engines[name]
 
 
 # -- shards --------------------------------------------------------------------------------------------------------
@@ -136,32 +137,34 @@ def _shard(sweep: Sweep, resolved: Resolved, device: torch.device, task: Shard) 
     started, manifest = time.monotonic(), resolved.manifest
     key = keys.part(sweep.name, manifest.digest, task.seed, task.removals)
 
-    def receipt(written: bool, diverged: int) -> Receipt:
+    def receipt(written: bool, diverged: int, lines: tuple[str, ...] = ()) -> Receipt:
         seconds = time.monotonic() - started
-        return Receipt(key, written, len(task.removals), diverged, seconds, device_name(device))
+        return Receipt(key, written, len(task.removals), diverged, seconds, device_name(device), lines)
 
     # A task whose receipt was lost with its worker, or that another driver was quicker at, is not computed again. A
     # part that does not verify is the reduction's to set aside, after which the shard is owed again.
     with contextlib.suppress(NotFound):
         return receipt(False, _diverged_at(sweep, key, manifest))
     with deterministic(device) as flags:
-        start = _start(resolved, device)
-        replicas = _replicas(sweep, resolved, start, device)
-        result = run_shard(start, [r.indices for r in task.removals], task.seed, replicas)
-    provenance = {
-        **_provenance(device, resolved, flags),
+        removals = tuple(r.indices for r in task.removals)
+        engine = _engine(sweep, resolved, device, removals)
+        began = time.monotonic()
+        result = run_shard(engine.start, removals, task.seed, engine.replicas)
+    about = {
+        **provenance(device, resolved, flags),
         "replicas": result.replicas,
-        "device_seconds": time.monotonic() - started,
-        "peak_bytes": result.peak_bytes or _peak_host_bytes(),
+        "engine": dict(engine.record),
+        "device_seconds": time.monotonic() - began,
+        "peak_bytes": result.peak_bytes or peak_host_bytes(),
     }
-    data, rows = parts.encode_part(result, task.removals, manifest.digest, provenance)
+    data, rows = parts.encode_part(result, task.removals, manifest.digest, about)
     written = sweep.store.create(key, data)
     if not written and sweep.read_part(key, manifest).rows != rows:
         raise ConflictError(
             f"part {key} holds other rows than this run computed (another device, threads or replicas?); "
             "the committed part stands"
         )
-    return receipt(written, int((~result.deltas.isfinite().all(dim=2)).any(dim=1).sum()))
+    return receipt(written, int((~result.deltas.isfinite().all(dim=2)).any(dim=1).sum()), engine.lines)
 
 
 def _diverged_at(sweep: Sweep, key: str, manifest: Manifest) -> int:
@@ -170,24 +173,6 @@ def _diverged_at(sweep: Sweep, key: str, manifest: Manifest) -> int:
         return len({row for row, _ in sweep.read_part(key, manifest).diverged})
     except parts.BadPartError:
         return 0
-
-
-def _replicas(sweep: Sweep, resolved: Resolved, start: Start, device: torch.device) -> int:
-    """Cells trained together: as the spec says, or measured once per device type and kept in the store."""
-    asked = resolved.spec.resources.replicas
-    if asked != "auto":
-        return asked
-    key = keys.replicas(sweep.name, resolved.manifest.digest, device_name(device))
-    for _ in range(2):
-        with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
-            return max(1, int(json.loads(sweep.store.get(key))["replicas"]))
-        # A shard's removals and its baseline are the most that can be trained together.
-        size, seconds = measure_stack_size(start, size_of_shards(resolved.manifest) + 1)
-        body = {"replicas": size, "seconds_per_replica_step": {str(k): v for k, v in seconds.items()}}
-        # The first to have measured decides for everybody.
-        if sweep.store.create(key, canonical(body).encode()):
-            return size
-    return size
 
 
 # -- estimates -----------------------------------------------------------------------------------------------------
@@ -214,11 +199,11 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
             estimate = estimating.estimate(resolved, device, task.estimator, task.params, removals, span)
     except (DivergedError, UsageError, WorkloadError) as error:
         raise CannotEstimateError(str(error)) from error
-    provenance = {
-        **_provenance(device, resolved, flags),
+    about = {
+        **provenance(device, resolved, flags),
         "notes": json.loads(json.dumps(dict(estimate.notes), default=str)),
         "device_seconds": time.monotonic() - started,
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_host_bytes(),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes(),
     }
     block = estimates.EstimateBlock(
         digest=digest,
@@ -228,44 +213,11 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
         first=task.first,
         steps=estimate.steps,
         values=estimate.values.numpy(),
-        provenance=provenance,
+        provenance=about,
     )
     return receipt(sweep.store.create(key, estimates.encode_block(block)[0]))
-
-
-# -- provenance ----------------------------------------------------------------------------------------------------
 
 
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_host_bytes() -> int:
-    """The process's largest resident size so far, in bytes."""
-    import resource  # not on every platform
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _provenance(device: torch.device, resolved: Resolved, flags: Mapping[str, object]) -> dict[str, Any]:
-    return {
-        "versions": versions(),
-        "device": device_name(device),
-        "host": platform.node(),
-        "dtype": resolved.spec.further_training.precision,
-        "threads": torch.get_num_threads(),
-        "determinism": dict(flags),
-        "removal_mode": resolved.spec.further_training.removal_mode,
-        "replay": resolved.spec.resources.replay,
-    }
-
-
-@lru_cache
-def versions() -> dict[str, str]:
-    """The versions that a part records of the software that made it."""
-    known = {"python": platform.python_version()}
-    for package in ("fimo", "torch", "numpy", "pyarrow", "ray", "transformers"):
-        with contextlib.suppress(PackageNotFoundError):
-            known[package] = version(package)
-    return known

@@ -9,23 +9,17 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from fimo.orchestrator.spec.section import Count, Index, Section
 from fimo.orchestrator.spec.shipped import SHIPPED
+from fimo.orchestrator.spec.training import SGD, Adam, AdamW, Evaluate, FurtherTraining, NonNegative
 from fimo.orchestrator.spec.yaml import MAX_BYTES, read_yaml
-from fimo.workers import settings
 from fimo.workers.errors import UsageError, nearest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
-
-
-Index = Annotated[int, Field(ge=0, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
-class RemovalsSection(_Section):
+class RemovalsSection(Section):
     """Which examples are left out; exactly one of the forms."""
 
     every: Count | None = None
@@ -49,7 +43,7 @@ class RemovalsSection(_Section):
         return self
 
 
-class Seeds(_Section):
+class Seeds(Section):
     """Consecutive seeds ``first … first + count − 1``."""
 
     first: Index = 0
@@ -65,94 +59,7 @@ class Seeds(_Section):
         return iter(range(self.first, self.first + self.count))
 
 
-Rate = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class SGD(_Section):
-    """``torch.optim.SGD``."""
-
-    name: Literal["sgd"]
-    lr: Rate = 1e-3
-    momentum: NonNegative = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: NonNegative = 0.0
-
-    @model_validator(mode="after")
-    def _nesterov(self) -> SGD:
-        if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
-            raise ValueError("nesterov needs momentum above 0 and dampening 0")
-        return self
-
-
-class _AdamLike(_Section):
-    lr: Rate = 1e-3
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: NonNegative = 1e-8
-    amsgrad: bool = False
-
-
-class Adam(_AdamLike):
-    """``torch.optim.Adam``."""
-
-    name: Literal["adam"]
-    weight_decay: NonNegative = 0.0
-
-
-class AdamW(_AdamLike):
-    """``torch.optim.AdamW``."""
-
-    name: Literal["adamw"]
-    weight_decay: NonNegative = 1e-2
-
-
-class Evaluate(_Section):
-    """When g is evaluated; exactly one of the forms; the last step always counts too."""
-
-    every_epochs: Count | None = None
-    every_steps: Count | None = None
-    at_steps: tuple[Count, ...] | None = None
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Evaluate:
-        if sum(v is not None for v in (self.every_epochs, self.every_steps, self.at_steps)) != 1:
-            raise ValueError("give exactly one of every_epochs, every_steps, at_steps")
-        return self
-
-
-class FurtherTraining(_Section):
-    """DESIGN.md section 5: the section that defines the number."""
-
-    optimizer: Annotated[SGD | Adam | AdamW, Field(discriminator="name")]
-    batch_size: Count
-    epochs: Count | None = None
-    steps: Count | None = None
-    removal_mode: Literal["drop", "mask", "reweight"] = "reweight"
-    evaluate: Evaluate = Evaluate(every_epochs=1)
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
-    mode: Literal["train", "eval"] = "train"
-    precision: Literal["float32", "float64"] = "float32"
-
-    @model_validator(mode="after")
-    def _one_length(self) -> FurtherTraining:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
-        if self.steps is not None and self.evaluate.at_steps and max(self.evaluate.at_steps) > self.steps:
-            raise ValueError(f"evaluate.at_steps reaches beyond the {self.steps} steps of further training")
-        return self
-
-    def settings(self) -> settings.FurtherTraining:
-        """The same as the plain values that ``workers`` takes."""
-        plain = self.model_dump(exclude={"optimizer", "evaluate"})
-        optimizer = settings.Optimizer(**self.optimizer.model_dump())
-        return settings.FurtherTraining(
-            optimizer=optimizer, evaluate=settings.Evaluate(**self.evaluate.model_dump()), **plain
-        )
-
-
-class Resources(_Section):
+class Resources(Section):
     """What a task is given; never part of a result's identity.
 
     Attributes:
@@ -161,6 +68,7 @@ class Resources(_Section):
         shard: removals in one part, or auto = bounded by the cost of a cell.
         deadline_s: seconds after which a task is given up and queued again; auto = from the tasks before it.
         replay: trace the steps of small models; off computes every step as written, with the same numbers to rounding.
+        proof: hold a few cells against the plain definition before the first shard; off trusts the engine unproven.
     """
 
     gpus: NonNegative = 0.0
@@ -169,14 +77,15 @@ class Resources(_Section):
     shard: Count | Literal["auto"] = "auto"
     deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     replay: Annotated[bool, Field(strict=True)] = True
+    proof: Annotated[bool, Field(strict=True)] = True
 
 
-class Spec(_Section):
+class Spec(Section):
     """A whole sweep spec."""
 
     name: Name
     workload: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$|^[A-Za-z_]\w*$")]
-    workload_args: dict[str, Any] = {}
+    workload_args: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies it)
     final_model: str | None = None
     removals: RemovalsSection
     seeds: Seeds

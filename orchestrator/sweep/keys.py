@@ -7,6 +7,8 @@
                                             an estimator's values: the worker that computed them (create)
     NAME/imported/SCORES.parquet            another library's values: `fimo import-scores` (put)
     NAME/replicas/DIGEST-DEVICE.json        measured stack size: the first worker of a device type (create)
+    NAME/proofs/DIGEST-DEVICE-ABOUT.json    how the engine compared with the definition: the first worker of a device
+                                            type (and software), before its first shard (create)
     NAME/failed/TASK.json                   a task given up, with its error: a run, when its tasks end (put);
                                             removed by `--retry-failed`
     NAME/jobs/ID.json                       where a job was submitted: `fimo submit`, after the head took it (put)
@@ -88,6 +90,12 @@ def replicas(sweep: str, result_digest: str, device: str) -> str:
     """The measured stack size on a device type (a name as ``fimo.workers.device.device_name`` gives it)."""
     slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")[:80]
     return f"{sweep}/replicas/{result_digest[:32]}-{slug}.json"
+
+
+def proof(sweep: str, result_digest: str, device: str = "", about: str = "") -> str:
+    """The verdict on the engine on a device type, for what ``about`` stands for; without a device the prefix of all."""
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")[:80]
+    return f"{sweep}/proofs/{result_digest[:32]}-" + (f"{slug}-{about}.json" if device else "")
 
 
 def failed(sweep: str, task: str = "") -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fimo.orchestrator.cluster import doctor
 from fimo.orchestrator.run.pool import Node
-from fimo.orchestrator.run.tasks import versions
+from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.store import Entry, LocalStore, MemoryStore, Store, open_store
 from fimo.workers.errors import StoreError
 

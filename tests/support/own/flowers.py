@@ -1,8 +1,9 @@
 """A user's own workload module, as one would lie beside a spec: no import of fimo but the contract."""
 
 import torch
-from fimo import Workload
 from torch import nn
+
+from fimo import Workload
 
 
 def _tensors(count, seed, width=4):

@@ -1,0 +1,166 @@
+"""The engine that a sweep may use on a device: proven once, the verdict kept in the store and named in every part.
+
+The first worker of a device type proves (``fimo.workers.proof``), and proves again after a change of software, threads
+or of what is to be proven (stack size, sizes of shards, groups). The verdict holds for all workers and all resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from fimo.orchestrator.resolve.resolved import Resolved
+from fimo.orchestrator.run.plan import size_of_shards
+from fimo.orchestrator.run.provenance import versions
+from fimo.orchestrator.spec.canonical import canonical, digest
+from fimo.orchestrator.store import NotFound
+from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers.batches import Removal
+from fimo.workers.device import device_name
+from fimo.workers.proof import UnprovenError, prove
+from fimo.workers.stacking.size import measure_stack_size
+from fimo.workers.start import Engine, Start
+from fimo.workers.trial import Case
+
+SOFTWARE = ("fimo", "python", "torch", "numpy", "transformers")
+"""Whose change makes a verdict out of date."""
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What a worker trains with.
+
+    Attributes:
+        start: the sweep's, with the engine that was proven.
+        replicas: cells trained together.
+        record: what a part's provenance says of it.
+        lines: what a person should know, from the worker that made the proof alone.
+    """
+
+    start: Start
+    replicas: int
+    record: Mapping[str, Any]
+    lines: tuple[str, ...] = ()
+
+
+def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Removal, ...]) -> Proven:
+    """The engine for this device: from the store, or proven now.
+
+    Args:
+        removals: of the task at hand, if the sweep's own cannot be told from the store.
+
+    Raises:
+        UnprovenError: the engine does not give the definition's numbers, here or in an earlier proof.
+    """
+    manifest, device = resolved.manifest, device_name(start.model.device)
+    if not resolved.spec.resources.proof:
+        size = _replicas(sweep, resolved, start)
+        return Proven(start, size, {"proof": "off", "path": "not proven"})
+    every = _removals(sweep, manifest) or removals
+    shards = _shards(manifest, len(every))
+    asked = resolved.spec.resources
+    about = {
+        "software": {name: versions().get(name) for name in SOFTWARE},
+        "threads": torch.get_num_threads(),
+        "asked": [asked.replicas, asked.replay],
+        "shards": shards,
+        "groups": max(map(len, every)) > 1,
+    }
+    key = keys.proof(sweep.name, manifest.digest, device, digest(about)[:16])
+    with contextlib.suppress(NotFound):
+        return _taken(json.loads(sweep.store.get(key)), key, start)
+    verdict = _prove(sweep, resolved, start, every, shards)
+    body = canonical({"device": device, "about": about, **verdict}).encode()
+    # The first to have proven decides for everybody.
+    if not sweep.store.create(key, body):
+        return _taken(json.loads(sweep.store.get(key)), key, start)
+    return replace(_taken(verdict, key, start), lines=_lines(verdict, device))
+
+
+def _prove(
+    sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Removal, ...], shards: list[int]
+) -> dict[str, Any]:
+    replicas = _replicas(sweep, resolved, start)
+    case = Case(
+        workload=resolved.workload,
+        state=resolved.state,
+        settings=start.settings,
+        evals=resolved.manifest.evals,
+        device=start.model.device,
+        removals=removals,
+        seed=resolved.spec.seeds.first,
+        replicas=replicas,
+        shards=shards,
+    )
+    try:
+        verdict = prove(case, start)
+    except UnprovenError as error:
+        return {"refused": str(error)}
+    return {**verdict.json(), "replicas": replicas if verdict.engine.stack else 1}
+
+
+def _taken(verdict: Mapping[str, Any], key: str, start: Start) -> Proven:
+    if "refused" in verdict:
+        raise UnprovenError(str(verdict["refused"]))
+    engine = Engine(**{name: bool(verdict["engine"][name]) for name in ("replay", "fold", "stack")})
+    allowed = replace(
+        start,
+        engine=engine,
+        folds=start.folds and engine.fold,
+        graphs=start.graphs if engine.replay else None,
+    )
+    record = {"proof": key, "path": str(verdict["path"])}
+    return Proven(allowed, max(1, int(verdict["replicas"])), record)
+
+
+def _lines(verdict: Mapping[str, Any], device: str) -> tuple[str, ...]:
+    if "refused" in verdict:
+        return ()
+    return tuple(f"{line}: given up on {device}" for line in verdict["lines"])
+
+
+def _removals(sweep: Sweep, manifest: Manifest) -> tuple[Removal, ...]:
+    """The sweep's removals as index tuples; none if the store's manifest is another run's."""
+    stored = sweep.read_manifest()
+    return tuple(r.indices for r in stored.removals) if stored.digest == manifest.digest else ()
+
+
+def _shards(manifest: Manifest, removals: int) -> list[int]:
+    """The numbers of removals that a shard of the sweep has: most, and the last of a seed."""
+    size = min(size_of_shards(manifest), removals)
+    return sorted({size, removals % size or size})
+
+
+def _replicas(sweep: Sweep, resolved: Resolved, start: Start) -> int:
+    """Cells trained together: as the spec says, or measured once per device type and kept in the store."""
+    asked = resolved.spec.resources.replicas
+    if asked != "auto":
+        return asked
+    key = keys.replicas(sweep.name, resolved.manifest.digest, device_name(start.model.device))
+    for _ in range(2):
+        with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
+            return max(1, int(json.loads(sweep.store.get(key))["replicas"]))
+        # A shard's removals and its baseline are the most that can be trained together.
+        size, seconds = measure_stack_size(start, size_of_shards(resolved.manifest) + 1)
+        body = {"replicas": size, "seconds_per_replica_step": {str(k): v for k, v in seconds.items()}}
+        # The first to have measured decides for everybody.
+        if sweep.store.create(key, canonical(body).encode()):
+            return size
+    return size
+
+
+def verdicts(sweep: Sweep, manifest: Manifest) -> list[dict[str, Any]]:
+    """Every verdict of the sweep, as plain values; a record that is not one is passed over."""
+    records = []
+    for entry in sweep.store.list(keys.proof(sweep.name, manifest.digest)):
+        with contextlib.suppress(NotFound, ValueError, RecursionError):
+            values = json.loads(sweep.store.get(entry.key))
+            if isinstance(values, dict) and {"device"} < set(values):
+                records.append(values)
+    return records
