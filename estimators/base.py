@@ -1,19 +1,21 @@
-"""What an estimator is given and what it returns; estimators do no I/O and know nothing of sweeps or Ray.
+"""What an estimator is given, what it returns, and the loop over blocks of gradients that most of them share.
 
-Invariants: an estimate is float64, ``removal × eval``; positive means that removing the example raises g;
-gradients and curvature are taken at θᶠ in eval mode; the model of the problem is as it was when an estimate
-returns or raises.
+Estimators do no I/O and know nothing of sweeps or Ray. Invariants: an estimate is float64, ``removal × eval``; positive
+means that removing the example raises g; gradients and curvature are taken at θᶠ in eval mode; the model of the problem
+is as it was when an estimate returns or raises.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
+from fimo.estimators.operators.gradients import Layout, held_blocks, measure_gradients, removal_gradients
 from fimo.workers.errors import DivergedError, UsageError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel, Tensors
@@ -23,6 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 
+Notes: TypeAlias = dict[str, JSON]
+"""What a reader needs to judge the numbers: iterations, residuals, what was left out."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -30,10 +35,8 @@ class Problem:
 
     Attributes:
         model: the model at θᶠ; ``model.params`` are the P trainable scalars that gradients are taken of.
-        train, evals: training examples 𝒟 (n) and evaluation examples (E), on the model's device and in its
-            dtype.
-        removals: training indices of each removal (R); the training-side gradient of a group is the sum over
-            it.
+        train, evals: training examples 𝒟 (n) and evaluation examples (E), on the model's device and in its dtype.
+        removals: training indices of each removal (R); the training-side gradient of a group is the sum over it.
         further_training: the sweep's section, for estimators that depend on the amount of further training.
         seeds: the sweep's seeds, for ``unrolled``, which averages over them.
         displacement: step -> Δθ̂(𝒟), the baseline's mean displacement over seeds, for ``training_gradient``.
@@ -60,9 +63,9 @@ class Estimate:
     """An estimator's â.
 
     Attributes:
-        values: float64 (R, E), on the CPU; (steps, R, E) where ``steps`` is given.
+        values: float64 (R, E), on the CPU; (steps, R, E) if ``steps`` is given.
         steps: optimizer steps since θᶠ that the leading dimension runs over, for estimators of an amount.
-        notes: what a reader needs to judge the numbers: iterations, residuals, what was left out.
+        notes: see ``Notes``.
     """
 
     values: Tensor
@@ -74,13 +77,22 @@ class Estimator(Protocol):
     """A named choice of preconditioner and training-side gradient; hyper-parameters are dataclass fields."""
 
     name: ClassVar[str]
+    version: ClassVar[int]
 
     def params(self) -> dict[str, JSON]:
-        """Every hyper-parameter by name, defaults included: with ``name``, the identity of an estimate."""
+        """Every hyper-parameter by name, defaults included: with ``name`` and ``version``, what an estimate is of."""
+        ...
+
+    def follows_training(self) -> bool:
+        """Whether the values depend on the further-training section."""
+        ...
+
+    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """Those of the sweep's seeds that the values depend on."""
         ...
 
     def applies(self, problem: Problem) -> bool:
-        """Whether the estimator means something for the problem's model."""
+        """Whether the estimator means something for the problem (a model, its data and settings)."""
         ...
 
     def estimate(self, problem: Problem) -> Estimate:
@@ -94,9 +106,23 @@ class Hyperparameters:
 
     name: ClassVar[str]
 
+    version: ClassVar[int] = 1
+    """Raise it whenever the estimator's numbers change: kept estimates of another version are computed again."""
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that make no sense; a subclass calls its base's."""
+
     def params(self) -> dict[str, JSON]:
         """Every hyper-parameter by name, defaults included."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def follows_training(self) -> bool:
+        """Whether the values depend on the further-training section."""
+        return False
+
+    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """Those of the sweep's seeds that the values depend on."""
+        return ()
 
     def applies(self, problem: Problem) -> bool:
         """Whether the estimator means something for the problem (a model, its data and settings)."""
@@ -115,6 +141,66 @@ class Hyperparameters:
         """Set fields of the frozen dataclass, in ``__post_init__`` alone."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+
+Pair: TypeAlias = Callable[[Tensor], Tensor]
+"""Training-side rows (b, P) -> their values with k evaluation examples, (b, k) or (steps, b, k)."""
+
+TrainingSide: TypeAlias = Callable[[], Iterator[tuple[range, Tensor]]]
+"""Starts a pass over the removals in blocks: (which removals, their training-side rows (b, P))."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """An estimator's mathematics on one problem: how evaluation and training gradients make a value.
+
+    Attributes:
+        against: evaluation gradients, rows (k, P) -> the function that pairs training-side rows with them. What depends
+            on the evaluation gradients alone is done in the outer call, once a block.
+        training_side: the training-side rows; None = Σ_{i∈removal} ∇ℓ_i(θᶠ).
+        steps: what the leading dimension of the values runs over, if they have one.
+        rows_kept: rows of P scalars that ``against`` keeps for each evaluation gradient.
+    """
+
+    against: Callable[[Tensor], Pair]
+    training_side: TrainingSide | None = None
+    steps: tuple[int, ...] | None = None
+    rows_kept: int = 1
+
+
+@dataclass(frozen=True)
+class GradientEstimator(Hyperparameters):
+    """Base of the estimators that pair a training-side gradient with an evaluation gradient.
+
+    The loops over blocks stand here and nowhere else; a subclass gives ``pairing``. Evaluation gradients are taken
+    once; training-side gradients once as long as the evaluation gradients fit ``gradients.HELD``, and once more for
+    every further block.
+    """
+
+    @abstractmethod
+    def pairing(self, problem: Problem, notes: Notes) -> Pairing:
+        """How values are made at θᶠ; what a reader should know of it goes to ``notes``."""
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """(R, E), or (steps, R, E)."""
+        notes: Notes = {}
+        model, evals = problem.model, len(problem.evals)
+        with estimating(model):
+            pairing = self.pairing(problem, notes)
+            lead = () if pairing.steps is None else (len(pairing.steps),)
+            values = torch.zeros(*lead, len(problem.removals), evals, dtype=torch.float64)
+            training_side = pairing.training_side or (lambda: gradients_of_removals(problem))
+            for columns in held_blocks(evals, pairing.rows_kept * Layout.of(model.params).size):
+                pair = pairing.against(measure_gradients(model, problem.evals, columns))
+                for which, left in training_side():
+                    block = pair(left).double().cpu()
+                    values[..., which.start : which.stop, columns.start : columns.stop] = block
+        return Estimate(finite(values, self.name), pairing.steps, notes)
+
+
+def gradients_of_removals(problem: Problem, params: Tensors | None = None) -> Iterator[tuple[range, Tensor]]:
+    """Σ_{i∈removal} ∇ℓ_i for blocks of removals, at ``params`` (or θᶠ): (which, rows (b, P))."""
+    return removal_gradients(problem.model, problem.train, problem.removals, params)
 
 
 @contextmanager

@@ -1,5 +1,4 @@
-"""Influence by conjugate gradients: P = (C + λI)⁻¹, C the Gauss-Newton matrix or the Hessian of the mean
-loss.
+"""Influence by conjugate gradients: P = (C + λI)⁻¹, C the Gauss-Newton matrix or the Hessian of the mean loss.
 
 Source: Martens, Deep learning via Hessian-free optimization (2010), for CG on curvature products; Koh and
 Liang (2017), section 3, for influence.
@@ -11,10 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from fimo.estimators.base import JSON, Problem
-from fimo.estimators.influence import Influence, Notes, Preconditioner
-from fimo.estimators.operators.curvature import GaussNewton, Hessian
-from fimo.estimators.operators.spaces import Curvature, MatrixFree, Space, gauss_newton
+from fimo.estimators.base import JSON, Notes, Problem
+from fimo.estimators.influence import Influence, Preconditioner
+from fimo.estimators.operators.spaces import Space, make_curvature
 from fimo.workers.errors import DivergedError
 from torch import Tensor
 
@@ -47,7 +45,7 @@ class CG(Influence):
     def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
         """(C + λI)⁻¹, solved anew at each call."""
         damping = self.resolve_damping(problem)
-        curvature = make_curvature(problem, self.curvature)
+        curvature = make_curvature(problem.model, problem.train, self.curvature)
         notes["damping"] = damping
         solves: list[JSON] = []
         notes["solves"] = solves
@@ -60,13 +58,6 @@ class CG(Influence):
             return space.rows(x)
 
         return apply
-
-
-def make_curvature(problem: Problem, kind: Literal["gauss_newton", "hessian"]) -> Curvature:
-    """The curvature of the mean training loss at θᶠ."""
-    if kind == "hessian":
-        return MatrixFree(Hessian(problem.model, problem.train))
-    return gauss_newton(problem.model, GaussNewton(problem.model, problem.train))
 
 
 def conjugate_gradients(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from fimo.estimators.base import Problem, estimating
-from fimo.estimators.influence import Influence, Notes, Preconditioner
+from fimo.estimators.base import Notes, Problem, estimating
+from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, PerExample, loss_gradients
 from fimo.estimators.operators.output_functions import is_cross_entropy, is_scalar, labels, log_odds
@@ -29,7 +29,7 @@ TILE = 1024
 """Parameters whose rows of S are drawn together. Part of the definition of S: it decides which numbers are drawn."""
 
 CUTOFF = 1e-10
-"""Eigenvalues of SᵀΦᵀΦS below this fraction of the largest are taken as zero where λ = 0."""
+"""Eigenvalues of SᵀΦᵀΦS below this fraction of the largest are taken as zero if λ = 0."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TRAK(Influence):
         seed: of S.
 
     Cost: n + R + E backward passes and as many projections of P·d; S is drawn again for every block of gradients
-    where it has more than ``gradients.HELD`` entries.
+    if it has more than ``gradients.HELD`` entries.
     """
 
     name: ClassVar[str] = "trak"
@@ -87,7 +87,7 @@ class TRAK(Influence):
         return apply
 
     def resolve_damping(self, problem: Problem) -> float:
-        """λ; without a pass over 𝒟 where it is 0."""
+        """λ; without a pass over 𝒟 if it is 0."""
         return 0.0 if self.damping_scale == 0 else super().resolve_damping(problem)
 
     def _projection(self, problem: Problem) -> Projection:
@@ -117,7 +117,7 @@ def output_function(model: FunctionalModel, batch: Batch) -> PerExample:
 
 
 class Projection:
-    """Rows (k, P) -> (k, d) by S, and back by Sᵀ, S never in memory at once where it is large.
+    """Rows (k, P) -> (k, d) by S, and back by Sᵀ, S never in memory at once if it is large.
 
     The numbers of S depend on the seed, P and d alone, drawn on the CPU in tiles of ``TILE`` parameters.
     """

@@ -1,9 +1,8 @@
 """Curvature of the training loss as linear operators on rows (k, P), without ever forming a matrix.
 
-Invariant: an operator over indices I is the *mean* of the examples' curvatures over I, whatever the blocks
-that it is computed in, the ragged last one weighed by its size. (The inverse of a mean is not the mean of
-inverses.) All k right-hand sides go through one pass over the examples together. Damping is the solvers'
-affair.
+Invariant: an operator over indices I is the *mean* of the examples' curvatures over I. The blocks that it is computed
+in do not matter; a ragged last one weighs by its size. (The inverse of a mean is not the mean of inverses.) All k
+right-hand sides share one pass over the examples. Solvers add the damping.
 """
 
 from __future__ import annotations
@@ -78,8 +77,8 @@ class GaussNewton(_Mean):
 
         def apply(v: Tensors) -> Tensors:
             along = directional(outputs, model.params, v)[1]
-            found: Tensors = pull_back(directional(slope, out, along)[1])[0]
-            return found
+            image: Tensors = pull_back(directional(slope, out, along)[1])[0]
+            return image
 
         return apply
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
-from fimo.estimators.base import Problem
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.stacking.agreement import ReplicasAgree
@@ -27,7 +26,7 @@ HELD = 2**28
 """Scalars that an estimator may keep over a pass through the training examples (1 GiB in float32)."""
 
 BLOCK = 256
-"""Examples in a block at most: activations grow with the block even where the model has few parameters."""
+"""Examples in a block at most: activations grow with the block even if the model has few parameters."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,11 @@ class Layout:
     @property
     def slices(self) -> dict[str, slice]:
         """Where each parameter tensor lies."""
-        found, start = {}, 0
+        slices, start = {}, 0
         for name, shape in self.shapes.items():
-            found[name] = slice(start, start + shape.numel())
+            slices[name] = slice(start, start + shape.numel())
             start += shape.numel()
-        return found
+        return slices
 
     def rows(self, tensors: Tensors) -> Tensor:
         """Tensors with leading dimensions (…, *shape) as rows (…, P)."""
@@ -102,15 +101,15 @@ def each_example(
     randomness: Literal["error", "same"] = "error",
     reseed: Callable[[], object] | None = None,
 ) -> Out:
-    """``function`` of every example of a batch, stacked: vmapped, or one at a time where vmap refuses.
+    """``function`` of every example of a batch, stacked: vmapped, or one at a time if vmap refuses.
 
-    It refuses a forward that decides on its data (transformers asks whether there is any padding) where examples
-    decide differently.
+    It refuses a forward that decides on its data (transformers asks whether there is any padding) if examples decide
+    differently.
 
     Args:
         function: of one example, without its batch dimension; returns a pytree of tensors.
         randomness: "same" lets every example draw the same random numbers.
-        reseed: called before each example where they are taken one at a time, to the same end.
+        reseed: called before each example if they are taken one at a time, to the same end.
     """
     try:
         with ReplicasAgree():
@@ -126,8 +125,8 @@ def each_example(
         if reseed is not None:
             reseed()
         results.append(function(example))
-    found: Out = pytree.tree_map(lambda *leaves: torch.stack(leaves), *results)
-    return found
+    stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), *results)
+    return stacked
 
 
 def per_example(function: PerExample, params: Tensors, batch: Batch, layout: Layout) -> Tensor:
@@ -187,19 +186,23 @@ def unique(removals: Sequence[Sequence[int]]) -> list[int]:
 
 
 def removal_gradients(
-    problem: Problem, params: Tensors | None = None, loss: PerExample | None = None
+    model: FunctionalModel,
+    train: Examples,
+    removals: Sequence[Sequence[int]],
+    params: Tensors | None = None,
+    loss: PerExample | None = None,
 ) -> Iterator[tuple[range, Tensor]]:
     """Σ_{i∈removal} ∇ℓ_i for blocks of removals: (which, rows (b, P)).
 
     An index is differentiated once a block.
     """
-    model, layout = problem.model, Layout.of(problem.model.params)
+    layout = Layout.of(model.params)
     size = block_size(layout.size)
-    for start in range(0, len(problem.removals), size):
-        which = range(start, min(start + size, len(problem.removals)))
-        groups = [problem.removals[r] for r in which]
+    for start in range(0, len(removals), size):
+        which = range(start, min(start + size, len(removals)))
+        groups = [removals[r] for r in which]
         rows = torch.zeros(len(groups), layout.size, dtype=model.dtype, device=model.device)
-        for indices, gradients in loss_gradients(model, problem.train, unique(groups), params, loss):
+        for indices, gradients in loss_gradients(model, train, unique(groups), params, loss):
             here = set(indices)
             inside = [[i for i in group if i in here] for group in groups]
             rows += incidence(inside, indices).to(rows) @ gradients
@@ -216,3 +219,14 @@ def mean_square(model: FunctionalModel, examples: Examples) -> Tensor:
     for _, rows in loss_gradients(model, examples):
         total += torch.stack([rows[:, s].double().square().mean(dim=1).sum() for s in slices])
     return total / len(examples)
+
+
+def dot_products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of rows (b, P) and (k, P): (b, k)."""
+    return left @ right.T
+
+
+def cosines(left: Tensor, right: Tensor) -> Tensor:
+    """Cosines of rows (b, P) and (k, P), float64 (b, k); 0 if either row is 0."""
+    norms = left.double().norm(dim=1)[:, None] * right.double().norm(dim=1)
+    return torch.where(norms > 0, dot_products(left, right).double() / norms, 0)

@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from fimo.estimators.base import Problem
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
 from fimo.estimators.operators.spaces import linearised
-from fimo.workers.examples import Batch
+from fimo.workers.errors import UsageError
+from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel
 from torch import Tensor, nn
 
@@ -41,13 +41,13 @@ class Block(Protocol):
         ...
 
     def restore(self, coordinates: Tensor, into: Tensor) -> None:
-        """Write (k, m) back to where the block lies in rows (k, P)."""
+        """Write (k, m) back into the block's place in rows (k, P)."""
         ...
 
 
 @dataclass
 class LayerBlock:
-    """A Linear or Conv2d: weight (out, …) and, where it is trainable, bias (out,)."""
+    """A Linear or Conv2d: weight (out, …) and, if it is trainable, bias (out,)."""
 
     module: nn.Module
     weight: slice
@@ -115,10 +115,17 @@ class DenseBlock:
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """The whole approximation: its blocks, and the parameters that none of them covers."""
+    """The whole approximation.
+
+    Attributes:
+        blocks: its diagonal blocks.
+        left_out: names of the parameters that no block covers.
+        fisher: exact or sampled, whichever the pseudo-gradients were.
+    """
 
     blocks: list[Block]
     left_out: list[str]
+    fisher: str
 
     def apply(self, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """f(G̃) on rows (k, P), f given on eigenvalues; 0 for parameters that are left out."""
@@ -128,23 +135,45 @@ class Eigenbasis:
         return result
 
 
-def eigenbasis(problem: Problem, draw: Callable[[Batch], PseudoGradients], corrected: bool = True) -> Eigenbasis:
+def factorised(
+    model: FunctionalModel,
+    examples: Examples,
+    fisher: Literal["auto", "exact", "sampled"],
+    samples: int,
+    seed: int,
+) -> Eigenbasis:
+    """The factorisation with pseudo-gradients of the given kind; see ``PseudoGradients``.
+
+    Raises:
+        UsageError: no trainable parameter is covered.
+    """
+    basis = eigenbasis(model, examples, lambda batch: PseudoGradients(model, batch, fisher, samples, seed))
+    if not basis.blocks:
+        raise UsageError("EK-FAC: the model has no Linear, Conv2d or small trainable tensor to cover")
+    return basis
+
+
+def eigenbasis(
+    model: FunctionalModel,
+    examples: Examples,
+    draw: Callable[[Batch], PseudoGradients],
+    corrected: bool = True,
+) -> Eigenbasis:
     """Two passes over 𝒟, one for the eigenvectors and one for the eigenvalues.
 
     Args:
         draw: makes the source of vectors at the outputs, given a first batch.
         corrected: False keeps K-FAC's own eigenvalues, products of those of its factors.
     """
-    model, examples = problem.model, problem.train
     layers, others = _layers(model)
     size = gradients.block_size(max([layer.out for layer in layers], default=1) * 512)
     source = draw(examples.batch(range(min(8, len(examples)))))
-    _factor(layers, _passes(model, problem, layers, source, size), len(examples))
+    _factor(layers, _passes(model, examples, layers, source, size), len(examples))
     if corrected:
         source.restart()
-        _correct(layers, _passes(model, problem, layers, source, size), len(examples))
-    dense, left_out = _dense(problem, others)
-    return Eigenbasis([*layers, *dense], left_out)
+        _correct(layers, _passes(model, examples, layers, source, size), len(examples))
+    dense, left_out = _dense(model, examples, others)
+    return Eigenbasis([*layers, *dense], left_out, source.fisher)
 
 
 def _layers(model: FunctionalModel) -> tuple[list[LayerBlock], list[str]]:
@@ -176,18 +205,18 @@ Seen = list[tuple[LayerBlock, Tensor, list[Tensor]]]
 
 
 def _passes(
-    model: FunctionalModel, problem: Problem, layers: list[LayerBlock], source: PseudoGradients, size: int
+    model: FunctionalModel, examples: Examples, layers: list[LayerBlock], source: PseudoGradients, size: int
 ) -> Iterator[Seen]:
-    for _, batch in problem.train.batches(size):
+    for _, batch in examples.batches(size):
         with _watched(layers) as calls, torch.enable_grad():
             outputs = model.outputs(model.params, batch)
             targets = [out for _, _, out in calls]
-            found: list[list[Tensor]] = [[] for _ in calls]
+            of_calls: list[list[Tensor]] = [[] for _ in calls]
             for s in source(outputs.detach(), batch) if outputs.requires_grad else ():
                 grads = torch.autograd.grad(outputs, targets, s, retain_graph=True, allow_unused=True)
-                for (layer, _, out), g, into in zip(calls, grads, found, strict=True):
+                for (layer, _, out), g, into in zip(calls, grads, of_calls, strict=True):
                     into.append(layer.outputs(torch.zeros_like(out) if g is None else g))
-        yield [(layer, a, gs) for (layer, a, _), gs in zip(calls, found, strict=True)]
+        yield [(layer, a, gs) for (layer, a, _), gs in zip(calls, of_calls, strict=True)]
 
 
 @contextmanager
@@ -277,20 +306,20 @@ def _second_moment(g: Tensor, a: Tensor) -> Tensor:
     return torch.einsum("bto,bti->boi", g, a).square().sum(dim=0, dtype=torch.float64)
 
 
-def _dense(problem: Problem, names: list[str]) -> tuple[list[Block], list[str]]:
+def _dense(model: FunctionalModel, examples: Examples, names: list[str]) -> tuple[list[Block], list[str]]:
     """Exact blocks of the small tensors among ``names``, and the names of the others."""
-    model, slices = problem.model, Layout.of(problem.model.params).slices
+    slices = Layout.of(model.params).slices
     small = {name: model.params[name] for name in names if model.params[name].numel() <= EXACT}
     squares = {name: torch.zeros((), dtype=torch.float64, device=model.device) for name in small}
     layout = Layout.of(small)
     if small:
-        for _, batch in problem.train.batches(gradients.block_size(layout.size)):
+        for _, batch in examples.batches(gradients.block_size(layout.size)):
             jacobian, weights = linearised(model, batch, small)
             for name, where in layout.slices.items():
                 j = jacobian[:, where].double().reshape(*weights.shape[:2], -1)
                 squares[name] = squares[name] + torch.einsum("boi,bop,bpj->ij", j, weights.double(), j)
     blocks: list[Block] = []
     for name, square in squares.items():
-        values, vectors = torch.linalg.eigh(square / len(problem.train))
+        values, vectors = torch.linalg.eigh(square / len(examples))
         blocks.append(DenseBlock(slices[name], values.clamp(min=0), vectors.to(model.dtype)))
     return blocks, [name for name in names if name not in small]

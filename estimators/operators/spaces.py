@@ -1,26 +1,24 @@
-"""Where a solver's vectors live: P coordinates, or an exact compression to the rank of the Gauss-Newton
-matrix.
+"""The space that a solver's vectors live in: P coordinates, or an exact compression to the rank of Gauss-Newton.
 
-With n examples of o outputs each, G = Jᵀ S J has rank at most N = n·o. Where N × P scalars may be held, J is
-factored once, Jᵀ = B R with BᵀB = I, so that on v = B z + v⊥
+With n examples of o outputs each, G = Jᵀ S J has rank at most N = n·o. If N × P scalars may be held, J is factored
+once, Jᵀ = B R with BᵀB = I. Then on v = B z + v⊥
 
     G v = B (R S Rᵀ) z + 0 · v⊥,
 
-and a Krylov or Neumann iteration from v has the very same iterates in the min(N, P) + 1 coordinates (z,
-‖v⊥‖), with the ordinary inner product. An iteration then costs N² a right-hand side instead of passes through
-the model.
+and a Krylov or Neumann iteration from v has the very same iterates in the min(N, P) + 1 coordinates (z, ‖v⊥‖), with
+the ordinary inner product. An iteration then costs N² a right-hand side instead of passes through the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from fimo.estimators.operators import gradients
-from fimo.estimators.operators.curvature import GaussNewton, Operator
+from fimo.estimators.operators.curvature import GaussNewton, Hessian, Operator
 from fimo.estimators.operators.gradients import Layout, each_example, over_examples, single
-from fimo.workers.examples import Batch
+from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 from torch import Tensor
 from torch.func import hessian, jacrev, vmap
@@ -134,8 +132,8 @@ class _CompressedSpace:
 
     def rows(self, x: Tensor) -> Tensor:
         inside, outside = x[:, :-1].to(self._outside), x[:, -1:].to(self._outside)
-        found: Tensor = inside @ self._curvature.basis.T + outside * self._outside
-        return found
+        restored: Tensor = inside @ self._curvature.basis.T + outside * self._outside
+        return restored
 
 
 def linearised(model: FunctionalModel, batch: Batch, params: Tensors) -> tuple[Tensor, Tensor]:
@@ -149,8 +147,8 @@ def linearised(model: FunctionalModel, batch: Batch, params: Tensors) -> tuple[T
         def outputs(some: Tensors) -> Tensor:
             return single(model.outputs)({**model.params, **some}, example).flatten()
 
-        found: Tensors = jacrev(outputs)(params)
-        return found
+        jacobian: Tensors = jacrev(outputs)(params)
+        return jacobian
 
     jacobian = each_example(jacobian_of, batch)
     rows = Layout.of(params).rows(jacobian).flatten(0, 1).detach()
@@ -167,8 +165,8 @@ def output_hessians(model: FunctionalModel, outputs: Tensor, batch: Batch) -> Te
         flat: Tensor = hessian(loss)(out)
         return flat.reshape(out.numel(), out.numel())
 
-    found: Tensor = vmap(square, in_dims=(0, over_examples(batch)))(outputs.detach(), batch)
-    return found.detach()
+    squares: Tensor = vmap(square, in_dims=(0, over_examples(batch)))(outputs.detach(), batch)
+    return squares.detach()
 
 
 def outputs_per_example(operator: Operator) -> int:
@@ -177,9 +175,12 @@ def outputs_per_example(operator: Operator) -> int:
     return operator.model.outputs(operator.model.params, batch).numel()
 
 
-def gauss_newton(model: FunctionalModel, operator: GaussNewton) -> Curvature:
-    """The Gauss-Newton matrix, compressed where its Jacobian may be held and its rank is moderate."""
-    rank = len(operator.examples) * outputs_per_example(operator)
+def make_curvature(model: FunctionalModel, examples: Examples, kind: Literal["gauss_newton", "hessian"]) -> Curvature:
+    """The curvature of the mean loss; Gauss-Newton compressed if its Jacobian may be held and its rank is moderate."""
+    if kind == "hessian":
+        return MatrixFree(Hessian(model, examples))
+    operator = GaussNewton(model, examples)
+    rank = len(examples) * outputs_per_example(operator)
     size = Layout.of(model.params).size
     held = rank * size <= gradients.HELD and min(rank, size) <= LARGEST
     return Compressed(operator) if held else MatrixFree(operator)
