@@ -8,6 +8,7 @@ is as it was when an estimate returns or raises.
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
+import torch.utils.checkpoint
 from fimo.estimators.operators.gradients import Layout, held_blocks, measure_gradients, removal_gradients
-from fimo.workers.errors import DivergedError, UsageError
+from fimo.estimators.operators.plain import PlainOperations
+from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.settings import FurtherTraining
@@ -198,16 +201,78 @@ class GradientEstimator(Hyperparameters):
         return Estimate(finite(values, self.name), pairing.steps, notes)
 
 
-def gradients_of_removals(problem: Problem, params: Tensors | None = None) -> Iterator[tuple[range, Tensor]]:
-    """Σ_{i∈removal} ∇ℓ_i for blocks of removals, at ``params`` (or θᶠ): (which, rows (b, P))."""
-    return removal_gradients(problem.model, problem.train, problem.removals, params)
+def gradients_of_removals(
+    problem: Problem, params: Tensors | None = None, along: Tensors | None = None
+) -> Iterator[tuple[range, Tensor]]:
+    """Σ_{i∈removal} ∇ℓ_i for blocks of removals, at ``params`` (or θᶠ): (which, rows (b, P)).
+
+    ``along`` adds Σ_{i∈removal} ∇²ℓ_i times a displacement.
+    """
+    return removal_gradients(problem.model, problem.train, problem.removals, params, along)
 
 
 @contextmanager
 def estimating(model: FunctionalModel) -> Iterator[None]:
-    """Eval mode, and attention that can be differentiated twice and forwards (math), for the body alone."""
-    with model.mode("eval"), sdpa_kernel(SDPBackend.MATH):
-        yield
+    """Eval mode, and operations that can be vmapped and differentiated twice and forwards, for the body alone.
+
+    Attention is by plain matrix products, in torch's transformer layers too; for the rest see ``PlainOperations``.
+
+    Raises:
+        WorkloadError: torch cannot take a derivative of an operation of the model.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with model.mode("eval"), sdpa_kernel(SDPBackend.MATH), PlainOperations():
+            yield
+    except RuntimeError as error:
+        line = not_differentiable(error)
+        if line is None:
+            raise
+        raise WorkloadError(line) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+CHECKPOINTING = (
+    "estimators cannot differentiate through activation checkpointing (torch.utils.checkpoint): turn it off in the "
+    "workload's model (model.gradient_checkpointing_disable() in transformers)"
+)
+NO_DERIVATIVE = (
+    "estimators need a derivative that torch lacks for an operation of the model: write it with other operations, or "
+    "leave this estimator out; torch says: "
+)
+UNDIFFERENTIABLE = {
+    "saved tensor hooks": CHECKPOINTING,
+    "torch.utils.checkpoint": CHECKPOINTING,
+    "Checkpointing is not compatible": CHECKPOINTING,
+    "CheckpointFunction": CHECKPOINTING,
+    "autograd.Function with functorch transforms": NO_DERIVATIVE,
+    "forward AD": NO_DERIVATIVE,
+    "forward mode AD": NO_DERIVATIVE,
+    "derivative for": NO_DERIVATIVE,
+    "'Sparse": NO_DERIVATIVE,
+    "vmap": NO_DERIVATIVE,
+    "Batching rule": NO_DERIVATIVE,
+}
+"""What torch's refusals to differentiate say, and what a user can do about them."""
+
+
+def not_differentiable(error: RuntimeError) -> str | None:
+    """The one line for an error of torch's that says that an operation cannot be differentiated; None for others."""
+    text = str(error)
+    if "setup_context" in text and _inside_checkpoint(error):
+        return CHECKPOINTING
+    first = (text.strip().splitlines() or [""])[0]
+    for words, mend in UNDIFFERENTIABLE.items():
+        if words in text:
+            return mend + first[:160] if mend is NO_DERIVATIVE else mend
+    return None
+
+
+def _inside_checkpoint(error: RuntimeError) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename == torch.utils.checkpoint.__file__ for frame in frames)
 
 
 def finite(values: Tensor, what: str) -> Tensor:

@@ -15,7 +15,7 @@ by Δθ̂(𝒟).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -31,9 +31,8 @@ from fimo.estimators.base import (
     gradients_of_removals,
 )
 from fimo.estimators.damping import Damped
-from fimo.estimators.operators.gradients import Layout, directional, dot_products, loss_gradients, removal_gradients
+from fimo.estimators.operators.gradients import Layout, dot_products, loss_gradients
 from fimo.workers.errors import UsageError
-from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors
 from torch import Tensor
 
@@ -91,14 +90,7 @@ class Influence(Damped, GradientEstimator):
         if self.training_gradient == "further":
             return partial(gradients_of_removals, problem, {n: p + moved[n] for n, p in model.params.items()})
 
-        def with_slope(params: Tensors, batch: Batch) -> Tensor:
-            loss, slope = directional(lambda p: model.loss(p, batch), params, moved)
-            return loss + slope
-
-        def corrected() -> Iterator[tuple[range, Tensor]]:
-            return removal_gradients(model, problem.train, problem.removals, loss=with_slope)
-
-        return corrected
+        return partial(gradients_of_removals, problem, along=moved)
 
     def displacement(self, problem: Problem, precondition: Preconditioner) -> Tensors:
         """Δθ̂(𝒟) by parameter name.

@@ -28,7 +28,7 @@ import torch
 from fimo.estimators.amounts import recorded_steps, settings_of
 from fimo.estimators.base import JSON, Estimate, Hyperparameters, Problem, estimating, finite
 from fimo.estimators.operators import gradients
-from fimo.estimators.operators.gradients import Layout, directional, measure_gradients
+from fimo.estimators.operators.gradients import Layout, directional, each_example, measure_gradients
 from fimo.estimators.operators.optimizers import State
 from fimo.estimators.operators.trajectory import Point, Step, Trajectory
 from fimo.workers.errors import UsageError
@@ -159,7 +159,7 @@ def _measured(problem: Problem, trajectory: Trajectory, point: Point, moved: Ten
             return directional(lambda p: model.measure(layout.tensors(p), batch), point.params, row)[1]
 
         together = max(1, gradients.STREAM // layout.size)
-        columns.append(torch.cat([vmap(along)(part) for part in moved.split(together)]).detach())
+        columns.append(torch.cat([each_example(along, part) for part in moved.split(together)]).detach())
     return torch.cat(columns, dim=1).to("cpu", torch.float64)
 
 

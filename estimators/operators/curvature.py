@@ -12,11 +12,11 @@ from typing import Protocol
 
 import torch
 from fimo.estimators.operators import gradients
-from fimo.estimators.operators.gradients import Layout, directional
+from fimo.estimators.operators.gradients import Layout, directional, each_example
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 from torch import Tensor
-from torch.func import grad, vjp, vmap
+from torch.func import grad, vjp
 
 PASS = 64
 """Examples that go through the model at once: with k tangents their activations are k-fold."""
@@ -47,7 +47,7 @@ class _Mean:
             product = self.product(batch)
             for start in range(0, len(rows), together):
                 some = self.layout.tensors(rows[start : start + together])
-                total[start : start + together] += self.layout.rows(vmap(product)(some)).detach()
+                total[start : start + together] += self.layout.rows(each_example(product, some)).detach()
         return total / count
 
     def product(self, batch: Batch) -> Callable[[Tensors], Tensors]:

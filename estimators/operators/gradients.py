@@ -65,7 +65,7 @@ class Layout:
     def tensors(self, rows: Tensor) -> Tensors:
         """Rows (…, P) as tensors (…, *shape)."""
         lead = rows.shape[:-1]
-        return {n: rows[..., s].reshape(*lead, *self.shapes[n]) for n, s in self.slices.items()}
+        return {n: rows[..., s].reshape((*lead, *self.shapes[n])) for n, s in self.slices.items()}
 
 
 def block_size(scalars: int, budget: int | None = None) -> int:
@@ -104,7 +104,8 @@ def each_example(
     """``function`` of every example of a batch, stacked: vmapped, or one at a time if vmap refuses.
 
     It refuses a forward that decides on its data (transformers asks whether there is any padding) if examples decide
-    differently.
+    differently, and operations that write in place or have no batching rule. A mistake of the workload's own is raised
+    by the first example.
 
     Args:
         function: of one example, without its batch dimension; returns a pytree of tensors.
@@ -115,9 +116,10 @@ def each_example(
         with ReplicasAgree():
             stacked: Out = vmap(function, in_dims=(over_examples(batch),), randomness=randomness)(batch)
             return stacked
-    except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        pass  # vmap's refusals have no class of their own, nor a common message.
     count = next(len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
     results = []
     for position in range(count):
@@ -129,10 +131,24 @@ def each_example(
     return stacked
 
 
-def per_example(function: PerExample, params: Tensors, batch: Batch, layout: Layout) -> Tensor:
-    """Gradients of ``function`` for every example of a batch, rows (B, P): one forward and backward each."""
+def per_example(
+    function: PerExample, params: Tensors, batch: Batch, layout: Layout, along: Tensors | None = None
+) -> Tensor:
+    """Gradients of ``function`` for every example of a batch, rows (B, P): one forward and backward each.
+
+    Args:
+        along: a displacement d; the rows are then ∇f + ∇²f d, by forward over reverse. (Reverse over forward, the
+            gradient of f + ∇fᵀd, is the same in exact arithmetic, but torch has it wrong on LayerNorm.)
+    """
     slope = grad(single(function))
-    return layout.rows(each_example(lambda example: slope(params, example), batch)).detach()
+
+    def row(example: Batch) -> Tensor:
+        if along is None:
+            return layout.rows(slope(params, example))
+        own, change = directional(lambda at: slope(at, example), params, along)
+        return layout.rows(own) + layout.rows(change)
+
+    return each_example(row, batch).detach()
 
 
 def loss_gradients(
@@ -141,11 +157,15 @@ def loss_gradients(
     indices: Sequence[int] | None = None,
     params: Tensors | None = None,
     loss: PerExample | None = None,
+    along: Tensors | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """∇ℓ_j in blocks (indices, rows (b, P)), at ``params`` (or θᶠ), of ``loss`` (or the workload's)."""
+    """∇ℓ_j in blocks (indices, rows (b, P)), at ``params`` (or θᶠ), of ``loss`` (or the workload's).
+
+    ``along``: see ``per_example``.
+    """
     layout, at = Layout.of(model.params), model.params if params is None else params
     for block, batch in examples.batches(block_size(layout.size), indices):
-        yield block, per_example(model.loss if loss is None else loss, at, batch, layout)
+        yield block, per_example(model.loss if loss is None else loss, at, batch, layout, along)
 
 
 def measure_gradients(
@@ -190,11 +210,11 @@ def removal_gradients(
     train: Examples,
     removals: Sequence[Sequence[int]],
     params: Tensors | None = None,
-    loss: PerExample | None = None,
+    along: Tensors | None = None,
 ) -> Iterator[tuple[range, Tensor]]:
     """Σ_{i∈removal} ∇ℓ_i for blocks of removals: (which, rows (b, P)).
 
-    An index is differentiated once a block.
+    An index is differentiated once a block. ``along``: see ``per_example``.
     """
     layout = Layout.of(model.params)
     size = block_size(layout.size)
@@ -202,7 +222,7 @@ def removal_gradients(
         which = range(start, min(start + size, len(removals)))
         groups = [removals[r] for r in which]
         rows = torch.zeros(len(groups), layout.size, dtype=model.dtype, device=model.device)
-        for indices, gradients in loss_gradients(model, train, unique(groups), params, loss):
+        for indices, gradients in loss_gradients(model, train, unique(groups), params, along=along):
             here = set(indices)
             inside = [[i for i in group if i in here] for group in groups]
             rows += incidence(inside, indices).to(rows) @ gradients

@@ -208,8 +208,10 @@ def _passes(
     model: FunctionalModel, examples: Examples, layers: list[LayerBlock], source: PseudoGradients, size: int
 ) -> Iterator[Seen]:
     for _, batch in examples.batches(size):
-        with _watched(layers) as calls, torch.enable_grad():
+        with _watched(layers) as watched, torch.enable_grad():
             outputs = model.outputs(model.params, batch)
+            # A checkpointed layer is called again by the backward pass.
+            calls = list(watched)
             targets = [out for _, _, out in calls]
             of_calls: list[list[Tensor]] = [[] for _ in calls]
             for s in source(outputs.detach(), batch) if outputs.requires_grad else ():

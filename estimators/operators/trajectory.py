@@ -179,8 +179,7 @@ class Trajectory:
         what: Literal["batch", "removed"] = "batch",
     ) -> Tensor:
         with self._forward(number, what):
-            images: Tensor = vmap(function, randomness="same")(rows)
-            return images.detach()
+            return each_example(function, rows, "same", partial(self._reseed, number, what)).detach()
 
     def change_gradients(self, point: Point, step: Step) -> Tensor:
         """∇q_s at the point for every removal, rows (R, P)."""
