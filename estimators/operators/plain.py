@@ -1,8 +1,9 @@
 """Operations that torch cannot ``vmap`` or differentiate forwards, replaced by plain ones with the same numbers.
 
-torch's recurrent layers write in place under ``vmap``; weight normalisation and embedding bags have no forward-mode
-derivative, and the former's double backward is wrong by percents; sparse gradients have no rows. Inside ``PlainOperations`` a model that calls them runs as before, to
-rounding, and every derivative that an estimator takes exists.
+torch's recurrent layers write in place under ``vmap``. Weight normalisation and embedding bags have no forward-mode
+derivative, and the double backward of the former is off by percents. Sparse gradients have no rows. Inside
+``PlainOperations`` a model that calls them runs as before, to rounding, and every derivative that an estimator takes
+exists.
 
 Covers ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` on padded tensors without dropout between layers, projections and packed
 sequences excepted; ``weight_norm``; ``nn.Embedding(sparse=True)``; ``nn.EmbeddingBag`` of two-dimensional input by sum

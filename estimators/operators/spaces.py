@@ -28,7 +28,10 @@ LARGEST = 4096
 
 
 class Space(Protocol):
-    """Coordinates (k, d) of k vectors, and a curvature acting on them."""
+    """Coordinates (k, d) of k vectors, float64, and a curvature acting on them.
+
+    Float64 because a small damping magnifies every rounding of a solver's by the condition number.
+    """
 
     start: Tensor
 
@@ -37,7 +40,7 @@ class Space(Protocol):
         ...
 
     def rows(self, x: Tensor) -> Tensor:
-        """Coordinates (k, d) as rows (k, P)."""
+        """Coordinates (k, d) as rows (k, P), in the model's dtype."""
         ...
 
 
@@ -50,18 +53,19 @@ class Curvature(Protocol):
 
 
 class Plain:
-    """P coordinates: the rows themselves and an operator on them."""
+    """P coordinates: the rows themselves, in float64, and an operator on them in the model's dtype."""
 
     def __init__(self, operator: Operator, rows: Tensor) -> None:
-        self._operator, self.start = operator, rows
+        self._operator, self._dtype = operator, rows.dtype
+        self.start = rows.double()
 
     def apply(self, x: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """See ``Space``."""
-        return self._operator(x, indices)
+        return self._operator(x.to(self._dtype), indices).double()
 
     def rows(self, x: Tensor) -> Tensor:
         """See ``Space``."""
-        return x
+        return x.to(self._dtype)
 
 
 class MatrixFree:
@@ -78,7 +82,7 @@ class MatrixFree:
 class Compressed:
     """The Gauss-Newton matrix of all training examples in an orthonormal basis of its range; see the module.
 
-    Coordinates are float64; the basis (P, r) is in the model's dtype.
+    The basis (P, r) is float64 too: one of float32 is orthonormal to 1e-7 alone, which a small damping magnifies.
     """
 
     def __init__(self, operator: GaussNewton) -> None:
@@ -87,13 +91,13 @@ class Compressed:
         size = gradients.block_size(Layout.of(model.params).size * outputs_per_example(operator))
         for _, batch in examples.batches(size):
             rows, square = linearised(model, batch, model.params)
-            jacobians.append(rows)
+            jacobians.append(rows.double())
             weights.append(square)
         # (n, o, o): each example's ∂²ℓ/∂outputs².
         self.weights = torch.cat(weights).double()
         self.basis, triangle = torch.linalg.qr(torch.cat(jacobians).T)
         rank, (n, o) = len(triangle), self.weights.shape[:2]
-        self.factor = triangle.double().reshape(rank, n, o)
+        self.factor = triangle.reshape(rank, n, o)
         self.all = self._over(list(range(n)))
 
     def _over(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -115,12 +119,13 @@ class Compressed:
 
 class _CompressedSpace:
     def __init__(self, curvature: Compressed, rows: Tensor) -> None:
-        inside = rows @ curvature.basis
-        self._outside = rows - inside @ curvature.basis.T
-        length = self._outside.double().norm(dim=1, keepdim=True)
-        self._outside /= length.clamp_min(torch.finfo(rows.dtype).tiny).to(rows)
+        wide, self._dtype = rows.double(), rows.dtype
+        inside = wide @ curvature.basis
+        self._outside = wide - inside @ curvature.basis.T
+        length = self._outside.norm(dim=1, keepdim=True)
+        self._outside /= length.clamp_min(torch.finfo(rows.dtype).tiny)
         self._curvature, self._matrix = curvature, curvature.matrix
-        self.start = torch.cat([inside.double(), length], dim=1)
+        self.start = torch.cat([inside, length], dim=1)
 
     def apply(self, x: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         if indices is None:
@@ -131,9 +136,8 @@ class _CompressedSpace:
         return torch.cat([inside, torch.zeros_like(x[:, -1:])], dim=1)
 
     def rows(self, x: Tensor) -> Tensor:
-        inside, outside = x[:, :-1].to(self._outside), x[:, -1:].to(self._outside)
-        restored: Tensor = inside @ self._curvature.basis.T + outside * self._outside
-        return restored
+        restored: Tensor = x[:, :-1] @ self._curvature.basis.T + x[:, -1:] * self._outside
+        return restored.to(self._dtype)
 
 
 def linearised(model: FunctionalModel, batch: Batch, params: Tensors) -> tuple[Tensor, Tensor]:
@@ -182,5 +186,6 @@ def make_curvature(model: FunctionalModel, examples: Examples, kind: Literal["ga
     operator = GaussNewton(model, examples)
     rank = len(examples) * outputs_per_example(operator)
     size = Layout.of(model.params).size
-    held = rank * size <= gradients.HELD and min(rank, size) <= LARGEST
+    scalars = rank * size * (torch.float64.itemsize // model.dtype.itemsize)
+    held = scalars <= gradients.HELD and min(rank, size) <= LARGEST
     return Compressed(operator) if held else MatrixFree(operator)
