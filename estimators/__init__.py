@@ -18,10 +18,11 @@ from fimo.estimators.grad_cos import GradCos
 from fimo.estimators.grad_dot import GradDot
 from fimo.estimators.lissa import LiSSA, LiSSAH
 from fimo.estimators.lissa_matched import LiSSAMatched
+from fimo.estimators.operators.kronecker import coverage
 from fimo.estimators.trak import TRAK
 from fimo.estimators.unrolled import Unrolled
 
-__all__ = ["REGISTRY", "Estimate", "Estimator", "Problem", "defaults", "parse"]
+__all__ = ["REGISTRY", "Estimate", "Estimator", "Problem", "choose", "coverage", "defaults", "left_out", "parse"]
 
 REGISTRY: dict[str, type[Any]] = {
     kind.name: kind
@@ -43,7 +44,24 @@ def parse(entry: str | Mapping[str, Any]) -> list[Estimator]:
     return parse_entry(REGISTRY, entry)
 
 
+def choose(problem: Problem) -> tuple[list[Estimator], list[tuple[str, str]]]:
+    """The estimators that run if a spec names none, and the others of ``DEFAULTS`` as (name, why not)."""
+    chosen, others = [], []
+    for name in DEFAULTS:
+        for estimator in parse(name):
+            reason = estimator.refuses(problem)
+            if reason is None:
+                chosen.append(estimator)
+            else:
+                others.append((name, reason))
+    return chosen, others
+
+
 def defaults(problem: Problem) -> list[Estimator]:
     """The estimators that run if a spec names none: of ``DEFAULTS``, those that apply to the problem."""
-    named = [estimator for name in DEFAULTS for estimator in parse(name)]
-    return [estimator for estimator in named if estimator.applies(problem)]
+    return choose(problem)[0]
+
+
+def left_out(problem: Problem) -> list[tuple[str, str]]:
+    """(name, why not) of the ``DEFAULTS`` that do not apply to the problem."""
+    return choose(problem)[1]

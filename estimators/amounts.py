@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fimo.estimators.base import GradientEstimator, Hyperparameters, Problem
+from fimo.estimators.base import GradientEstimator, Hyperparameters, Problem, flat_loss
 from fimo.workers import batches
 from fimo.workers.errors import UsageError
 from fimo.workers.settings import FurtherTraining, Optimizer
+
+NEEDS_TRAINING = "depends on the amount and needs the further_training section"
 
 
 def settings_of(estimator: Hyperparameters, problem: Problem) -> FurtherTraining:
@@ -17,7 +19,7 @@ def settings_of(estimator: Hyperparameters, problem: Problem) -> FurtherTraining
         UsageError: the problem has none.
     """
     if problem.further_training is None:
-        raise UsageError(f"estimator {estimator.name}: depends on the amount and needs the further_training section")
+        raise UsageError(f"estimator {estimator.name}: {NEEDS_TRAINING}")
     return problem.further_training
 
 
@@ -39,18 +41,18 @@ class SGDMatched(GradientEstimator):
         """The optimizer and the recorded steps decide the values."""
         return True
 
-    def applies(self, problem: Problem) -> bool:
-        """Whether further training is SGD, unclipped."""
+    def unsuited(self, problem: Problem) -> str | None:
+        """Further training is not unclipped SGD, or the loss has no curvature in the outputs."""
         settings = problem.further_training
-        return settings is not None and linear(settings.optimizer) and settings.clip_norm is None
+        if settings is None:
+            return NEEDS_TRAINING
+        if not linear(settings.optimizer):
+            return "follows SGD alone, not " + settings.optimizer.name
+        if settings.clip_norm is not None:
+            return "clipping is not linear; leave clip_norm out or use unrolled"
+        return super().unsuited(problem) or flat_loss(problem)
 
     def followed(self, problem: Problem) -> tuple[FurtherTraining, tuple[int, ...]]:
-        """The further-training section and its recorded steps.
-
-        Raises:
-            UsageError: no further-training section, another optimizer than SGD, or clipping.
-        """
+        """The further-training section and its recorded steps."""
         settings = settings_of(self, problem)
-        self.require(linear(settings.optimizer), "follows SGD alone, not " + settings.optimizer.name)
-        self.require(settings.clip_norm is None, "clipping is not linear; leave clip_norm out or use unrolled")
         return settings, recorded_steps(problem, settings)

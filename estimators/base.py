@@ -17,7 +17,14 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 import torch.utils.checkpoint
-from fimo.estimators.operators.gradients import Layout, held_blocks, measure_gradients, removal_gradients
+from fimo.estimators.operators.gradients import (
+    Layout,
+    held_blocks,
+    loss_gradients,
+    measure_gradients,
+    removal_gradients,
+)
+from fimo.estimators.operators.output_functions import is_flat
 from fimo.estimators.operators.plain import PlainOperations
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
@@ -94,8 +101,12 @@ class Estimator(Protocol):
         """Those of the sweep's seeds that the values depend on."""
         ...
 
+    def refuses(self, problem: Problem) -> str | None:
+        """Why the estimator means nothing for the problem (model, data and settings), in a line; None = it does."""
+        ...
+
     def applies(self, problem: Problem) -> bool:
-        """Whether the estimator means something for the problem (a model, its data and settings)."""
+        """Whether the estimator means something for the problem."""
         ...
 
     def estimate(self, problem: Problem) -> Estimate:
@@ -127,9 +138,22 @@ class Hyperparameters:
         """Those of the sweep's seeds that the values depend on."""
         return ()
 
+    def unsuited(self, problem: Problem) -> str | None:
+        """Why the estimator means nothing for the problem, in a line; None = it does. A subclass gives its reasons."""
+        return None
+
+    def refuses(self, problem: Problem) -> str | None:
+        """``unsuited``, or what keeps the model from being differentiated at all."""
+        return self.unsuited(problem) or undifferentiable(problem)
+
     def applies(self, problem: Problem) -> bool:
         """Whether the estimator means something for the problem (a model, its data and settings)."""
-        return True
+        return self.refuses(problem) is None
+
+    def refuse_unsuited(self, problem: Problem) -> None:
+        """Refuse a problem (UsageError) for which the estimator means nothing."""
+        reason = self.unsuited(problem)
+        self.require(reason is None, reason or "")
 
     def require(self, condition: bool, message: str) -> None:
         """Refuse a hyper-parameter.
@@ -185,7 +209,12 @@ class GradientEstimator(Hyperparameters):
         """How values are made at θᶠ; what a reader should know of it goes to ``notes``."""
 
     def estimate(self, problem: Problem) -> Estimate:
-        """(R, E), or (steps, R, E)."""
+        """(R, E), or (steps, R, E).
+
+        Raises:
+            UsageError: the estimator means nothing for the problem; see ``refuses``.
+        """
+        self.refuse_unsuited(problem)
         notes: Notes = {}
         model, evals = problem.model, len(problem.evals)
         with estimating(model):
@@ -232,6 +261,29 @@ def estimating(model: FunctionalModel) -> Iterator[None]:
         raise WorkloadError(line) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def flat_loss(problem: Problem) -> str | None:
+    """Why there is no Gauss-Newton matrix to precondition with; None if there is one."""
+    with estimating(problem.model):
+        flat = is_flat(problem.model, problem.train)
+    return FLAT if flat else None
+
+
+FLAT = (
+    "the loss has no curvature in the outputs, so the Gauss-Newton matrix is 0 and the estimate would be Grad-Dot's: "
+    "let outputs return the model's predictions (logits) and loss compute the loss from them"
+)
+
+
+def undifferentiable(problem: Problem) -> str | None:
+    """Why the model's loss has no gradient that an estimator could take, told from one training example."""
+    try:
+        with estimating(problem.model):
+            next(loss_gradients(problem.model, problem.train, [0]))
+    except WorkloadError as error:
+        return str(error)
+    return None
 
 
 CHECKPOINTING = (

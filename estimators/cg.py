@@ -7,10 +7,10 @@ Liang (2017), section 3, for influence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypedDict
+from typing import ClassVar, Literal, TypedDict, cast
 
 import torch
-from fimo.estimators.base import JSON, Notes, Problem
+from fimo.estimators.base import JSON, Notes, Problem, flat_loss
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators.spaces import Space, make_curvature
 from fimo.workers.errors import DivergedError
@@ -51,6 +51,10 @@ class CG(Influence):
         self.require(0 < self.tolerance < 1, "tolerance must lie between 0 and 1")
         self.require(self.max_iterations >= 1, "max_iterations must be at least 1")
 
+    def unsuited(self, problem: Problem) -> str | None:
+        """The Gauss-Newton matrix is 0."""
+        return super().unsuited(problem) or (flat_loss(problem) if self.curvature == "gauss_newton" else None)
+
     def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
         """(C + λI)⁻¹, solved anew at each call."""
         damping = self.resolve_damping(problem)
@@ -62,7 +66,7 @@ class CG(Influence):
         def apply(rows: Tensor) -> Tensor:
             space = curvature.around(rows)
             x, solved = conjugate_gradients(space, damping, self.tolerance, self.max_iterations)
-            solves.append({**solved})
+            solves.append(cast(JSON, solved))
             problem.say(f"{self.name}: {solved['converged']} of {len(rows)} right-hand sides converged")
             self._warn(problem, notes, solved)
             return space.rows(x)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from fimo.estimators.base import Hyperparameters, Notes, Problem
+from fimo.estimators.base import Hyperparameters, Notes, Problem, flat_loss
 from fimo.estimators.influence import Influence, Preconditioner
-from fimo.estimators.operators.kronecker import Eigenbasis, factorised
+from fimo.estimators.operators.kronecker import Eigenbasis, coverage, factorised
 from torch import Tensor
 
 
@@ -31,14 +31,16 @@ class Factored(Hyperparameters):
         super().__post_init__()
         self.require(self.samples >= 1, "samples must be at least 1")
 
-    def eigenbasis(self, problem: Problem, notes: Notes) -> Eigenbasis:
-        """The factorisation; ``notes`` says of which kind it is and which parameters it leaves out.
+    def unsuited(self, problem: Problem) -> str | None:
+        """No trainable parameter is covered, or the Gauss-Newton matrix is 0."""
+        if coverage(problem.model) == 0:
+            return "the model has no Linear, Conv2d, Conv1D or small trainable tensor to cover"
+        return super().unsuited(problem) or flat_loss(problem)
 
-        Raises:
-            UsageError: no trainable parameter is covered.
-        """
+    def eigenbasis(self, problem: Problem, notes: Notes) -> Eigenbasis:
+        """The factorisation; ``notes`` says of which kind it is and what share of the parameters it covers."""
         basis = factorised(problem.model, problem.train, self.fisher, self.samples, self.seed)
-        notes.update(fisher=basis.fisher, left_out=basis.left_out)
+        notes.update(fisher=basis.fisher, left_out=basis.left_out, coverage=basis.coverage(problem.model))
         if basis.left_out:
             shown = ", ".join(basis.left_out[:8]) + (" …" if len(basis.left_out) > 8 else "")
             problem.say(f"warning: {self.name} leaves out {len(basis.left_out)} parameter tensors: {shown}")

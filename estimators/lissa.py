@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from fimo.estimators.base import JSON, Notes, Problem
+from fimo.estimators.base import JSON, Notes, Problem, flat_loss
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.spaces import Curvature, Space, make_curvature
@@ -58,6 +58,10 @@ class LiSSA(Influence):
         super().__post_init__()
         self.require(min(self.depth, self.repeats, self.batch_size) >= 1, "depth, repeats and batch_size must be ≥ 1")
         self.require(self.scale is None or self.scale > 0, "scale must be positive")
+
+    def unsuited(self, problem: Problem) -> str | None:
+        """The Gauss-Newton matrix is 0."""
+        return super().unsuited(problem) or (flat_loss(problem) if self.curvature == "gauss_newton" else None)
 
     def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
         """The truncated series, run anew at each call."""

@@ -20,7 +20,6 @@ from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, PerExample, loss_gradients
 from fimo.estimators.operators.output_functions import is_cross_entropy, is_scalar, labels, log_odds
-from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel, Tensors
 from torch import Tensor
@@ -30,6 +29,12 @@ TILE = 1024
 
 CUTOFF = 1e-10
 """Eigenvalues of SᵀΦᵀΦS below this fraction of the largest are taken as zero if λ = 0."""
+
+
+UNKNOWN_OUTPUT = (
+    "the workload's loss must be cross-entropy of outputs (B, classes), or its outputs one number an example; leave "
+    "trak out of the spec's estimators"
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,12 @@ class TRAK(Influence):
         self.require(self.dimension >= 1, "dimension must be at least 1")
         self.require(0 <= self.seed < 2**31, "seed must lie between 0 and 2^31 − 1")
 
-    def applies(self, problem: Problem) -> bool:
-        """Whether the output function is known: cross-entropy of classes, or one output an example."""
+    def unsuited(self, problem: Problem) -> str | None:
+        """The output function is not known: neither cross-entropy of classes, nor one output an example."""
         batch = problem.train.batch(range(min(8, len(problem.train))))
         with estimating(problem.model):
-            return is_scalar(problem.model, batch) or is_cross_entropy(problem.model, batch)
+            known = is_scalar(problem.model, batch) or is_cross_entropy(problem.model, batch)
+        return None if known else UNKNOWN_OUTPUT
 
     def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P; one pass over 𝒟 for ΦᵀΦ."""
@@ -96,11 +102,7 @@ class TRAK(Influence):
 
 
 def output_function(model: FunctionalModel, batch: Batch) -> PerExample:
-    """f for the workload, told from one batch.
-
-    Raises:
-        WorkloadError: neither cross-entropy of classes nor one output an example.
-    """
+    """f for the workload, told from one batch of cross-entropy of classes or of one output an example."""
     if is_cross_entropy(model, batch):
 
         def odds(params: Tensors, examples: Batch) -> Tensor:
@@ -108,12 +110,7 @@ def output_function(model: FunctionalModel, batch: Batch) -> PerExample:
             return log_odds(outputs, labels(model, outputs.detach(), examples))
 
         return odds
-    if is_scalar(model, batch):
-        return lambda params, examples: model.outputs(params, examples).flatten()
-    raise WorkloadError(
-        "estimator trak: the workload's loss must be cross-entropy of outputs (B, classes), or its outputs one number "
-        "an example; leave trak out of the spec's estimators"
-    )
+    return lambda params, examples: model.outputs(params, examples).flatten()
 
 
 class Projection:

@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from fimo.estimators.amounts import recorded_steps, settings_of
+from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
 from fimo.estimators.base import JSON, Estimate, Hyperparameters, Problem, estimating, finite
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, directional, each_example, measure_gradients
 from fimo.estimators.operators.optimizers import State
 from fimo.estimators.operators.trajectory import Point, Step, Trajectory
-from fimo.workers.errors import UsageError
 from fimo.workers.examples import Batch
 from torch import Tensor
 from torch.func import vjp, vmap
@@ -69,9 +68,11 @@ class Unrolled(Hyperparameters):
         """The first ``seeds`` of them."""
         return tuple(seeds)[: self.seeds]
 
-    def applies(self, problem: Problem) -> bool:
-        """Whether there is further training, and seeds, to follow."""
-        return problem.further_training is not None and bool(problem.seeds)
+    def unsuited(self, problem: Problem) -> str | None:
+        """There is no further training, or no seed, to follow."""
+        if problem.further_training is None:
+            return NEEDS_TRAINING
+        return None if problem.seeds else "follows the sweep's seeds and needs at least one"
 
     def estimate(self, problem: Problem) -> Estimate:
         """(steps, R, E).
@@ -79,9 +80,8 @@ class Unrolled(Hyperparameters):
         Raises:
             UsageError: no further-training section or seeds, or see ``trajectory.refuse``.
         """
+        self.refuse_unsuited(problem)
         settings, seeds = settings_of(self, problem), list(self.follows_seeds(problem.seeds))
-        if not seeds:
-            raise UsageError("estimator unrolled: follows the sweep's seeds and needs at least one")
         recorded = recorded_steps(problem, settings)
         steps = tuple(s for s in recorded if self.last_step is None or s <= self.last_step)
         self.require(bool(steps), f"last_step lies before the first recorded step, {recorded[0]}")

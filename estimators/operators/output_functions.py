@@ -6,8 +6,11 @@ its gradients: softmax(z) − e_y at any outputs z, hence 1/C − e_y at z = 0, 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from fimo.workers.examples import Batch
+from fimo.estimators.operators import gradients
+from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel
 from torch import Tensor
 from torch.func import grad
@@ -35,6 +38,30 @@ def is_cross_entropy(model: FunctionalModel, batch: Batch) -> bool:
     expected = [place.softmax(dim=1) - hot for place in places]
     slopes = [loss_slope(model, place, batch) for place in places]
     return all(torch.allclose(s, e, atol=1e-5) for s, e in zip(slopes, expected, strict=True))
+
+
+FEW = 32
+"""Examples whose outputs are held at once: those of a language model are many."""
+
+
+def _slope_of(model: FunctionalModel, batch: Batch, outputs: Tensor) -> Tensor:
+    return loss_slope(model, outputs, batch)
+
+
+def is_flat(model: FunctionalModel, examples: Examples) -> bool:
+    """Whether ∂²ℓ/∂outputs² is zero for every example: then so is the Gauss-Newton matrix.
+
+    Told from its product with a random vector, which no other matrix sends to zero. The first example that is curved
+    ends the pass.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _, batch in examples.batches(min(FEW, gradients.BLOCK)):
+        outputs = model.outputs(model.params, batch).detach()
+        along = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+        image: Tensor = gradients.directional(partial(_slope_of, model, batch), outputs, along)[1]
+        if bool((image != 0).any()):
+            return False
+    return True
 
 
 def is_scalar(model: FunctionalModel, batch: Batch) -> bool:
