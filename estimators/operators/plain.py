@@ -1,13 +1,13 @@
 """Operations that torch cannot ``vmap`` or differentiate forwards, replaced by plain ones with the same numbers.
 
 torch's recurrent layers write in place under ``vmap``. Weight normalisation and embedding bags have no forward-mode
-derivative, and the double backward of the former is off by percents. Sparse gradients have no rows. Inside
-``PlainOperations`` a model that calls them runs as before, to rounding, and every derivative that an estimator takes
-exists.
+derivative, and the double backward of the former is off by percents. PReLU's backward pass is off by a third under two
+nested ``vmap``s. Sparse gradients have no rows. Inside ``PlainOperations`` a model that calls them runs as before, to
+rounding, and every derivative that an estimator takes exists.
 
-Covers ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` on padded tensors without dropout between layers, projections and packed
-sequences excepted; ``weight_norm``; ``nn.Embedding(sparse=True)``; ``nn.EmbeddingBag`` of two-dimensional input by sum
-or mean. Whatever else torch refuses is refused in one line by ``estimating``.
+Covers ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` on padded tensors, except with dropout between layers, projections or packed
+sequences; ``weight_norm``; ``nn.PReLU``; ``nn.Embedding(sparse=True)``; ``nn.EmbeddingBag`` of two-dimensional input by
+sum or mean. Whatever else torch refuses is refused in one line by ``estimating``.
 """
 
 from __future__ import annotations
@@ -84,6 +84,13 @@ def _embedding_bag(
     return rows.sum(dim=1) if mode == "sum" else rows.mean(dim=1)
 
 
+def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """x, and on negative entries weight·x, of one weight or of one for each channel (dimension 1)."""
+    if weight.numel() > 1 and x.dim() > 1:
+        weight = weight.reshape(-1, *[1] * (x.dim() - 2))
+    return torch.where(x > 0, x, weight * x)
+
+
 def _recurrent(step: Step, states: int) -> Callable[..., Any]:
     """A stand-in for torch's fused loop over time, of a step with so many tensors of state."""
 
@@ -150,6 +157,7 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     torch._VF.rnn_tanh: _recurrent(_rnn_step(torch.tanh), 1),
     torch._VF.rnn_relu: _recurrent(_rnn_step(torch.relu), 1),
     torch._weight_norm: _weight_norm,
+    torch.prelu: _prelu,
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
 }
