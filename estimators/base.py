@@ -304,6 +304,9 @@ UNDIFFERENTIABLE = {
     "forward mode AD": NO_DERIVATIVE,
     "derivative for": NO_DERIVATIVE,
     "'Sparse": NO_DERIVATIVE,
+    "doesn't match the broadcast shape": NO_DERIVATIVE,
+    "doesn't have storage": NO_DERIVATIVE,
+    "would mutate a captured Tensor": NO_DERIVATIVE,
     "vmap": NO_DERIVATIVE,
     "Batching rule": NO_DERIVATIVE,
 }

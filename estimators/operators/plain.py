@@ -5,9 +5,9 @@ derivative, and the double backward of the former is off by percents. PReLU's ba
 nested ``vmap``s. Sparse gradients have no rows. Inside ``PlainOperations`` a model that calls them runs as before, to
 rounding, and every derivative that an estimator takes exists.
 
-Covers ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` on padded tensors, except with dropout between layers, projections or packed
-sequences; ``weight_norm``; ``nn.PReLU``; ``nn.Embedding(sparse=True)``; ``nn.EmbeddingBag`` of two-dimensional input by
-sum or mean. Whatever else torch refuses is refused in one line by ``estimating``.
+Covers ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, except with dropout between layers, projections or packed sequences;
+``weight_norm``; ``nn.PReLU``; ``nn.Embedding(sparse=True)``; ``nn.EmbeddingBag`` of two-dimensional input by sum or
+mean. Whatever else torch refuses is refused in one line by ``estimating``.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _recurrent(step: Step, states: int) -> Callable[..., Any]:
         bidirectional: Any = None,
         batch_first: Any = None,
     ) -> Any:
-        if batch_first is None:  # a packed sequence: (data, batch_sizes, hx, …)
+        if not isinstance(biases, bool):  # a packed sequence: (data, batch_sizes, hx, weights, …)
             return NotImplemented
         start = tuple(hx) if states == 2 else (hx,)
         if (training and dropout) or (states == 2 and start[0].shape[-1] != start[1].shape[-1]):

@@ -230,3 +230,47 @@ def test_plain_weight_norm_is_torchs(layer, dim):
         fused = module.weight
         with PlainOperations():
             torch.testing.assert_close(module.weight, fused, rtol=1e-12, atol=1e-14)
+
+
+class Foreign(torch.autograd.Function):
+    """A derivative that torch's transforms cannot look into."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * (1 - x.tanh() ** 2)
+
+
+class Opaque(Wrapped):
+    def __init__(self, how) -> None:
+        super().__init__(lambda layer: layer)
+        self.how = how
+        self.register_buffer("calls", torch.zeros(()))
+        self.recurrent = nn.LSTM(4, 5, batch_first=True)
+
+    def forward(self, batch):
+        x = batch["x"]
+        if self.how == "writes a buffer":
+            self.calls += 1
+        if self.how == "packs a sequence":
+            lengths = torch.full((len(x),), 2)
+            packed = nn.utils.rnn.pack_padded_sequence(torch.stack([x, x], dim=1), lengths, batch_first=True)
+            return self.head(self.recurrent(packed)[1][0][-1])
+        if self.how == "leaves torch":
+            x = torch.from_numpy(x.detach().numpy())
+        hidden = self.body(x)
+        return self.head(Foreign.apply(hidden) if self.how == "own derivative" else hidden.tanh())
+
+
+@pytest.mark.parametrize("name", ["grad_dot", "cg", "ekfac", "unrolled"])
+@pytest.mark.parametrize("how", ["own derivative", "writes a buffer", "leaves torch", "packs a sequence"])
+def test_what_no_transform_can_enter_is_one_line(how, name):
+    p = unusual(lambda: Opaque(how))
+    with pytest.raises(FimoError, match="derivative that torch lacks") as error:
+        estimate(p, {"name": name, **OPTIONS.get(name, {})})
+    assert "\n" not in str(error.value)
