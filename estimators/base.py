@@ -25,7 +25,7 @@ from fimo.estimators.operators.gradients import (
     removal_gradients,
 )
 from fimo.estimators.operators.output_functions import is_flat
-from fimo.estimators.operators.plain import PlainOperations
+from fimo.estimators.operators.plain import plain_operations
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel, Tensors
@@ -252,7 +252,7 @@ def estimating(model: FunctionalModel) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with model.mode("eval"), sdpa_kernel(SDPBackend.MATH), PlainOperations():
+        with model.mode("eval"), sdpa_kernel(SDPBackend.MATH), plain_operations(model.module):
             yield
     except RuntimeError as error:
         line = not_differentiable(error)

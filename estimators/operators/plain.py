@@ -13,15 +13,27 @@ mean. Whatever else torch refuses is refused in one line by ``estimating``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import _WeightNorm
 from torch.overrides import TorchFunctionMode
 
 Step = Callable[..., tuple[Tensor, ...]]
 """(what the input adds to the gates, the state's weight and bias, *state) -> state, of one layer at one time."""
+
+
+MODULES = (nn.RNNBase, nn.PReLU, nn.EmbeddingBag, _WeightNorm)
+"""Those whose forward calls an operation that is replaced; a sparse embedding does too."""
+
+
+def plain_operations(module: nn.Module) -> AbstractContextManager[object]:
+    """``PlainOperations`` if the module calls one of them; else nothing, for the mode slows every operation."""
+    called = any(isinstance(m, MODULES) or (isinstance(m, nn.Embedding) and m.sparse) for m in module.modules())
+    return PlainOperations() if called else nullcontext()
 
 
 class PlainOperations(TorchFunctionMode):
