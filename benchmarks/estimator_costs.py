@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from fimo.estimators import Estimator, Problem, defaults, parse
 from fimo.estimators.operators import gradients
-from fimo.workers.examples import Batch, Examples
-from fimo.workers.functional import FunctionalModel, Tensors
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel
 from fimo.workers.settings import FurtherTraining, Optimizer
 from fimo.workers.workloads.tabular import concrete
 from torch import Tensor
@@ -68,9 +68,9 @@ def gradients_computed(name: str) -> dict[str, int]:
     counted = 0
     plain = gradients.per_example
 
-    def counting(function: gradients.PerExample, params: Tensors, batch: Batch, layout: gradients.Layout) -> Tensor:
+    def counting(*arguments: Any) -> Tensor:
         nonlocal counted
-        rows = plain(function, params, batch, layout)
+        rows = plain(*arguments)
         counted += len(rows)
         return rows
 

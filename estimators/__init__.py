@@ -17,19 +17,22 @@ from fimo.estimators.entries import parse_entry
 from fimo.estimators.grad_cos import GradCos
 from fimo.estimators.grad_dot import GradDot
 from fimo.estimators.lissa import LiSSA, LiSSAH
+from fimo.estimators.lissa_matched import LiSSAMatched
+from fimo.estimators.operators.kronecker import coverage
 from fimo.estimators.trak import TRAK
 from fimo.estimators.unrolled import Unrolled
 
-__all__ = ["REGISTRY", "Estimate", "Estimator", "Problem", "defaults", "parse"]
+__all__ = ["REGISTRY", "Estimate", "Estimator", "Problem", "choose", "coverage", "defaults", "left_out", "parse"]
 
 REGISTRY: dict[str, type[Any]] = {
-    kind.name: kind for kind in (GradDot, GradCos, DataInf, TRAK, EKFAC, CG, LiSSA, LiSSAH, EKFACMatched, Unrolled)
+    kind.name: kind
+    for kind in (GradDot, GradCos, DataInf, TRAK, EKFAC, CG, LiSSA, LiSSAH, EKFACMatched, LiSSAMatched, Unrolled)
 }
 """Estimators by the name that specs and tables use."""
 
 
 DEFAULTS = ("grad_dot", "grad_cos", "datainf", "trak", "ekfac", "cg", "lissa", "lissa_h", "ekfac_matched")
-"""Names of the estimators that run where a spec names none, cheapest first."""
+"""Names of the estimators that run if a spec names none, cheapest first."""
 
 
 def parse(entry: str | Mapping[str, Any]) -> list[Estimator]:
@@ -41,7 +44,24 @@ def parse(entry: str | Mapping[str, Any]) -> list[Estimator]:
     return parse_entry(REGISTRY, entry)
 
 
+def choose(problem: Problem) -> tuple[list[Estimator], list[tuple[str, str]]]:
+    """The estimators that run if a spec names none, and the others of ``DEFAULTS`` as (name, why not)."""
+    chosen, others = [], []
+    for name in DEFAULTS:
+        for estimator in parse(name):
+            reason = estimator.refuses(problem)
+            if reason is None:
+                chosen.append(estimator)
+            else:
+                others.append((name, reason))
+    return chosen, others
+
+
 def defaults(problem: Problem) -> list[Estimator]:
-    """The estimators that run where a spec names none: of ``DEFAULTS``, those that apply to the problem."""
-    found = [estimator for name in DEFAULTS for estimator in parse(name)]
-    return [estimator for estimator in found if estimator.applies(problem)]
+    """The estimators that run if a spec names none: of ``DEFAULTS``, those that apply to the problem."""
+    return choose(problem)[0]
+
+
+def left_out(problem: Problem) -> list[tuple[str, str]]:
+    """(name, why not) of the ``DEFAULTS`` that do not apply to the problem."""
+    return choose(problem)[1]

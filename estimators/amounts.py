@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from fimo.estimators.base import Hyperparameters, Problem
+from dataclasses import dataclass
+
+from fimo.estimators.base import GradientEstimator, Hyperparameters, Problem, flat_loss
 from fimo.workers import batches
 from fimo.workers.errors import UsageError
 from fimo.workers.settings import FurtherTraining, Optimizer
+
+NEEDS_TRAINING = "depends on the amount and needs the further_training section"
 
 
 def settings_of(estimator: Hyperparameters, problem: Problem) -> FurtherTraining:
@@ -15,7 +19,7 @@ def settings_of(estimator: Hyperparameters, problem: Problem) -> FurtherTraining
         UsageError: the problem has none.
     """
     if problem.further_training is None:
-        raise UsageError(f"estimator {estimator.name}: depends on the amount and needs the further_training section")
+        raise UsageError(f"estimator {estimator.name}: {NEEDS_TRAINING}")
     return problem.further_training
 
 
@@ -27,3 +31,28 @@ def recorded_steps(problem: Problem, settings: FurtherTraining) -> tuple[int, ..
 def linear(optimizer: Optimizer) -> bool:
     """Whether a step is linear in the gradients: SGD with whatever momentum, but neither Adam nor AdamW."""
     return optimizer.name == "sgd"
+
+
+@dataclass(frozen=True)
+class SGDMatched(GradientEstimator):
+    """Base of the influence functions matched to the amount of further training: SGD alone, unclipped."""
+
+    def follows_training(self) -> bool:
+        """The optimizer and the recorded steps decide the values."""
+        return True
+
+    def unsuited(self, problem: Problem) -> str | None:
+        """Further training is not unclipped SGD, or the loss has no curvature in the outputs."""
+        settings = problem.further_training
+        if settings is None:
+            return NEEDS_TRAINING
+        if not linear(settings.optimizer):
+            return "follows SGD alone, not " + settings.optimizer.name
+        if settings.clip_norm is not None:
+            return "clipping is not linear; leave clip_norm out or use unrolled"
+        return super().unsuited(problem) or flat_loss(problem)
+
+    def followed(self, problem: Problem) -> tuple[FurtherTraining, tuple[int, ...]]:
+        """The further-training section and its recorded steps."""
+        settings = settings_of(self, problem)
+        return settings, recorded_steps(problem, settings)

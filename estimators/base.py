@@ -1,20 +1,32 @@
-"""What an estimator is given and what it returns; estimators do no I/O and know nothing of sweeps or Ray.
+"""What an estimator is given, what it returns, and the loop over blocks of gradients that most of them share.
 
-Invariants: an estimate is float64, ``removal × eval``; positive means that removing the example raises g;
-gradients and curvature are taken at θᶠ in eval mode; the model of the problem is as it was when an estimate
-returns or raises.
+Estimators do no I/O and know nothing of sweeps or Ray. Invariants: an estimate is float64, ``removal × eval``; positive
+means that removing the example raises g; gradients and curvature are taken at θᶠ in eval mode; the model of the problem
+is as it was when an estimate returns or raises.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import traceback
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
-from fimo.workers.errors import DivergedError, UsageError
+import torch.utils.checkpoint
+from fimo.estimators.operators.gradients import (
+    Layout,
+    held_blocks,
+    loss_gradients,
+    measure_gradients,
+    removal_gradients,
+)
+from fimo.estimators.operators.output_functions import is_flat
+from fimo.estimators.operators.plain import plain_operations
+from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.settings import FurtherTraining
@@ -23,6 +35,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 
+Notes: TypeAlias = dict[str, JSON]
+"""What a reader needs to judge the numbers: iterations, residuals, what was left out."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -30,10 +45,8 @@ class Problem:
 
     Attributes:
         model: the model at θᶠ; ``model.params`` are the P trainable scalars that gradients are taken of.
-        train, evals: training examples 𝒟 (n) and evaluation examples (E), on the model's device and in its
-            dtype.
-        removals: training indices of each removal (R); the training-side gradient of a group is the sum over
-            it.
+        train, evals: training examples 𝒟 (n) and evaluation examples (E), on the model's device and in its dtype.
+        removals: training indices of each removal (R); the training-side gradient of a group is the sum over it.
         further_training: the sweep's section, for estimators that depend on the amount of further training.
         seeds: the sweep's seeds, for ``unrolled``, which averages over them.
         displacement: step -> Δθ̂(𝒟), the baseline's mean displacement over seeds, for ``training_gradient``.
@@ -60,9 +73,9 @@ class Estimate:
     """An estimator's â.
 
     Attributes:
-        values: float64 (R, E), on the CPU; (steps, R, E) where ``steps`` is given.
+        values: float64 (R, E), on the CPU; (steps, R, E) if ``steps`` is given.
         steps: optimizer steps since θᶠ that the leading dimension runs over, for estimators of an amount.
-        notes: what a reader needs to judge the numbers: iterations, residuals, what was left out.
+        notes: see ``Notes``.
     """
 
     values: Tensor
@@ -74,13 +87,26 @@ class Estimator(Protocol):
     """A named choice of preconditioner and training-side gradient; hyper-parameters are dataclass fields."""
 
     name: ClassVar[str]
+    version: ClassVar[int]
 
     def params(self) -> dict[str, JSON]:
-        """Every hyper-parameter by name, defaults included: with ``name``, the identity of an estimate."""
+        """Every hyper-parameter by name, defaults included: with ``name`` and ``version``, what an estimate is of."""
+        ...
+
+    def follows_training(self) -> bool:
+        """Whether the values depend on the further-training section."""
+        ...
+
+    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """Those of the sweep's seeds that the values depend on."""
+        ...
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Why the estimator means nothing for the problem (model, data and settings), in a line; None = it does."""
         ...
 
     def applies(self, problem: Problem) -> bool:
-        """Whether the estimator means something for the problem's model."""
+        """Whether the estimator means something for the problem."""
         ...
 
     def estimate(self, problem: Problem) -> Estimate:
@@ -94,13 +120,40 @@ class Hyperparameters:
 
     name: ClassVar[str]
 
+    version: ClassVar[int] = 1
+    """Raise it whenever the estimator's numbers change: kept estimates of another version are computed again."""
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that make no sense; a subclass calls its base's."""
+
     def params(self) -> dict[str, JSON]:
         """Every hyper-parameter by name, defaults included."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    def follows_training(self) -> bool:
+        """Whether the values depend on the further-training section."""
+        return False
+
+    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """Those of the sweep's seeds that the values depend on."""
+        return ()
+
+    def unsuited(self, problem: Problem) -> str | None:
+        """Why the estimator means nothing for the problem, in a line; None = it does. A subclass gives its reasons."""
+        return None
+
+    def refuses(self, problem: Problem) -> str | None:
+        """``unsuited``, or what keeps the model from being differentiated at all."""
+        return self.unsuited(problem) or undifferentiable(problem)
+
     def applies(self, problem: Problem) -> bool:
         """Whether the estimator means something for the problem (a model, its data and settings)."""
-        return True
+        return self.refuses(problem) is None
+
+    def refuse_unsuited(self, problem: Problem) -> None:
+        """Refuse a problem (UsageError) for which the estimator means nothing."""
+        reason = self.unsuited(problem)
+        self.require(reason is None, reason or "")
 
     def require(self, condition: bool, message: str) -> None:
         """Refuse a hyper-parameter.
@@ -117,11 +170,164 @@ class Hyperparameters:
             object.__setattr__(self, name, value)
 
 
+Pair: TypeAlias = Callable[[Tensor], Tensor]
+"""Training-side rows (b, P) -> their values with k evaluation examples, (b, k) or (steps, b, k)."""
+
+TrainingSide: TypeAlias = Callable[[], Iterator[tuple[range, Tensor]]]
+"""Starts a pass over the removals in blocks: (which removals, their training-side rows (b, P))."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """An estimator's mathematics on one problem: how evaluation and training gradients make a value.
+
+    Attributes:
+        against: evaluation gradients, rows (k, P) -> the function that pairs training-side rows with them. What depends
+            on the evaluation gradients alone is done in the outer call, once a block.
+        training_side: the training-side rows; None = Σ_{i∈removal} ∇ℓ_i(θᶠ).
+        steps: what the leading dimension of the values runs over, if they have one.
+        rows_kept: rows of P scalars that ``against`` keeps for each evaluation gradient.
+    """
+
+    against: Callable[[Tensor], Pair]
+    training_side: TrainingSide | None = None
+    steps: tuple[int, ...] | None = None
+    rows_kept: int = 1
+
+
+@dataclass(frozen=True)
+class GradientEstimator(Hyperparameters):
+    """Base of the estimators that pair a training-side gradient with an evaluation gradient.
+
+    The loops over blocks stand here and nowhere else; a subclass gives ``pairing``. Evaluation gradients are taken
+    once; training-side gradients once as long as the evaluation gradients fit ``gradients.HELD``, and once more for
+    every further block.
+    """
+
+    @abstractmethod
+    def pairing(self, problem: Problem, notes: Notes) -> Pairing:
+        """How values are made at θᶠ; what a reader should know of it goes to ``notes``."""
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """(R, E), or (steps, R, E).
+
+        Raises:
+            UsageError: the estimator means nothing for the problem; see ``refuses``.
+        """
+        self.refuse_unsuited(problem)
+        notes: Notes = {}
+        model, evals = problem.model, len(problem.evals)
+        with estimating(model):
+            pairing = self.pairing(problem, notes)
+            lead = () if pairing.steps is None else (len(pairing.steps),)
+            values = torch.zeros(*lead, len(problem.removals), evals, dtype=torch.float64)
+            training_side = pairing.training_side or (lambda: gradients_of_removals(problem))
+            for columns in held_blocks(evals, pairing.rows_kept * Layout.of(model.params).size):
+                pair = pairing.against(measure_gradients(model, problem.evals, columns))
+                for which, left in training_side():
+                    block = pair(left).double().cpu()
+                    values[..., which.start : which.stop, columns.start : columns.stop] = block
+        return Estimate(finite(values, self.name), pairing.steps, notes)
+
+
+def gradients_of_removals(
+    problem: Problem, params: Tensors | None = None, along: Tensors | None = None
+) -> Iterator[tuple[range, Tensor]]:
+    """Σ_{i∈removal} ∇ℓ_i for blocks of removals, at ``params`` (or θᶠ): (which, rows (b, P)).
+
+    ``along`` adds Σ_{i∈removal} ∇²ℓ_i times a displacement.
+    """
+    return removal_gradients(problem.model, problem.train, problem.removals, params, along)
+
+
 @contextmanager
 def estimating(model: FunctionalModel) -> Iterator[None]:
-    """Eval mode, and attention that can be differentiated twice and forwards (math), for the body alone."""
-    with model.mode("eval"), sdpa_kernel(SDPBackend.MATH):
-        yield
+    """Eval mode, and operations that can be vmapped and differentiated twice and forwards, for the body alone.
+
+    Attention is by plain matrix products, in torch's transformer layers too; for the rest see ``PlainOperations``.
+
+    Raises:
+        WorkloadError: torch cannot take a derivative of an operation of the model.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with model.mode("eval"), sdpa_kernel(SDPBackend.MATH), plain_operations(model.module):
+            yield
+    except RuntimeError as error:
+        line = not_differentiable(error)
+        if line is None:
+            raise
+        raise WorkloadError(line) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def flat_loss(problem: Problem) -> str | None:
+    """Why there is no Gauss-Newton matrix to precondition with; None if there is one."""
+    with estimating(problem.model):
+        flat = is_flat(problem.model, problem.train)
+    return FLAT if flat else None
+
+
+FLAT = (
+    "the loss has no curvature in the outputs, so the Gauss-Newton matrix is 0 and the estimate would be Grad-Dot's: "
+    "let outputs return the model's predictions (logits) and loss compute the loss from them"
+)
+
+
+def undifferentiable(problem: Problem) -> str | None:
+    """Why the model's loss has no gradient that an estimator could take, told from one training example."""
+    try:
+        with estimating(problem.model):
+            next(loss_gradients(problem.model, problem.train, [0]))
+    except WorkloadError as error:
+        return str(error)
+    return None
+
+
+CHECKPOINTING = (
+    "estimators cannot differentiate through activation checkpointing (torch.utils.checkpoint): turn it off in the "
+    "workload's model (model.gradient_checkpointing_disable() in transformers)"
+)
+NO_DERIVATIVE = (
+    "estimators need a derivative that torch lacks for an operation of the model: write it with other operations, or "
+    "leave this estimator out; torch says: "
+)
+UNDIFFERENTIABLE = {
+    "saved tensor hooks": CHECKPOINTING,
+    "torch.utils.checkpoint": CHECKPOINTING,
+    "Checkpointing is not compatible": CHECKPOINTING,
+    "CheckpointFunction": CHECKPOINTING,
+    "autograd.Function with functorch transforms": NO_DERIVATIVE,
+    "forward AD": NO_DERIVATIVE,
+    "forward mode AD": NO_DERIVATIVE,
+    "derivative for": NO_DERIVATIVE,
+    "'Sparse": NO_DERIVATIVE,
+    "doesn't match the broadcast shape": NO_DERIVATIVE,
+    "doesn't have storage": NO_DERIVATIVE,
+    "would mutate a captured Tensor": NO_DERIVATIVE,
+    "vmap": NO_DERIVATIVE,
+    "Batching rule": NO_DERIVATIVE,
+}
+"""What torch's refusals to differentiate say, and what a user can do about them."""
+
+
+def not_differentiable(error: RuntimeError) -> str | None:
+    """The one line for an error of torch's that says that an operation cannot be differentiated; None for others."""
+    text = str(error)
+    if "setup_context" in text and _inside_checkpoint(error):
+        return CHECKPOINTING
+    first = (text.strip().splitlines() or [""])[0]
+    for words, mend in UNDIFFERENTIABLE.items():
+        if words in text:
+            return mend + first[:160] if mend is NO_DERIVATIVE else mend
+    return None
+
+
+def _inside_checkpoint(error: RuntimeError) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename == torch.utils.checkpoint.__file__ for frame in frames)
 
 
 def finite(values: Tensor, what: str) -> Tensor:

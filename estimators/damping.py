@@ -27,6 +27,7 @@ class Damped(Hyperparameters):
     damping_scale: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(
             self.damping is None or self.damping_scale is None,
             "give damping (λ itself) or damping_scale (times the mean squared gradient entry), not both",
@@ -37,7 +38,7 @@ class Damped(Hyperparameters):
             self.settle(damping_scale=self.default_scale)
 
     def resolve_damping(self, problem: Problem) -> float:
-        """λ for this problem; one pass of per-example gradients over 𝒟 where it is relative."""
+        """λ for this problem; a relative one costs a pass of per-example gradients over 𝒟."""
         if self.damping is not None:
             return self.damping
         assert self.damping_scale is not None

@@ -5,9 +5,9 @@ With g_l a layer's slice of ∇ℓ (a layer is one parameter tensor) and n train
     P v = [ 1/n Σ_j (g_jl g_jlᵀ + λ_l I)⁻¹ v_l ]_l,    (g gᵀ + λI)⁻¹ v = 1/λ ( v − g (gᵀv) / (λ + ‖g‖²) ).
 
 Source: Kwon et al., DataInf (ICLR 2024), eq. 5. λ_l = damping_scale × the mean over all of 𝒟 of the mean
-squared entry of the layer's gradient. λ_l is known only after the last example, hence two ways to the same
-number: where the inner products of every example with every evaluation and removal gradient fit in memory,
-they are kept and each gradient is computed once; otherwise a first pass finds λ_l and a second one applies P.
+squared entry of the layer's gradient. λ_l is known only after the last example, hence two ways to the same number. If
+the inner products of every example with every evaluation and removal gradient fit in memory, they are kept and each
+gradient is computed once. Otherwise a first pass takes λ_l and a second one applies P.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from itertools import chain
 from typing import ClassVar
 
 import torch
-from fimo.estimators.base import Estimate, Problem, estimating, finite
-from fimo.estimators.influence import Influence, Notes, Preconditioner
+from fimo.estimators.base import Estimate, Notes, Problem, estimating, finite
+from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import (
     Layout,

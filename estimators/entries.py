@@ -1,7 +1,6 @@
 """A spec's ``estimators`` entries as estimator values: names, hyper-parameters, lists that sweep.
 
-Does not know any estimator: an estimator's dataclass fields, with their annotated types, are its
-    hyper-parameters.
+Does not know any estimator: its dataclass fields, with their annotated types, are its hyper-parameters.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ def parse_entry(registry: Registry, entry: str | Mapping[str, Any]) -> list[Esti
         if isinstance(value, list | tuple) and not value:
             raise UsageError(f"estimator {name}: {option} is an empty list")
     swept = [v if isinstance(v, list | tuple) else [v] for v in options.values()]
-    found: list[Estimator] = []
+    estimators: list[Estimator] = []
     for combination in itertools.product(*swept):
         values = {o: _typed(name, o, v, known[o]) for o, v in zip(options, combination, strict=True)}
         estimator = cast(Estimator, kind(**values))
-        if estimator not in found:
-            found.append(estimator)
-    return found
+        if estimator not in estimators:
+            estimators.append(estimator)
+    return estimators
 
 
 def _unknown(option: str, known: Mapping[str, Any]) -> str:

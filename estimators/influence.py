@@ -8,47 +8,46 @@ A subclass gives P. The training side r_i is one of (Wei et al., arXiv 2412.0390
     corrected   ∇ℓ_i(θᶠ) + ∇²ℓ_i(θᶠ) Δθ̂(𝒟)
     further     ∇ℓ_i(θᶠ + Δθ̂(𝒟))
 
-because θᶠ is most often not stationary: by the time that the removal has acted, the parameters have moved by
-    Δθ̂(𝒟).
+The latter two exist because θᶠ is most often not stationary: before the removal has acted, the parameters have moved
+by Δθ̂(𝒟).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from fimo.estimators.base import JSON, Estimate, Problem, estimating, finite
-from fimo.estimators.damping import Damped
-from fimo.estimators.operators.gradients import (
-    Layout,
-    directional,
-    held_blocks,
-    loss_gradients,
-    measure_gradients,
-    removal_gradients,
+from fimo.estimators.base import (
+    GradientEstimator,
+    Notes,
+    Pair,
+    Pairing,
+    Problem,
+    TrainingSide,
+    gradients_of_removals,
 )
+from fimo.estimators.damping import Damped
+from fimo.estimators.operators.gradients import Layout, dot_products, loss_gradients
 from fimo.workers.errors import UsageError
-from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors
 from torch import Tensor
 
 Preconditioner = Callable[[Tensor], Tensor]
 """Rows (k, P) -> rows (k, P): P applied to each."""
 
-Notes = dict[str, JSON]
-
 
 @dataclass(frozen=True)
-class Influence(Damped):
+class Influence(Damped, GradientEstimator):
     """Base of the influence-function estimators.
 
     Attributes:
         training_gradient: which r_i; see the module.
-        displacement_step: the step of the sweep whose mean baseline displacement is Δθ̂(𝒟); None = the
-            estimator's own solve, −P ∇L(θᶠ) with L the mean training loss. Not used by ``final``.
+        displacement_step: the step of the sweep whose mean baseline displacement is Δθ̂(𝒟); None = the estimator's own
+            solve, −P ∇L(θᶠ) with L the mean training loss. Not used by ``final``.
     """
 
     training_gradient: Literal["final", "corrected", "further"] = "final"
@@ -61,38 +60,37 @@ class Influence(Damped):
             "displacement_step needs training_gradient corrected or further",
         )
 
+    def follows_training(self) -> bool:
+        """A displacement is the sweep's own baseline's."""
+        return self.displacement_step is not None
+
+    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """A displacement is the mean over all seeds."""
+        return tuple(seeds) if self.displacement_step is not None else ()
+
     @abstractmethod
     def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
-        """P at θᶠ; what a reader should know of how it was found goes to ``notes``."""
+        """P at θᶠ; what a reader should know of how it was made goes to ``notes``."""
 
-    def estimate(self, problem: Problem) -> Estimate:
-        """(R, E)."""
-        notes: Notes = {}
-        model, evals = problem.model, len(problem.evals)
-        values = torch.zeros(len(problem.removals), evals, dtype=torch.float64)
-        with estimating(model):
-            precondition = self.preconditioner(problem, notes)
-            blocks = held_blocks(evals, Layout.of(model.params).size)
-            preconditioned = [(c, precondition(measure_gradients(model, problem.evals, c))) for c in blocks]
-            for which, left in self.training_side(problem, precondition):
-                for columns, right in preconditioned:
-                    values[which.start : which.stop, columns.start : columns.stop] = (left @ right.T).double().cpu()
-        return Estimate(finite(values, self.name), notes=notes)
+    def pairing(self, problem: Problem, notes: Notes) -> Pairing:
+        """Inner products of r_i with the preconditioned evaluation gradients."""
+        precondition = self.preconditioner(problem, notes)
 
-    def training_side(self, problem: Problem, precondition: Preconditioner) -> Iterator[tuple[range, Tensor]]:
+        def against(right: Tensor) -> Pair:
+            preconditioned = precondition(right)
+            return lambda left: dot_products(left, preconditioned)
+
+        return Pairing(against, self.training_side(problem, precondition))
+
+    def training_side(self, problem: Problem, precondition: Preconditioner) -> TrainingSide:
         """Σ_{i∈removal} r_i for blocks of removals, rows (b, P)."""
-        model = problem.model
         if self.training_gradient == "final":
-            return removal_gradients(problem)
-        moved = self.displacement(problem, precondition)
+            return partial(gradients_of_removals, problem)
+        model, moved = problem.model, self.displacement(problem, precondition)
         if self.training_gradient == "further":
-            return removal_gradients(problem, {n: p + moved[n] for n, p in model.params.items()})
+            return partial(gradients_of_removals, problem, {n: p + moved[n] for n, p in model.params.items()})
 
-        def with_slope(params: Tensors, batch: Batch) -> Tensor:
-            loss, slope = directional(lambda p: model.loss(p, batch), params, moved)
-            return loss + slope
-
-        return removal_gradients(problem, loss=with_slope)
+        return partial(gradients_of_removals, problem, along=moved)
 
     def displacement(self, problem: Problem, precondition: Preconditioner) -> Tensors:
         """Δθ̂(𝒟) by parameter name.

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from fimo.estimators.base import JSON, Problem
-from fimo.estimators.cg import make_curvature
-from fimo.estimators.influence import Influence, Notes, Preconditioner
+from fimo.estimators.base import JSON, Notes, Problem, flat_loss
+from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators.gradients import Layout
-from fimo.estimators.operators.spaces import Curvature, Space
+from fimo.estimators.operators.spaces import Curvature, Space, make_curvature
 from fimo.workers.errors import DivergedError
 from torch import Tensor
 
@@ -60,10 +59,15 @@ class LiSSA(Influence):
         self.require(min(self.depth, self.repeats, self.batch_size) >= 1, "depth, repeats and batch_size must be ≥ 1")
         self.require(self.scale is None or self.scale > 0, "scale must be positive")
 
+    def unsuited(self, problem: Problem) -> str | None:
+        """The Gauss-Newton matrix is 0."""
+        return super().unsuited(problem) or (flat_loss(problem) if self.curvature == "gauss_newton" else None)
+
     def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
         """The truncated series, run anew at each call."""
         damping = self.resolve_damping(problem)
-        curvature, size = make_curvature(problem, self.curvature), len(problem.train)
+        size = len(problem.train)
+        curvature = make_curvature(problem.model, problem.train, self.curvature)
         scale = self.scale
         if scale is None:
             batches = list(_batches(size, self.batch_size, 8, self.seed))
@@ -136,7 +140,7 @@ def neumann(
 
 
 def _batches(size: int, batch_size: int, count: int, seed: int) -> Iterator[list[int] | None]:
-    """``count`` independent random subsets of ``range(size)``; None where a batch is everything."""
+    """``count`` independent random subsets of ``range(size)``; None if a batch is everything."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         whole = batch_size >= size

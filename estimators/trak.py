@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from fimo.estimators.base import Problem, estimating
-from fimo.estimators.influence import Influence, Notes, Preconditioner
+from fimo.estimators.base import Notes, Problem, estimating
+from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, PerExample, loss_gradients
 from fimo.estimators.operators.output_functions import is_cross_entropy, is_scalar, labels, log_odds
-from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel, Tensors
 from torch import Tensor
@@ -29,7 +28,13 @@ TILE = 1024
 """Parameters whose rows of S are drawn together. Part of the definition of S: it decides which numbers are drawn."""
 
 CUTOFF = 1e-10
-"""Eigenvalues of SᵀΦᵀΦS below this fraction of the largest are taken as zero where λ = 0."""
+"""Eigenvalues of SᵀΦᵀΦS below this fraction of the largest are taken as zero if λ = 0."""
+
+
+UNKNOWN_OUTPUT = (
+    "the workload's loss must be cross-entropy of outputs (B, classes), or its outputs one number an example; leave "
+    "trak out of the spec's estimators"
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class TRAK(Influence):
         seed: of S.
 
     Cost: n + R + E backward passes and as many projections of P·d; S is drawn again for every block of gradients
-    where it has more than ``gradients.HELD`` entries.
+    if it has more than ``gradients.HELD`` entries.
     """
 
     name: ClassVar[str] = "trak"
@@ -57,11 +62,12 @@ class TRAK(Influence):
         self.require(self.dimension >= 1, "dimension must be at least 1")
         self.require(0 <= self.seed < 2**31, "seed must lie between 0 and 2^31 − 1")
 
-    def applies(self, problem: Problem) -> bool:
-        """Whether the output function is known: cross-entropy of classes, or one output an example."""
+    def unsuited(self, problem: Problem) -> str | None:
+        """The output function is not known: neither cross-entropy of classes, nor one output an example."""
         batch = problem.train.batch(range(min(8, len(problem.train))))
         with estimating(problem.model):
-            return is_scalar(problem.model, batch) or is_cross_entropy(problem.model, batch)
+            known = is_scalar(problem.model, batch) or is_cross_entropy(problem.model, batch)
+        return None if known else UNKNOWN_OUTPUT
 
     def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P; one pass over 𝒟 for ΦᵀΦ."""
@@ -87,7 +93,7 @@ class TRAK(Influence):
         return apply
 
     def resolve_damping(self, problem: Problem) -> float:
-        """λ; without a pass over 𝒟 where it is 0."""
+        """λ; without a pass over 𝒟 if it is 0."""
         return 0.0 if self.damping_scale == 0 else super().resolve_damping(problem)
 
     def _projection(self, problem: Problem) -> Projection:
@@ -96,11 +102,7 @@ class TRAK(Influence):
 
 
 def output_function(model: FunctionalModel, batch: Batch) -> PerExample:
-    """f for the workload, told from one batch.
-
-    Raises:
-        WorkloadError: neither cross-entropy of classes nor one output an example.
-    """
+    """f for the workload, told from one batch of cross-entropy of classes or of one output an example."""
     if is_cross_entropy(model, batch):
 
         def odds(params: Tensors, examples: Batch) -> Tensor:
@@ -108,16 +110,11 @@ def output_function(model: FunctionalModel, batch: Batch) -> PerExample:
             return log_odds(outputs, labels(model, outputs.detach(), examples))
 
         return odds
-    if is_scalar(model, batch):
-        return lambda params, examples: model.outputs(params, examples).flatten()
-    raise WorkloadError(
-        "estimator trak: the workload's loss must be cross-entropy of outputs (B, classes), or its outputs one number "
-        "an example; leave trak out of the spec's estimators"
-    )
+    return lambda params, examples: model.outputs(params, examples).flatten()
 
 
 class Projection:
-    """Rows (k, P) -> (k, d) by S, and back by Sᵀ, S never in memory at once where it is large.
+    """Rows (k, P) -> (k, d) by S, and back by Sᵀ, S never in memory at once if it is large.
 
     The numbers of S depend on the seed, P and d alone, drawn on the CPU in tiles of ``TILE`` parameters.
     """

@@ -1,20 +1,20 @@
 """Unrolled further training: the exact first-order effect of a removal along the baseline's own trajectory.
 
-With the baseline θ_{s+1}, m_{s+1} = U_s(θ_s, m_s, ∇L_s(θ_s)) (m the optimizer's state) and q_s the removal's change of
-the step's loss (see ``trajectory``), the effect to first order in q is δ_t g = ∇g(z, θ_t)ᵀ δ_t, where
+The baseline is θ_{s+1}, m_{s+1} = U_s(θ_s, m_s, ∇L_s(θ_s)), with m the optimizer's state. A removal adds q_s to the
+loss of step s (see ``trajectory``). To first order in q its effect is δ_t g = ∇g(z, θ_t)ᵀ δ_t, with
 
     (δ, μ)_{s+1} = ∂U_s · (δ_s, μ_s, ∇²L_s(θ_s) δ_s + ∇q_s(θ_s)),    (δ, μ)_0 = 0.
 
-**forward** carries one tangent (δ, μ) a removal, and yields every evaluation example and every step in one pass.
-**adjoint** carries the transpose back from a step, one cotangent an evaluation example, and yields every removal at
-once (all n training examples, if need be); it runs once for each recorded step, and recomputes the baseline from √T
-checkpoints. Both are the same sum.
+**forward** carries one tangent (δ, μ) for each removal. One pass yields every evaluation example at every step.
+**adjoint** carries one cotangent for each evaluation example back from a recorded step. One pass yields every removal,
+all n training examples if asked for; each recorded step needs its own. It recomputes the baseline from √T checkpoints.
+Both are the same sum.
 
-First order is not the whole effect. Adam's step near a gradient of zero is all but a sign, and the derivative there no
-guide. A ReLU network's gradient jumps where a unit switches, and a removal that makes a unit switch earlier or later
-has an effect that no derivative shows. Averaging over seeds reduces the difference, but at large amounts a part of it
-stays. Sources: Hara et al., Data cleansing for models trained with SGD
-(2019); Wei et al., arXiv 2412.03906, section 4, for linearised further training.
+First order is not the whole effect, for two reasons. Adam's step near a gradient of zero is almost a sign, and a sign's
+derivative is no guide. A ReLU network's gradient jumps when a unit switches, and no derivative shows that a removal
+moves the switch. Averaging over seeds reduces the difference; at large amounts a part of it stays. Sources: Hara et
+al., Data cleansing for models trained with SGD (2019); Wei et al., arXiv 2412.03906, section 4, for linearised further
+training.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from fimo.estimators.amounts import recorded_steps, settings_of
+from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
 from fimo.estimators.base import JSON, Estimate, Hyperparameters, Problem, estimating, finite
 from fimo.estimators.operators import gradients
-from fimo.estimators.operators.gradients import Layout, directional, measure_gradients
+from fimo.estimators.operators.gradients import Layout, directional, each_example, measure_gradients
 from fimo.estimators.operators.optimizers import State
 from fimo.estimators.operators.trajectory import Point, Step, Trajectory
-from fimo.workers.errors import UsageError
 from fimo.workers.examples import Batch
 from torch import Tensor
 from torch.func import vjp, vmap
@@ -57,12 +56,23 @@ class Unrolled(Hyperparameters):
     last_step: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(self.seeds is None or self.seeds >= 1, "seeds must be at least 1")
         self.require(self.last_step is None or self.last_step >= 1, "last_step must be at least 1")
 
-    def applies(self, problem: Problem) -> bool:
-        """Whether there is further training, and seeds, to follow."""
-        return problem.further_training is not None and bool(problem.seeds)
+    def follows_training(self) -> bool:
+        """Every step is the sweep's own."""
+        return True
+
+    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """The first ``seeds`` of them."""
+        return tuple(seeds)[: self.seeds]
+
+    def unsuited(self, problem: Problem) -> str | None:
+        """There is no further training, or no seed, to follow."""
+        if problem.further_training is None:
+            return NEEDS_TRAINING
+        return None if problem.seeds else "follows the sweep's seeds and needs at least one"
 
     def estimate(self, problem: Problem) -> Estimate:
         """(steps, R, E).
@@ -70,9 +80,8 @@ class Unrolled(Hyperparameters):
         Raises:
             UsageError: no further-training section or seeds, or see ``trajectory.refuse``.
         """
-        settings, seeds = settings_of(self, problem), list(problem.seeds)[: self.seeds]
-        if not seeds:
-            raise UsageError("estimator unrolled: follows the sweep's seeds and needs at least one")
+        self.refuse_unsuited(problem)
+        settings, seeds = settings_of(self, problem), list(self.follows_seeds(problem.seeds))
         recorded = recorded_steps(problem, settings)
         steps = tuple(s for s in recorded if self.last_step is None or s <= self.last_step)
         self.require(bool(steps), f"last_step lies before the first recorded step, {recorded[0]}")
@@ -94,18 +103,18 @@ class Unrolled(Hyperparameters):
 
 def _forward(problem: Problem, steps: Sequence[int], seed: int) -> Tensor:
     """(steps, R, E) of one seed by tangents, as many removals at a time as fit ``gradients.HELD``."""
-    found, rows = [], 4 * Layout.of(problem.model.params).size
-    together = max(1, gradients.HELD // rows)
+    values, scalars = [], 4 * Layout.of(problem.model.params).size
+    together = max(1, gradients.HELD // scalars)
     for start in range(0, len(problem.removals), together):
         removals = [tuple(r) for r in problem.removals[start : start + together]]
-        found.append(_tangents(problem, steps, seed, removals))
+        values.append(_tangents(problem, steps, seed, removals))
     shape = (len(steps), 0, len(problem.evals))
-    return torch.cat(found, dim=1) if found else torch.zeros(shape, dtype=torch.float64)
+    return torch.cat(values, dim=1) if values else torch.zeros(shape, dtype=torch.float64)
 
 
 def _tangents(problem: Problem, steps: Sequence[int], seed: int, removals: list[tuple[int, ...]]) -> Tensor:
     assert problem.further_training is not None
-    trajectory = Trajectory(problem, problem.further_training, removals, seed)
+    trajectory = Trajectory(problem.model, problem.train, problem.further_training, removals, seed)
     point = trajectory.start()
     moved = torch.zeros(len(removals), len(point.params), dtype=point.params.dtype, device=point.params.device)
     state: State = {name: torch.zeros_like(moved) for name in point.state}
@@ -150,7 +159,7 @@ def _measured(problem: Problem, trajectory: Trajectory, point: Point, moved: Ten
             return directional(lambda p: model.measure(layout.tensors(p), batch), point.params, row)[1]
 
         together = max(1, gradients.STREAM // layout.size)
-        columns.append(torch.cat([vmap(along)(part) for part in moved.split(together)]).detach())
+        columns.append(torch.cat([each_example(along, part) for part in moved.split(together)]).detach())
     return torch.cat(columns, dim=1).to("cpu", torch.float64)
 
 
@@ -158,7 +167,7 @@ def _adjoint(problem: Problem, steps: Sequence[int], seed: int) -> Tensor:
     """(steps, R, E) of one seed by cotangents, as many evaluation examples at a time as fit ``gradients.HELD``."""
     assert problem.further_training is not None
     removals = [tuple(r) for r in problem.removals]
-    trajectory = Trajectory(problem, problem.further_training, removals, seed)
+    trajectory = Trajectory(problem.model, problem.train, problem.further_training, removals, seed)
     checkpoints = _Checkpoints(trajectory, steps[-1])
     values = torch.zeros(len(steps), len(removals), len(problem.evals), dtype=torch.float64)
     together = max(1, gradients.HELD // (4 * trajectory.layout.size))

@@ -1,9 +1,8 @@
 """Curvature of the training loss as linear operators on rows (k, P), without ever forming a matrix.
 
-Invariant: an operator over indices I is the *mean* of the examples' curvatures over I, whatever the blocks
-that it is computed in, the ragged last one weighed by its size. (The inverse of a mean is not the mean of
-inverses.) All k right-hand sides go through one pass over the examples together. Damping is the solvers'
-affair.
+Invariant: an operator over indices I is the *mean* of the examples' curvatures over I. The blocks that it is computed
+in do not matter; a ragged last one weighs by its size. (The inverse of a mean is not the mean of inverses.) All k
+right-hand sides share one pass over the examples. Solvers add the damping.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from typing import Protocol
 
 import torch
 from fimo.estimators.operators import gradients
-from fimo.estimators.operators.gradients import Layout, directional
+from fimo.estimators.operators.gradients import Layout, directional, each_example
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 from torch import Tensor
-from torch.func import grad, vjp, vmap
+from torch.func import grad, vjp
 
 PASS = 64
 """Examples that go through the model at once: with k tangents their activations are k-fold."""
@@ -48,7 +47,7 @@ class _Mean:
             product = self.product(batch)
             for start in range(0, len(rows), together):
                 some = self.layout.tensors(rows[start : start + together])
-                total[start : start + together] += self.layout.rows(vmap(product)(some)).detach()
+                total[start : start + together] += self.layout.rows(each_example(product, some)).detach()
         return total / count
 
     def product(self, batch: Batch) -> Callable[[Tensors], Tensors]:
@@ -78,8 +77,8 @@ class GaussNewton(_Mean):
 
         def apply(v: Tensors) -> Tensors:
             along = directional(outputs, model.params, v)[1]
-            found: Tensors = pull_back(directional(slope, out, along)[1])[0]
-            return found
+            image: Tensors = pull_back(directional(slope, out, along)[1])[0]
+            return image
 
         return apply
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
-from fimo.estimators.base import Problem
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.stacking.stacked import Stacked
@@ -27,7 +26,7 @@ HELD = 2**28
 """Scalars that an estimator may keep over a pass through the training examples (1 GiB in float32)."""
 
 BLOCK = 256
-"""Examples in a block at most: activations grow with the block even where the model has few parameters."""
+"""Examples in a block at most: activations grow with the block even if the model has few parameters."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,11 @@ class Layout:
     @property
     def slices(self) -> dict[str, slice]:
         """Where each parameter tensor lies."""
-        found, start = {}, 0
+        slices, start = {}, 0
         for name, shape in self.shapes.items():
-            found[name] = slice(start, start + shape.numel())
+            slices[name] = slice(start, start + shape.numel())
             start += shape.numel()
-        return found
+        return slices
 
     def rows(self, tensors: Tensors) -> Tensor:
         """Tensors with leading dimensions (…, *shape) as rows (…, P)."""
@@ -66,7 +65,7 @@ class Layout:
     def tensors(self, rows: Tensor) -> Tensors:
         """Rows (…, P) as tensors (…, *shape)."""
         lead = rows.shape[:-1]
-        return {n: rows[..., s].reshape(*lead, *self.shapes[n]) for n, s in self.slices.items()}
+        return {n: rows[..., s].reshape((*lead, *self.shapes[n])) for n, s in self.slices.items()}
 
 
 def block_size(scalars: int, budget: int | None = None) -> int:
@@ -102,23 +101,25 @@ def each_example(
     randomness: Literal["error", "same"] = "error",
     reseed: Callable[[], object] | None = None,
 ) -> Out:
-    """``function`` of every example of a batch, stacked: vmapped, or one at a time where vmap refuses.
+    """``function`` of every example of a batch, stacked: vmapped, or one at a time if vmap refuses.
 
-    It refuses a forward that decides on its data (transformers asks whether there is any padding) where examples
-    decide differently.
+    It refuses a forward that decides on its data (transformers asks whether there is any padding) if examples decide
+    differently, and operations that write in place or have no batching rule. A mistake of the workload's own is raised
+    by the first example.
 
     Args:
         function: of one example, without its batch dimension; returns a pytree of tensors.
         randomness: "same" lets every example draw the same random numbers.
-        reseed: called before each example where they are taken one at a time, to the same end.
+        reseed: called before each example if they are taken one at a time, to the same end.
     """
     try:
         with Stacked():
             stacked: Out = vmap(function, in_dims=(over_examples(batch),), randomness=randomness)(batch)
             return stacked
-    except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        pass  # vmap's refusals have no class of their own, nor a common message.
     count = next(len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
     results = []
     for position in range(count):
@@ -126,14 +127,28 @@ def each_example(
         if reseed is not None:
             reseed()
         results.append(function(example))
-    found: Out = pytree.tree_map(lambda *leaves: torch.stack(leaves), *results)
-    return found
+    stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), *results)
+    return stacked
 
 
-def per_example(function: PerExample, params: Tensors, batch: Batch, layout: Layout) -> Tensor:
-    """Gradients of ``function`` for every example of a batch, rows (B, P): one forward and backward each."""
+def per_example(
+    function: PerExample, params: Tensors, batch: Batch, layout: Layout, along: Tensors | None = None
+) -> Tensor:
+    """Gradients of ``function`` for every example of a batch, rows (B, P): one forward and backward each.
+
+    Args:
+        along: a displacement d; the rows are then ∇f + ∇²f d, by forward over reverse. (Reverse over forward, the
+            gradient of f + ∇fᵀd, is the same in exact arithmetic, but torch has it wrong on LayerNorm.)
+    """
     slope = grad(single(function))
-    return layout.rows(each_example(lambda example: slope(params, example), batch)).detach()
+
+    def row(example: Batch) -> Tensor:
+        if along is None:
+            return layout.rows(slope(params, example))
+        own, change = directional(lambda at: slope(at, example), params, along)
+        return layout.rows(own) + layout.rows(change)
+
+    return each_example(row, batch).detach()
 
 
 def loss_gradients(
@@ -142,11 +157,15 @@ def loss_gradients(
     indices: Sequence[int] | None = None,
     params: Tensors | None = None,
     loss: PerExample | None = None,
+    along: Tensors | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """∇ℓ_j in blocks (indices, rows (b, P)), at ``params`` (or θᶠ), of ``loss`` (or the workload's)."""
+    """∇ℓ_j in blocks (indices, rows (b, P)), at ``params`` (or θᶠ), of ``loss`` (or the workload's).
+
+    ``along``: see ``per_example``.
+    """
     layout, at = Layout.of(model.params), model.params if params is None else params
     for block, batch in examples.batches(block_size(layout.size), indices):
-        yield block, per_example(model.loss if loss is None else loss, at, batch, layout)
+        yield block, per_example(model.loss if loss is None else loss, at, batch, layout, along)
 
 
 def measure_gradients(
@@ -187,19 +206,23 @@ def unique(removals: Sequence[Sequence[int]]) -> list[int]:
 
 
 def removal_gradients(
-    problem: Problem, params: Tensors | None = None, loss: PerExample | None = None
+    model: FunctionalModel,
+    train: Examples,
+    removals: Sequence[Sequence[int]],
+    params: Tensors | None = None,
+    along: Tensors | None = None,
 ) -> Iterator[tuple[range, Tensor]]:
     """Σ_{i∈removal} ∇ℓ_i for blocks of removals: (which, rows (b, P)).
 
-    An index is differentiated once a block.
+    An index is differentiated once a block. ``along``: see ``per_example``.
     """
-    model, layout = problem.model, Layout.of(problem.model.params)
+    layout = Layout.of(model.params)
     size = block_size(layout.size)
-    for start in range(0, len(problem.removals), size):
-        which = range(start, min(start + size, len(problem.removals)))
-        groups = [problem.removals[r] for r in which]
+    for start in range(0, len(removals), size):
+        which = range(start, min(start + size, len(removals)))
+        groups = [removals[r] for r in which]
         rows = torch.zeros(len(groups), layout.size, dtype=model.dtype, device=model.device)
-        for indices, gradients in loss_gradients(model, problem.train, unique(groups), params, loss):
+        for indices, gradients in loss_gradients(model, train, unique(groups), params, along=along):
             here = set(indices)
             inside = [[i for i in group if i in here] for group in groups]
             rows += incidence(inside, indices).to(rows) @ gradients
@@ -216,3 +239,14 @@ def mean_square(model: FunctionalModel, examples: Examples) -> Tensor:
     for _, rows in loss_gradients(model, examples):
         total += torch.stack([rows[:, s].double().square().mean(dim=1).sum() for s in slices])
     return total / len(examples)
+
+
+def dot_products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of rows (b, P) and (k, P): (b, k)."""
+    return left @ right.T
+
+
+def cosines(left: Tensor, right: Tensor) -> Tensor:
+    """Cosines of rows (b, P) and (k, P), float64 (b, k); 0 if either row is 0."""
+    norms = left.double().norm(dim=1)[:, None] * right.double().norm(dim=1)
+    return torch.where(norms > 0, dot_products(left, right).double() / norms, 0)

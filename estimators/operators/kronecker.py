@@ -5,7 +5,8 @@ share the weight. K-FAC takes E[aaᵀ] ⊗ E[ggᵀ] for its block; EK-FAC keeps 
 eigenvalues the second moments of the gradient in that basis, Λ = E[(Q_Bᵀ (Σ_t g_t a_tᵀ) Q_A)²], which is the best
 diagonal there. Sources: Martens and Grosse (2015); George et al. (2018); Grosse et al. (2023), section 3.
 
-Covered: Linear and Conv2d (one group, zero padding). Other trainable tensors of at most ``EXACT`` entries (LayerNorm)
+Covered: Linear, Conv2d (one group, zero padding) and transformers' Conv1D, if their weight is used by their own forward
+alone, which one batch proves. Other trainable tensors of at most ``EXACT`` entries (LayerNorm)
 get their exact dense block; the rest (embeddings, tied weights) are left out, by name.
 """
 
@@ -14,15 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from fimo.estimators.base import Problem
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
 from fimo.estimators.operators.spaces import linearised
-from fimo.workers.examples import Batch
+from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel
 from torch import Tensor, nn
 
@@ -41,18 +41,19 @@ class Block(Protocol):
         ...
 
     def restore(self, coordinates: Tensor, into: Tensor) -> None:
-        """Write (k, m) back to where the block lies in rows (k, P)."""
+        """Write (k, m) back into the block's place in rows (k, P)."""
         ...
 
 
 @dataclass
 class LayerBlock:
-    """A Linear or Conv2d: weight (out, …) and, where it is trainable, bias (out,)."""
+    """A Linear, Conv2d or Conv1D: weight (out, …), of Conv1D (in, out), and, if it is trainable, bias (out,)."""
 
     module: nn.Module
     weight: slice
     bias: slice | None
     out: int
+    transposed: bool
     values: Tensor = field(init=False)
     left: Tensor = field(init=False)
     right: Tensor = field(init=False)
@@ -82,7 +83,11 @@ class LayerBlock:
 
     def coordinates(self, rows: Tensor) -> Tensor:
         """See ``Block``."""
-        matrix = rows[:, self.weight].reshape(len(rows), self.out, -1)
+        matrix = rows[:, self.weight]
+        if self.transposed:
+            matrix = matrix.reshape(len(rows), -1, self.out).transpose(1, 2)
+        else:
+            matrix = matrix.reshape(len(rows), self.out, -1)
         if self.bias is not None:
             matrix = torch.cat([matrix, rows[:, self.bias, None]], dim=2)
         return (self.left.T @ matrix @ self.right).flatten(1)
@@ -93,7 +98,7 @@ class LayerBlock:
         if self.bias is not None:
             into[:, self.bias] = matrix[:, :, -1]
             matrix = matrix[:, :, :-1]
-        into[:, self.weight] = matrix.flatten(1)
+        into[:, self.weight] = (matrix.transpose(1, 2) if self.transposed else matrix).flatten(1)
 
 
 @dataclass
@@ -115,10 +120,21 @@ class DenseBlock:
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """The whole approximation: its blocks, and the parameters that none of them covers."""
+    """The whole approximation.
+
+    Attributes:
+        blocks: its diagonal blocks.
+        left_out: names of the parameters that no block covers.
+        fisher: exact or sampled, whichever the pseudo-gradients were.
+    """
 
     blocks: list[Block]
     left_out: list[str]
+    fisher: str
+
+    def coverage(self, model: FunctionalModel) -> float:
+        """The share of trainable scalars that a block covers."""
+        return _share(model, self.left_out)
 
     def apply(self, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """f(G̃) on rows (k, P), f given on eigenvalues; 0 for parameters that are left out."""
@@ -128,23 +144,39 @@ class Eigenbasis:
         return result
 
 
-def eigenbasis(problem: Problem, draw: Callable[[Batch], PseudoGradients], corrected: bool = True) -> Eigenbasis:
+def factorised(
+    model: FunctionalModel,
+    examples: Examples,
+    fisher: Literal["auto", "exact", "sampled"],
+    samples: int,
+    seed: int,
+) -> Eigenbasis:
+    """The factorisation with pseudo-gradients of the given kind; see ``PseudoGradients``."""
+    return eigenbasis(model, examples, lambda batch: PseudoGradients(model, batch, fisher, samples, seed))
+
+
+def eigenbasis(
+    model: FunctionalModel,
+    examples: Examples,
+    draw: Callable[[Batch], PseudoGradients],
+    corrected: bool = True,
+) -> Eigenbasis:
     """Two passes over 𝒟, one for the eigenvectors and one for the eigenvalues.
 
     Args:
         draw: makes the source of vectors at the outputs, given a first batch.
         corrected: False keeps K-FAC's own eigenvalues, products of those of its factors.
     """
-    model, examples = problem.model, problem.train
     layers, others = _layers(model)
+    layers, others = _proven(model, examples, layers, others)
     size = gradients.block_size(max([layer.out for layer in layers], default=1) * 512)
     source = draw(examples.batch(range(min(8, len(examples)))))
-    _factor(layers, _passes(model, problem, layers, source, size), len(examples))
+    _factor(layers, _passes(model, examples, layers, source, size), len(examples))
     if corrected:
         source.restart()
-        _correct(layers, _passes(model, problem, layers, source, size), len(examples))
-    dense, left_out = _dense(problem, others)
-    return Eigenbasis([*layers, *dense], left_out)
+        _correct(layers, _passes(model, examples, layers, source, size), len(examples))
+    dense, left_out = _dense(model, examples, others)
+    return Eigenbasis([*layers, *dense], left_out, source.fisher)
 
 
 def _layers(model: FunctionalModel) -> tuple[list[LayerBlock], list[str]]:
@@ -156,19 +188,87 @@ def _layers(model: FunctionalModel) -> tuple[list[LayerBlock], list[str]]:
     layers, covered = [], set()
     for name, module in model.module.named_modules():
         weight, bias = (f"{name}.{part}" if name else part for part in ("weight", "bias"))
-        plain = isinstance(module, nn.Linear) or (
-            isinstance(module, nn.Conv2d)
-            and module.groups == 1
-            and module.padding_mode == "zeros"
-            and not isinstance(module.padding, str)
+        transposed = _is_conv1d(module)
+        plain = (
+            transposed
+            or isinstance(module, nn.Linear)
+            or (
+                isinstance(module, nn.Conv2d)
+                and module.groups == 1
+                and module.padding_mode == "zeros"
+                and not isinstance(module.padding, str)
+            )
         )
+        # Attention uses its output projection past the module's forward.
+        plain = plain and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         # A tied weight's gradient is a sum over its layers, which is no Kronecker product of either.
         if not plain or weight not in slices or owners[id(module.weight)] > 1:
             continue
         free = bias in slices and owners[id(module.bias)] == 1
-        layers.append(LayerBlock(module, slices[weight], slices[bias] if free else None, len(module.weight)))
+        out = module.weight.shape[1 if transposed else 0]
+        layers.append(LayerBlock(module, slices[weight], slices[bias] if free else None, out, transposed))
         covered |= {weight, bias} if free else {weight}
     return layers, [name for name in slices if name not in covered]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a Linear with weight (in, out); told without importing transformers."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if type(module).__name__ != "Conv1D" or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+        return False
+    return weight.dim() == 2 and bias.shape == weight.shape[1:]
+
+
+def _proven(
+    model: FunctionalModel, examples: Examples, layers: list[LayerBlock], others: list[str]
+) -> tuple[list[LayerBlock], list[str]]:
+    """The layers whose weight's gradient is Σ_t g_t a_tᵀ over the calls that hooks see, and all other names.
+
+    A weight that is also, or only, used past its module's forward (attention's output projection) is none of them.
+    """
+    batch, generator = examples.batch(range(min(8, len(examples)))), torch.Generator().manual_seed(0)
+    params = {name: tensor.detach().requires_grad_() for name, tensor in model.params.items()}
+    names = list(params)
+    owner = {s.start: name for name, s in Layout.of(params).slices.items()}
+    with _watched(layers) as watched, torch.enable_grad():
+        outputs = model.outputs(params, batch)
+        calls = list(watched)
+        s = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+        targets = [params[name] for name in names] + [out for _, _, out in calls]
+        slopes: tuple[Tensor | None, ...] = (None,) * len(targets)
+        if outputs.requires_grad:
+            slopes = torch.autograd.grad(outputs, targets, s, allow_unused=True)
+    whole = dict(zip(names, slopes, strict=False))
+    seen: dict[int, Tensor] = {}
+    for (layer, a, _), g in zip(calls, slopes[len(names) :], strict=True):
+        if g is not None:
+            own = torch.einsum("bto,bti->oi", layer.outputs(g), a)
+            own = own[:, :-1] if layer.bias is not None else own
+            seen[id(layer)] = seen.get(id(layer), torch.zeros_like(own)) + own
+    kept, names_kept = [], set(others)
+    for layer in layers:
+        name = owner[layer.weight.start]
+        truth, sums = whole[name], seen.get(id(layer))
+        if truth is not None:
+            truth = (truth.T if layer.transposed else truth).reshape(layer.out, -1)
+            if sums is None:
+                sums = torch.zeros_like(truth)
+            if not torch.allclose(sums, truth, rtol=1e-3, atol=1e-3 * float(truth.abs().max())):
+                names_kept |= {name} if layer.bias is None else {name, owner[layer.bias.start]}
+                continue
+        kept.append(layer)
+    return kept, [name for name in names if name in names_kept]
+
+
+def coverage(model: FunctionalModel) -> float:
+    """The share of trainable scalars that the approximation covers, told from the model alone."""
+    _, others = _layers(model)
+    return _share(model, [name for name in others if model.params[name].numel() > EXACT])
+
+
+def _share(model: FunctionalModel, left_out: list[str]) -> float:
+    sizes = {name: tensor.numel() for name, tensor in model.params.items()}
+    return 1 - sum(sizes[name] for name in left_out) / sum(sizes.values())
 
 
 Seen = list[tuple[LayerBlock, Tensor, list[Tensor]]]
@@ -176,18 +276,20 @@ Seen = list[tuple[LayerBlock, Tensor, list[Tensor]]]
 
 
 def _passes(
-    model: FunctionalModel, problem: Problem, layers: list[LayerBlock], source: PseudoGradients, size: int
+    model: FunctionalModel, examples: Examples, layers: list[LayerBlock], source: PseudoGradients, size: int
 ) -> Iterator[Seen]:
-    for _, batch in problem.train.batches(size):
-        with _watched(layers) as calls, torch.enable_grad():
+    for _, batch in examples.batches(size):
+        with _watched(layers) as watched, torch.enable_grad():
             outputs = model.outputs(model.params, batch)
+            # A checkpointed layer is called again by the backward pass.
+            calls = list(watched)
             targets = [out for _, _, out in calls]
-            found: list[list[Tensor]] = [[] for _ in calls]
+            of_calls: list[list[Tensor]] = [[] for _ in calls]
             for s in source(outputs.detach(), batch) if outputs.requires_grad else ():
                 grads = torch.autograd.grad(outputs, targets, s, retain_graph=True, allow_unused=True)
-                for (layer, _, out), g, into in zip(calls, grads, found, strict=True):
+                for (layer, _, out), g, into in zip(calls, grads, of_calls, strict=True):
                     into.append(layer.outputs(torch.zeros_like(out) if g is None else g))
-        yield [(layer, a, gs) for (layer, a, _), gs in zip(calls, found, strict=True)]
+        yield [(layer, a, gs) for (layer, a, _), gs in zip(calls, of_calls, strict=True)]
 
 
 @contextmanager
@@ -247,7 +349,7 @@ def _factor(layers: list[LayerBlock], passes: Iterator[Seen], n: int) -> None:
 def _identity(layer: LayerBlock) -> None:
     """A layer that the forward never calls, or that the outputs do not depend on: curvature 0."""
     weight = layer.weight_of()
-    inputs = weight[0].numel() + (layer.bias is not None)
+    inputs = weight.numel() // layer.out + (layer.bias is not None)
     layer.left = torch.eye(layer.out, dtype=weight.dtype, device=weight.device)
     layer.right = torch.eye(inputs, dtype=weight.dtype, device=weight.device)
     layer.values = torch.zeros(layer.out * inputs, dtype=torch.float64, device=weight.device)
@@ -277,20 +379,20 @@ def _second_moment(g: Tensor, a: Tensor) -> Tensor:
     return torch.einsum("bto,bti->boi", g, a).square().sum(dim=0, dtype=torch.float64)
 
 
-def _dense(problem: Problem, names: list[str]) -> tuple[list[Block], list[str]]:
+def _dense(model: FunctionalModel, examples: Examples, names: list[str]) -> tuple[list[Block], list[str]]:
     """Exact blocks of the small tensors among ``names``, and the names of the others."""
-    model, slices = problem.model, Layout.of(problem.model.params).slices
+    slices = Layout.of(model.params).slices
     small = {name: model.params[name] for name in names if model.params[name].numel() <= EXACT}
     squares = {name: torch.zeros((), dtype=torch.float64, device=model.device) for name in small}
     layout = Layout.of(small)
     if small:
-        for _, batch in problem.train.batches(gradients.block_size(layout.size)):
+        for _, batch in examples.batches(gradients.block_size(layout.size)):
             jacobian, weights = linearised(model, batch, small)
             for name, where in layout.slices.items():
                 j = jacobian[:, where].double().reshape(*weights.shape[:2], -1)
                 squares[name] = squares[name] + torch.einsum("boi,bop,bpj->ij", j, weights.double(), j)
     blocks: list[Block] = []
     for name, square in squares.items():
-        values, vectors = torch.linalg.eigh(square / len(problem.train))
+        values, vectors = torch.linalg.eigh(square / len(examples))
         blocks.append(DenseBlock(slices[name], values.clamp(min=0), vectors.to(model.dtype)))
     return blocks, [name for name in names if name not in small]

@@ -68,6 +68,25 @@ def _adam(o: Optimizer, number: int, params: Tensor, state: State, gradient: Ten
 
 
 def _root(squares: Tensor) -> Tensor:
-    """√x with derivative 0 at 0, where a gradient that is exactly zero would make it infinite."""
+    """√x with derivative 0 at 0, for a gradient that is exactly zero would make it infinite."""
     zero = squares == 0
     return torch.where(zero, 0, torch.where(zero, 1, squares).sqrt())
+
+
+class Descent:
+    """SGD on rows x (k, d) from a start, given gradients of a quadratic: the recursion of the matched estimators."""
+
+    def __init__(self, optimizer: Optimizer, x: Tensor) -> None:
+        self.x, self._optimizer = x, optimizer
+        self._momentum: Tensor | None = None
+
+    def step(self, gradient: Tensor) -> None:
+        """One step; weight decay is added to the gradient."""
+        o = self._optimizer
+        direction = gradient + o.weight_decay * self.x
+        if o.momentum:
+            was = self._momentum
+            average = direction if was is None else o.momentum * was + (1 - o.dampening) * direction
+            direction = direction + o.momentum * average if o.nesterov else average
+            self._momentum = average
+        self.x = self.x - o.lr * direction

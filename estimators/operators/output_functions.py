@@ -1,4 +1,4 @@
-"""What a workload's loss is, found by evaluating it: the functions of the outputs that TRAK and the Fisher need.
+"""Tells what a workload's loss is, by evaluating it: the functions of the outputs that TRAK and the Fisher need.
 
 A workload gives ``outputs`` and ``loss`` and no name for either, so cross-entropy of integer classes is recognised by
 its gradients: softmax(z) − e_y at any outputs z, hence 1/C − e_y at z = 0, which shows the label y.
@@ -6,8 +6,11 @@ its gradients: softmax(z) − e_y at any outputs z, hence 1/C − e_y at z = 0, 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from fimo.workers.examples import Batch
+from fimo.estimators.operators import gradients
+from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel
 from torch import Tensor
 from torch.func import grad
@@ -15,8 +18,8 @@ from torch.func import grad
 
 def loss_slope(model: FunctionalModel, outputs: Tensor, batch: Batch) -> Tensor:
     """∂ℓ/∂outputs of every example, the shape of ``outputs``."""
-    found: Tensor = grad(lambda out: model.loss_of_outputs(out, batch).sum())(outputs)
-    return found
+    slope: Tensor = grad(lambda out: model.loss_of_outputs(out, batch).sum())(outputs)
+    return slope
 
 
 def labels(model: FunctionalModel, outputs: Tensor, batch: Batch) -> Tensor:
@@ -30,11 +33,35 @@ def is_cross_entropy(model: FunctionalModel, batch: Batch) -> bool:
     if outputs.dim() != 2 or outputs.shape[1] < 2 or not outputs.is_floating_point():
         return False
     hot = torch.nn.functional.one_hot(labels(model, outputs, batch), outputs.shape[1])
-    # Also at outputs that are not the model's, where a scaled or smoothed loss shows.
+    # Also at outputs that are not the model's, because a scaled or smoothed loss shows there.
     places = [torch.zeros_like(outputs), outputs, torch.ones_like(outputs).cumsum(dim=1)]
     expected = [place.softmax(dim=1) - hot for place in places]
-    found = [loss_slope(model, place, batch) for place in places]
-    return all(torch.allclose(f, e, atol=1e-5) for f, e in zip(found, expected, strict=True))
+    slopes = [loss_slope(model, place, batch) for place in places]
+    return all(torch.allclose(s, e, atol=1e-5) for s, e in zip(slopes, expected, strict=True))
+
+
+FEW = 32
+"""Examples whose outputs are held at once: those of a language model are many."""
+
+
+def _slope_of(model: FunctionalModel, batch: Batch, outputs: Tensor) -> Tensor:
+    return loss_slope(model, outputs, batch)
+
+
+def is_flat(model: FunctionalModel, examples: Examples) -> bool:
+    """Whether ∂²ℓ/∂outputs² is zero for every example: then so is the Gauss-Newton matrix.
+
+    Told from its product with a random vector, which no other matrix sends to zero. The first example that is curved
+    ends the pass.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _, batch in examples.batches(min(FEW, gradients.BLOCK)):
+        outputs = model.outputs(model.params, batch).detach()
+        along = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+        image: Tensor = gradients.directional(partial(_slope_of, model, batch), outputs, along)[1]
+        if bool((image != 0).any()):
+            return False
+    return True
 
 
 def is_scalar(model: FunctionalModel, batch: Batch) -> bool:
@@ -44,7 +71,7 @@ def is_scalar(model: FunctionalModel, batch: Batch) -> bool:
 
 
 def log_odds(outputs: Tensor, label: Tensor) -> Tensor:
-    """log p_y/(1 − p_y) = z_y − log Σ_{c≠y} exp z_c (B,), of outputs z (B, C); exact where p_y rounds to 1."""
+    """log p_y/(1 − p_y) = z_y − log Σ_{c≠y} exp z_c (B,), of outputs z (B, C); exact even if p_y rounds to 1."""
     of_label = label[:, None] == torch.arange(outputs.shape[1], device=outputs.device)
     others = outputs.masked_fill(of_label, -torch.inf)
     return outputs.masked_fill(~of_label, 0).sum(dim=1) - others.logsumexp(dim=1)

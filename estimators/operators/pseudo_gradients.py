@@ -27,7 +27,7 @@ class PseudoGradients:
 
     Args:
         fisher: exact, sampled, or auto: exact for at most ``FEW`` outputs.
-        samples: draws an example where sampled.
+        samples: draws an example if sampled.
     """
 
     def __init__(

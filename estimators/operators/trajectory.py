@@ -19,15 +19,15 @@ from functools import partial
 from typing import Literal
 
 import torch
-from fimo.estimators.base import Problem
 from fimo.estimators.operators import gradients, optimizers
 from fimo.estimators.operators.gradients import Layout, directional, each_example
 from fimo.estimators.operators.optimizers import State
 from fimo.workers import batches
 from fimo.workers.batches import BASELINE, Removal
 from fimo.workers.errors import UsageError
-from fimo.workers.examples import Batch, shapes, stack
+from fimo.workers.examples import Batch, Examples, shapes, stack
 from fimo.workers.forward import Forward, observe
+from fimo.workers.functional import FunctionalModel
 from fimo.workers.randomness import seed_all, step_seed
 from fimo.workers.settings import FurtherTraining
 from torch import Tensor
@@ -45,7 +45,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Change:
-    """q_s for all R removals: Σ_j weights[r, j] ℓ_j over ``batch``, or what reweight subtracts (weights None)."""
+    """q_s for all R removals: Σ_j weights[r, j] ℓ_j over ``batch``, or reweight's own −1/n Σ ℓ_i (weights None)."""
 
     batch: Batch
     weights: Tensor | None
@@ -66,14 +66,21 @@ class Trajectory:
 
     Raises:
         UsageError: the training forward mixes the examples of a batch (batch norm), or drop shortens an epoch or
-            meets dropout, where the cells' steps do not correspond.
+            meets dropout, because then the cells' steps do not correspond.
     """
 
-    def __init__(self, problem: Problem, settings: FurtherTraining, removals: Sequence[Removal], seed: int) -> None:
-        self.model, self.train, self.settings, self.seed = problem.model, problem.train, settings, seed
-        self.removals, self.layout = [tuple(r) for r in removals], Layout.of(problem.model.params)
-        refuse(observe(self.model, self.train, settings), settings, len(self.train), self.removals)
-        self._removed = _removed_batches(problem, self.removals) if settings.removal_mode == "reweight" else []
+    def __init__(
+        self,
+        model: FunctionalModel,
+        train: Examples,
+        settings: FurtherTraining,
+        removals: Sequence[Removal],
+        seed: int,
+    ) -> None:
+        self.model, self.train, self.settings, self.seed = model, train, settings, seed
+        self.removals, self.layout = [tuple(r) for r in removals], Layout.of(model.params)
+        refuse(observe(model, train, settings), settings, len(self.train), self.removals)
+        self._removed = _removed_batches(model, train, self.removals) if settings.removal_mode == "reweight" else []
 
     def start(self) -> Point:
         """θᶠ with a fresh optimizer."""
@@ -171,8 +178,7 @@ class Trajectory:
         what: Literal["batch", "removed"] = "batch",
     ) -> Tensor:
         with self._forward(number, what):
-            found: Tensor = vmap(function, randomness="same")(rows)
-            return found.detach()
+            return each_example(function, rows, "same", partial(self._reseed, number, what)).detach()
 
     def change_gradients(self, point: Point, step: Step) -> Tensor:
         """∇q_s at the point for every removal, rows (R, P)."""
@@ -194,14 +200,14 @@ class Trajectory:
 
     def change_along(self, point: Point, step: Step, rows: Tensor) -> Tensor:
         """The derivative of every q_s along rows (k, P): (R, k), which is ``change_gradients @ rows.T``."""
-        found = torch.zeros(len(self.removals), len(rows), dtype=self.model.dtype, device=self.model.device)
+        slopes = torch.zeros(len(self.removals), len(rows), dtype=self.model.dtype, device=self.model.device)
         weights = step.change.weights
         if weights is not None:
             return weights @ self._along(self._losses(step.change.batch), point, rows, step.number, "batch").T
         for lanes, batch in self._removed:
             losses = self._removed_losses(batch, step.number)
-            found[lanes] = self._along(losses, point, rows, step.number, "removed").T
-        return found
+            slopes[lanes] = self._along(losses, point, rows, step.number, "removed").T
+        return slopes
 
     def _along(
         self,
@@ -220,8 +226,8 @@ class Trajectory:
         return lambda row: self.model.loss(self.layout.tensors(row), batch)
 
     def _removed_loss(self, row: Tensor, examples: Batch) -> Tensor:
-        """What reweight adds to one cell's loss: −1/n Σ ℓ_i over its removal's examples."""
-        return -self.model.loss(self.layout.tensors(row), examples).sum() / len(self.train)
+        """q_s of one cell in the reweight mode: −1/n Σ ℓ_i over its removal's examples."""
+        return batches.removed_weight(len(self.train)) * self.model.loss(self.layout.tensors(row), examples).sum()
 
     def _removed_losses(self, batch: Batch, number: int) -> Callable[[Tensor], Tensor]:
         reseed = partial(self._reseed, number, "removed")
@@ -245,14 +251,16 @@ def refuse(forward: Forward, settings: FurtherTraining, n: int, removals: Sequen
         raise UsageError(name + "in drop mode a removal shortens the epoch by a batch; use removal_mode: reweight")
 
 
-def _removed_batches(problem: Problem, removals: Sequence[Removal]) -> list[tuple[list[int], Batch]]:
+def _removed_batches(
+    model: FunctionalModel, train: Examples, removals: Sequence[Removal]
+) -> list[tuple[list[int], Batch]]:
     """The removals' examples, (places, batch (places, size, …)), those of equal shapes together, in blocks."""
     alike: dict[object, list[tuple[int, Batch]]] = {}
     for place, removal in enumerate(removals):
         if removal:
-            batch = problem.train.batch(list(removal))
+            batch = train.batch(list(removal))
             alike.setdefault(shapes(batch), []).append((place, batch))
-    size = gradients.block_size(Layout.of(problem.model.params).size)
+    size = gradients.block_size(Layout.of(model.params).size)
     return [
         ([place for place, _ in rows[start : start + size]], stack([b for _, b in rows[start : start + size]]))
         for rows in alike.values()

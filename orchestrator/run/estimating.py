@@ -13,27 +13,16 @@ from fimo.workers.displacement import mean_displacement
 
 from fimo import estimators
 
-FOLLOW_TRAINING = ("unrolled", "ekfac_matched")
-"""Estimators of an amount: their values depend on the further-training section."""
-
 
 def estimate_identity(result_digest: str, at_final_digest: str, spec: Spec, estimator: str, params: str) -> str:
-    """The digest in the keys of an estimator's blocks.
+    """The digest in the keys of an estimator's blocks: of all that its values depend on, which it declares itself.
 
-    θᶠ, the workload and the data for all; the further-training section for those that follow it; the seeds that they
-    average over for those that follow single runs.
+    θᶠ, the workload, the data and the estimator's version for all; the further-training section and the seeds for those
+    that follow them.
     """
-    [found] = estimators.parse({"name": estimator, **json.loads(params)})
-    values = found.params()
-    if values.get("displacement_step") is not None:
-        return digest([result_digest, list(spec.seeds)])
-    if estimator == "unrolled":
-        return digest([result_digest, list(spec.seeds)[: _count(values.get("seeds"))]])
-    return result_digest if estimator in FOLLOW_TRAINING else at_final_digest
-
-
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) else None
+    [named] = estimators.parse({"name": estimator, **json.loads(params)})
+    source = result_digest if named.follows_training() else at_final_digest
+    return digest([source, list(named.follows_seeds(tuple(spec.seeds))), named.version])
 
 
 def estimate(
@@ -47,11 +36,11 @@ def estimate(
     """An estimator's values for some removals and a span (first, count) of evaluation examples.
 
     Raises:
-        FimoError: in one line, where the estimator does not apply or its values are not finite.
+        FimoError: in one line, if the estimator does not apply or its values are not finite.
     """
-    [found] = estimators.parse({"name": estimator, **json.loads(params)})
+    [named] = estimators.parse({"name": estimator, **json.loads(params)})
     train, every = prepared.examples(device)
-    step, displacement = found.params().get("displacement_step"), None
+    step, displacement = named.params().get("displacement_step"), None
     if isinstance(step, int):
         displacement = mean_displacement(prepared.start(device), prepared.spec.seeds, [step])
     problem = estimators.Problem(
@@ -63,4 +52,4 @@ def estimate(
         seeds=list(prepared.spec.seeds),
         displacement=displacement,
     )
-    return found.estimate(problem)
+    return named.estimate(problem)

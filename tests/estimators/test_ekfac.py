@@ -5,29 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from fimo.estimators import parse
-from fimo.estimators.base import estimating
-from fimo.estimators.operators.kronecker import eigenbasis
-from fimo.estimators.operators.pseudo_gradients import PseudoGradients
 from fimo.workers.workload import Workload
 from torch import nn
 
 from tests.estimators import problems
+from tests.estimators.operators.test_kronecker import basis_of, matrix_of
 
 
 def estimate(entry, problem):
     (estimator,) = parse(entry)
     return estimator.estimate(problem)
-
-
-def basis_of(p, fisher="exact", corrected=True, samples=1, seed=0):
-    with estimating(p.model):
-        return eigenbasis(p, lambda b: PseudoGradients(p.model, b, fisher, samples, seed), corrected)
-
-
-def matrix_of(p, basis):
-    """The approximation as a dense matrix."""
-    size = sum(t.numel() for t in p.model.params.values())
-    return basis.apply(torch.eye(size, dtype=torch.float64), lambda values: values)
 
 
 def one_layer(n, classes=3, features=4):
@@ -47,19 +34,6 @@ def test_one_linear_layer_with_one_datum_is_exact():
     torch.testing.assert_close(found, truth @ problems.eval_gradients(p).T, rtol=1e-8, atol=1e-10)
 
 
-def test_eigenvalues_are_second_moments_in_the_eigenbasis():
-    p = problems.regression()
-    basis = basis_of(p)
-    g = problems.gauss_newton(p)
-    for block in basis.blocks:
-        identity = torch.eye(len(g), dtype=torch.float64)
-        vectors = block.coordinates(identity)  # columns: the block's eigenvectors among the P parameters
-        torch.testing.assert_close((vectors.T @ g @ vectors).diagonal(), block.values, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(
-            vectors.T @ vectors, torch.eye(vectors.shape[1], dtype=torch.float64), rtol=1e-9, atol=1e-12
-        )
-
-
 @pytest.mark.parametrize("kind", [problems.classification, problems.regression])
 def test_it_is_closer_to_gauss_newton_than_kfac_and_grad_dot(kind):
     p = kind(n=120, removals=[[i] for i in range(40)], steps=400)
@@ -76,20 +50,6 @@ def test_it_is_closer_to_gauss_newton_than_kfac_and_grad_dot(kind):
     if kind is problems.classification:  # K-FAC may be lucky in a cosine, never in the norm below
         assert scores[0] > scores[1]
     assert (matrix_of(p, basis_of(p)) - problems.gauss_newton(p)).norm() < (kfac - problems.gauss_newton(p)).norm()
-
-
-def test_sampled_labels_average_to_the_exact_fisher():
-    p = problems.classification()
-    exact = basis_of(p)
-    sampled = basis_of(p, fisher="sampled", samples=600)
-    difference = (matrix_of(p, sampled) - matrix_of(p, exact)).norm() / matrix_of(p, exact).norm()
-    assert difference < 0.12
-
-
-def test_sampled_vectors_of_a_loss_that_is_not_cross_entropy_average_to_its_hessian():
-    p = problems.regression()
-    exact, sampled = matrix_of(p, basis_of(p)), matrix_of(p, basis_of(p, fisher="sampled", samples=600))
-    assert (sampled - exact).norm() / exact.norm() < 0.12
 
 
 class Convolutional(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fimo.estimators import parse
 from fimo.estimators.ekfac_matched import spectral_filter
-from fimo.workers.errors import DivergedError, UsageError
+from fimo.workers.errors import UsageError
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 
 from tests.estimators import problems
@@ -61,10 +61,9 @@ def test_an_eigenvalue_too_large_for_the_rate_gets_its_limit():
     assert found[1, 0] == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("form", ["ekfac", "lissa"])
-def test_one_step_is_the_learning_rate_times_grad_dot(form):
+def test_one_step_is_the_learning_rate_times_grad_dot():
     p = problems.classification(further_training=training(1))
-    found = estimate({"name": "ekfac_matched", "form": form}, p)
+    found = estimate("ekfac_matched", p)
     assert found.steps == (1,)
     torch.testing.assert_close(found.values[0], 0.05 * estimate("grad_dot", p).values, rtol=1e-8, atol=1e-12)
 
@@ -80,17 +79,6 @@ def test_many_steps_are_the_influence_function_and_few_are_grad_dot():
     torch.testing.assert_close(found, 2e-6 * estimate("grad_dot", tiny).values, rtol=1e-3, atol=1e-12)
 
 
-def test_the_recursion_over_full_batches_is_the_dense_filter():
-    p = problems.regression(further_training=training(40, at=(3, 40), batch_size=27, momentum=0.5))
-    values, vectors = torch.linalg.eigh(problems.gauss_newton(p))
-    filters, _ = spectral_filter(values, p.further_training.optimizer, (3, 40))
-    found = estimate({"name": "ekfac_matched", "form": "lissa"}, p)
-    assert found.steps == (3, 40)
-    for row, values in zip(filters, found.values, strict=True):
-        truth = problems.removal_sums(p) @ (vectors * row) @ vectors.T @ problems.eval_gradients(p).T
-        torch.testing.assert_close(values, truth, rtol=1e-8, atol=1e-11)
-
-
 def test_it_refuses_what_it_cannot_follow():
     for settings, words in [
         (None, "further_training"),
@@ -101,6 +89,3 @@ def test_it_refuses_what_it_cannot_follow():
         with pytest.raises(UsageError, match=words):
             estimate("ekfac_matched", p)
         assert not parse("ekfac_matched")[0].applies(p)
-    p = problems.regression(further_training=training(400, lr=50.0))
-    with pytest.raises(DivergedError, match="learning rate"):
-        estimate({"name": "ekfac_matched", "form": "lissa"}, p)

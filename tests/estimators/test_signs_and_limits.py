@@ -100,12 +100,11 @@ def linear_at_the_optimum(n, decay):
     return problems.problem(workload, [[i] for i in range(6)], further_training=settings, seeds=(0,))
 
 
-@pytest.mark.parametrize("name", ["cg", "lissa", "ekfac_matched", "unrolled"])
+@pytest.mark.parametrize("name", ["cg", "lissa", "lissa_matched", "unrolled"])
 def test_many_steps_on_a_damped_quadratic_are_the_influence_function(name):
     n, decay = 400, 0.3
     p = linear_at_the_optimum(n, decay)
     options = {"cg": {"damping": decay}, "lissa": {"damping": decay, "depth": 500, "batch_size": n}}
-    options["ekfac_matched"] = {"form": "lissa"}
     (estimator,) = parse({"name": name, **options.get(name, {})})
     values = estimator.estimate(p).values
     values = values if values.dim() == 2 else values[-1]

@@ -7,7 +7,7 @@ import torch
 from fimo.estimators import parse, trak
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.output_functions import is_cross_entropy, log_odds
-from fimo.workers.errors import WorkloadError
+from fimo.workers.errors import UsageError
 from fimo.workers.workload import Workload
 
 from tests.estimators import problems
@@ -103,5 +103,5 @@ def test_a_loss_that_is_not_cross_entropy_is_not_taken_for_it():
         workload = Workload(problems.Classifier(4, 6, 3).double(), source, source, problems.outputs_x, loss)
         p = problems.problem(workload, [[0]])
         assert not estimator.applies(p)
-        with pytest.raises(WorkloadError, match="cross-entropy"):
+        with pytest.raises(UsageError, match="cross-entropy"):
             estimator.estimate(p)

@@ -94,7 +94,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(REGISTRY) - {"ekfac_matched"}))
+@pytest.mark.parametrize("name", sorted(set(REGISTRY) - {"ekfac_matched", "lissa_matched"}))
 def test_every_estimator_takes_it(bert, name):
     (estimator,) = parse({"name": name, **OPTIONS.get(name, {})})
     assert estimator.applies(bert)
@@ -105,8 +105,9 @@ def test_every_estimator_takes_it(bert, name):
         assert found.notes["left_out"] == []
 
 
-def test_the_matched_filter_does_not_apply_to_adamw(bert):
-    assert not parse("ekfac_matched")[0].applies(bert)
+@pytest.mark.parametrize("name", ["ekfac_matched", "lissa_matched"])
+def test_what_is_matched_to_sgd_does_not_apply_to_adamw(bert, name):
+    assert not parse(name)[0].applies(bert)
 
 
 def test_grad_dot_is_the_plain_inner_product(bert):

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 from fimo.estimators import parse
-from fimo.estimators.operators import trajectory
 from fimo.workers.errors import UsageError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
@@ -160,24 +159,6 @@ def test_what_cannot_be_followed_is_refused_in_one_line():
         estimate(problems.classification(further_training=settings_for()))
     with pytest.raises(UsageError, match="further_training"):
         estimate(problems.classification(seeds=(0,)))
-
-
-def test_it_follows_the_sweeps_own_baseline():
-    p = problems.classification(further_training=settings_for("adamw", clip_norm=0.2), seeds=(3,))
-    seen = {}
-    whole = start_from(p.model, p.train, p.evals, p.further_training)
-    further_train(
-        whole, [()], 3, watch=lambda s, params: seen.update({s: {n: t[0].clone() for n, t in params.items()}})
-    )
-    path = trajectory.Trajectory(p, p.further_training, [], 3)
-    point = path.start()
-    for step in path.steps():
-        point = path.advance(point, step)
-        for name, tensor in path.layout.tensors(point.params).items():
-            if "pooler" not in name:  # torch's optimizers skip what has no gradient
-                torch.testing.assert_close(tensor, seen[step.number][name], rtol=1e-10, atol=1e-13)
-        if step.number == 8:
-            break
 
 
 def test_the_model_is_untouched_after_an_error(monkeypatch):
