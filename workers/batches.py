@@ -124,6 +124,8 @@ def schedule(
     """
     for removal in set(lanes):
         check(n, removal)
+    if settings.removal_mode is None and any(lanes):
+        raise UsageError("the removal mode is not settled: see FurtherTraining.settled")
     if settings.removal_mode == "drop":
         return (joined_by_size(parts) for parts in dropped(n, lanes, settings, seed))
     if settings.removal_mode == "mask" and any(lanes):

@@ -9,6 +9,7 @@ folding, then stacking. If one replica at a time is still unequal, the sweep is 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -60,8 +61,13 @@ class Verdict:
     lines: Sequence[str] = field(default_factory=tuple)
 
     def json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
+        """As plain values; a number that is not finite becomes None."""
+        plain = asdict(self)
+        plain["precisions"] = {
+            precision: {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+            for precision, numbers in self.precisions.items()
+        }
+        return plain
 
 
 def prove(case: Case, start: Start, budget_s: float = BUDGET_S) -> Verdict:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from fimo.workers.errors import UsageError
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 RemovalMode = Literal["drop", "mask", "reweight"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
@@ -64,6 +66,8 @@ class Optimizer:
 
     def build(self, params: Sequence[Tensor], foreach: bool | None = None) -> torch.optim.Optimizer:
         """torch's own optimizer over ``params``."""
+        import torch  # here alone, so that a spec is read without it
+
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "foreach": foreach}
         if self.name == "sgd":
             return torch.optim.SGD(

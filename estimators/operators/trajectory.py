@@ -77,9 +77,11 @@ class Trajectory:
         removals: Sequence[Removal],
         seed: int,
     ) -> None:
-        self.model, self.train, self.settings, self.seed = model, train, settings, seed
+        forward = observe(model, train, settings)
+        self.model, self.train, self.seed = model, train, seed
+        self.settings = settings = settings.settled(forward.mixes)
         self.removals, self.layout = [tuple(r) for r in removals], Layout.of(model.params)
-        refuse(observe(model, train, settings), settings, len(self.train), self.removals)
+        refuse(forward, settings, len(self.train), self.removals)
         self._removed = _removed_batches(model, train, self.removals) if settings.removal_mode == "reweight" else []
 
     def start(self) -> Point:

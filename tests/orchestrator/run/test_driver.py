@@ -12,6 +12,7 @@ import pytest
 import torch
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import driver as runs
+from fimo.orchestrator.run import tasks
 from fimo.orchestrator.run.plan import EstimateTask, Shard
 from fimo.orchestrator.run.schedule import Failed
 from fimo.orchestrator.run.tasks import Receipt
@@ -280,8 +281,9 @@ def test_measured_replicas_are_kept_and_used_again(beside):
     [entry] = store.list("flowers/replicas/")
     kept = json.loads(store.get(entry.key))["replicas"]
     store.put(entry.key, json.dumps({"replicas": 2 if kept != 2 else 3}).encode())
-    for part in list(store.list("flowers/parts/")):
+    for part in [*store.list("flowers/parts/"), *store.list("flowers/proofs/")]:
         store.delete(part.key)
+    tasks._engines.clear()  # as in a new process
     run_here(spec, beside, store)
     listed = Sweep(store, "flowers").list_parts(resolve(spec, beside).manifest.digest)
     part = Sweep(store, "flowers").read_part(listed[0].key, resolve(spec, beside).manifest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fimo.orchestrator.resolve import resolved as resolving
 from fimo.orchestrator.resolve.resolved import resolve
-from fimo.orchestrator.run import tasks
+from fimo.orchestrator.run import proving
 from fimo.orchestrator.spec.spec import parse
 from fimo.orchestrator.sweep.sweep import Sweep
 
@@ -20,7 +20,7 @@ def test_stacks_are_measured_up_to_the_size_that_shards_really_have(beside, monk
         asked.append(largest)
         return 2, {2: 1e-3}
 
-    monkeypatch.setattr(tasks, "measure_stack_size", measure)
+    monkeypatch.setattr(proving, "measure_stack_size", measure)
     run_here(make_spec(seeds=1, resources={"replicas": "auto", "shard": shard}), beside)
     assert asked == [cells]
 
@@ -29,7 +29,7 @@ def test_shards_that_are_cut_smaller_for_a_dear_model_measure_smaller_stacks(bes
     from fimo.orchestrator.run import plan
 
     asked = []
-    monkeypatch.setattr(tasks, "measure_stack_size", lambda start, largest: asked.append(largest) or (2, {2: 1e-3}))
+    monkeypatch.setattr(proving, "measure_stack_size", lambda start, largest: asked.append(largest) or (2, {2: 1e-3}))
     monkeypatch.setattr(plan, "SHARD_WORK", 1)
     run_here(make_spec(seeds=1, resources={"replicas": "auto", "shard": "auto"}), beside)
     assert asked == [plan.SMALLEST + 1]
@@ -40,9 +40,9 @@ def test_replay_is_handed_to_the_start_and_recorded_and_no_part_of_the_digest(be
     given = []
     real = resolving.start_from
 
-    def start_from(*arguments, replay):
-        given.append(replay)
-        return real(*arguments, replay=replay)
+    def start_from(*arguments):
+        given.append(arguments[-1].replay)
+        return real(*arguments)
 
     monkeypatch.setattr(resolving, "start_from", start_from)
     spec = make_spec(seeds=1, resources={"replay": replay})

@@ -45,7 +45,7 @@ def test_defaults_are_the_design_s():
     values = copy.deepcopy(SPEC)
     del values["further_training"]["removal_mode"], values["further_training"]["evaluate"], values["resources"]
     spec = parse(values)
-    assert spec.further_training.removal_mode == "reweight"
+    assert spec.further_training.removal_mode is None, "settled by the model"
     assert spec.further_training.evaluate.every_epochs == 1
     assert spec.resources.replicas == "auto"
     assert spec.evals is None
