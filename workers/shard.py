@@ -34,6 +34,7 @@ class ShardResult:
         replicas: the stack size used at the end (it halves when memory runs out).
         seconds: wall-clock seconds of training and evaluation.
         peak_bytes: peak device memory on CUDA, else 0.
+        scale: the root mean square of g(z, θᶠ) over evaluation examples: what a delta is large or small beside.
     """
 
     seed: int
@@ -43,6 +44,7 @@ class ShardResult:
     replicas: int
     seconds: float
     peak_bytes: int
+    scale: float = 0.0
 
 
 def run_shard(
@@ -74,7 +76,8 @@ def run_shard(
     deltas, distances = deltas[order], distances[order]
     _copy_before_first_difference(start, removals, seed, deltas, distances)
     peak = torch.cuda.max_memory_allocated(start.model.device) if start.model.device.type == "cuda" else 0
-    return ShardResult(seed, floor.steps, deltas, distances, replicas, time.monotonic() - started, peak)
+    scale, seconds = float(start.at_final.square().mean().sqrt()), time.monotonic() - started
+    return ShardResult(seed, floor.steps, deltas, distances, replicas, seconds, peak, scale)
 
 
 def _in_stacks(

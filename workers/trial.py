@@ -57,6 +57,20 @@ def where(case: Case, start: Start) -> dict[str, Any]:
     return {"state": case.state, "device": case.device, "evals": case.evals, "forward": start.forward}
 
 
+def moved_state(start: Start) -> dict[str, Tensor]:
+    """θᶠ moved by ``ULPS`` units in the last place of the precision, as a state dict."""
+    model, generator = start.model, torch.Generator().manual_seed(0)
+    unit = ULPS * torch.finfo(model.dtype).eps
+    state: dict[str, Tensor] = model.module.state_dict(keep_vars=True)
+    moved: dict[int, Tensor] = {}
+    for name, p in model.module.named_parameters():
+        if name in model.params:
+            sign = torch.rand(p.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            moved[id(p)] = p.detach() * (1 + unit * sign).to(p)
+    # By identity: a tied weight goes by two names.
+    return {name: moved.get(id(tensor), tensor.detach()) for name, tensor in state.items()}
+
+
 @dataclass(frozen=True)
 class Differences:
     """How far the engine is from the definition, each the largest over cells, steps and evaluation examples.
@@ -94,26 +108,14 @@ class Trial:
         self.precision = start.settings.precision
         self.settings = replace(start.settings, epochs=None, steps=steps[-1], evaluate=Evaluate(at_steps=tuple(steps)))
         self.plain = torch.stack([self._train(cell, case.state) for cell in cells])
-        moved = [self._train(cell, self._moved()) for cell in cells[:2]]
+        moved = moved_state(start)
+        again = [self._train(cell, moved) for cell in cells[:2]]
         # (T,): by how much rounding alone moves a delta, at the worst evaluation example.
-        self.rounding = (torch.stack(moved) - self.plain[:2]).abs().nan_to_num(torch.inf).amax(dim=(0, 2))
+        self.rounding = (torch.stack(again) - self.plain[:2]).abs().nan_to_num(torch.inf).amax(dim=(0, 2))
 
     def _train(self, cell: Removal, state: Mapping[str, Tensor] | None) -> Tensor:
         how = where(self.case, self.start) | {"state": state}
         return train_cell(self.case.workload, self.settings, cell, self.case.seed, **how).deltas
-
-    def _moved(self) -> dict[str, Tensor]:
-        """θᶠ moved by a few units in the last place of the precision."""
-        model, generator = self.start.model, torch.Generator().manual_seed(0)
-        unit = ULPS * torch.finfo(model.dtype).eps
-        state: dict[str, Tensor] = model.module.state_dict(keep_vars=True)
-        moved: dict[int, Tensor] = {}
-        for name, p in model.module.named_parameters():
-            if name in model.params:
-                sign = torch.rand(p.shape, generator=generator, dtype=torch.float64) * 2 - 1
-                moved[id(p)] = p.detach() * (1 + unit * sign).to(p)
-        # By identity: a tied weight goes by two names.
-        return {name: moved.get(id(tensor), tensor.detach()) for name, tensor in state.items()}
 
     def differences(self, engine: Engine, stacks: Sequence[int]) -> Differences:
         """The largest differences over the given stack sizes; a way that cannot be gone at all is unequal."""

@@ -55,7 +55,7 @@ def take_scores(file: Path, uri: str, name: str, negate: bool) -> tuple[dict[str
         raise UsageError(f"'{file}' cannot be read: {error.strerror or error}") from error
     imported.import_scores(sweep, manifest, data, str(file), name, negate)
     gathered = gather(sweep, manifest)
-    written = write_tables(sweep, gathered.tables, gathered.stamp)
+    written = write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
     scores = [r for r in gathered.tables["scores"].to_pylist() if r["estimator"] == name]
     values = {"sweep": sweep.uri, "name": name, "negated": negate, "tables": written, "scores": scores}
     return values, score_table(gathered.tables["scores"], gathered.tables["costs"])

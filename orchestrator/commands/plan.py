@@ -8,8 +8,8 @@ import typer
 from fimo.orchestrator.commands.app import JsonOption, SpecArgument, app, print_json, print_lines
 
 if TYPE_CHECKING:
+    from fimo.orchestrator.resolve.resolved import Resolved
     from fimo.orchestrator.run.plan import Plan
-    from fimo.orchestrator.sweep.manifest import Manifest
 
 
 @app.command()
@@ -32,17 +32,21 @@ def plan(
     resolved = resolve(parsed, spec.resolve().parent)
     sweep = None if store is None else Sweep(open_store(store), parsed.name)
     planned = current_plan(resolved.manifest, sweep)
-    values = _plan_json(resolved.manifest, planned) | (measuring.measure(resolved, planned) if measure else {})
+    values = _plan_json(resolved, planned) | (measuring.measure(resolved, planned) if measure else {})
     if as_json:
         print_json(values)
     else:
         print_lines(plan_lines(values))
 
 
-def _plan_json(manifest: Manifest, planned: Plan) -> dict[str, Any]:
+def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
+    import torch
     from fimo.orchestrator.report.show import label
 
-    spec = manifest.spec
+    from fimo import estimators
+
+    manifest, spec = resolved.manifest, resolved.spec
+    kronecker = any(name.startswith("ekfac") for name, _ in manifest.estimators)
     return {
         "name": spec.name,
         "digest": manifest.digest,
@@ -59,4 +63,6 @@ def _plan_json(manifest: Manifest, planned: Plan) -> dict[str, Any]:
         "bytes": planned.part_bytes,
         "removal_mode": spec.further_training.removal_mode,
         "estimators": [label(*e) for e in manifest.estimators],
+        "left_out": dict(manifest.left_out),
+        "coverage": estimators.coverage(resolved.model(torch.device("cpu"))) if kronecker else 1.0,
     }

@@ -41,7 +41,11 @@ def run(
     from fimo.orchestrator.store import open_store
 
     opened = open_store(store)
-    run_resolved(resolve(read_file(spec), spec.resolve().parent), opened, address, retry_failed, as_json)
+    parsed = read_file(spec)
+    resolved = resolve(parsed, spec.resolve().parent)
+    if parsed.further_training.removal_mode is None and resolved.spec.further_training.removal_mode == "mask":
+        tell("removal mode mask: this model's training forward mixes the examples of a batch")
+    run_resolved(resolved, opened, address, retry_failed, as_json)
 
 
 def run_resolved(
@@ -60,7 +64,8 @@ def run_resolved(
     if as_json:
         print_json(report_json(report))
     else:
-        table = score_table(report.gathered.tables["scores"], report.gathered.tables["costs"])
+        print_lines(report.gathered.warnings)
+        table = score_table(report.gathered.tables["scores"], report.gathered.tables["costs"], report.gathered.coverage)
         if table is not None:
             out.print(table)
         print_lines(report.written.values())

@@ -23,6 +23,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "done": gathered.done,
         "computed": sum(r.cells for r in report.outcome.receipts),
         "complete": report.complete,
+        "warnings": gathered.warnings,
         "diverged": len(gathered.diverged),
         "failed": [failure.line for failure in report.failures.aside],
         "left_out": {name: why for (name, _), why in report.failures.left_out.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -43,8 +43,18 @@ def task_label(task: Task) -> str:
     return task_name(task)
 
 
-def score_table(scores: pa.Table, costs: pa.Table, metric: str = "cosine", adjust: str = "baseline") -> Table | None:
-    """Estimator × amount: mean score ± standard error over evaluation examples against all seeds, with its cost."""
+def score_table(
+    scores: pa.Table,
+    costs: pa.Table,
+    coverage: Mapping[tuple[str, str], float] | None = None,
+    metric: str = "cosine",
+    adjust: str = "baseline",
+) -> Table | None:
+    """Estimator × amount: mean score ± standard error over evaluation examples against all seeds, with its cost.
+
+    Args:
+        coverage: share of the trainable scalars that an estimator's curvature covers; named where it is not all.
+    """
     rows = [r for r in scores.to_pylist() if r["metric"] == metric and r["adjust"] == adjust]
     if not rows:
         return None
@@ -62,7 +72,9 @@ def score_table(scores: pa.Table, costs: pa.Table, metric: str = "cosine", adjus
     for estimator, params in dict.fromkeys((r["estimator"], r["params"]) for r in rows):
         cells = [_score(by_step.get((estimator, params, step))) for step in steps]
         cost = spent.get((estimator, params))
-        table.add_row(label(estimator, params), *cells, f"{cost:.1f}" if cost is not None else "")
+        share = (coverage or {}).get((estimator, params), 1.0)
+        name = label(estimator, params) + (f", covers {share:.0%}" if share < 1 else "")
+        table.add_row(name, *cells, f"{cost:.1f}" if cost is not None else "")
     return table
 
 
@@ -100,6 +112,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"{plan['scalars']} trainable scalars, {plan['train']} training examples, removal mode {plan['removal_mode']}",
         f"about {size(plan['bytes'])} of rows before compression",
         f"estimators: {', '.join(plan['estimators']) or 'none'}",
+        *(f"{name} is left out of the default estimators: {why}" for name, why in plan["left_out"].items()),
+        *([f"EK-FAC's factors cover {plan['coverage']:.0%} of the trainable scalars"] if plan["coverage"] < 1 else []),
         f"digest {plan['digest'][:32]}",
     ]
     if "device_hours" in plan:
@@ -108,6 +122,21 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
             f"{plan['seconds_per_cell']:.2f} s a cell; {plan['device_hours']:.3g} device-hours for what is missing"
         )
     return lines
+
+
+def proof_line(proof: Mapping[str, Any]) -> str:
+    """A verdict on the engine for people."""
+    if "refused" in proof:
+        return f"engine refused on {proof.get('device')}: {proof['refused']}"
+    differences = [
+        f"{numbers.get('effects') or 0:.1e} in {precision}"
+        for precision, numbers in sorted(dict(proof.get("precisions", {})).items(), reverse=True)
+    ]
+    given_up = "".join(f"; given up: {line}" for line in proof.get("lines", ()))
+    return (
+        f"engine proven on {proof.get('device')}: {proof.get('path')}, {proof.get('replicas')} cells together; effects "
+        f"differ from the definition's by at most {', '.join(differences)}{given_up}"
+    )
 
 
 def status_lines(status: dict[str, Any]) -> list[str]:
@@ -127,6 +156,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
     if status["estimates_missing"]:
         lines.append(f"estimators still to run: {', '.join(status['estimates_missing'])}")
     lines += [f"{name} is left out of the default estimators: {why}" for name, why in status["left_out"].items()]
+    lines += [proof_line(proof) for proof in status["proofs"]]
     if status["failed"]:
         lines.append(f"{len(status['failed'])} tasks set aside; the first: {status['failed'][0]}")
     if status["complete"]:

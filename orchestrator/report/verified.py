@@ -26,4 +26,5 @@ def _rerun_line(r: Rerun) -> str:
     how = "the same bits" if r.identical else f"differs by {r.difference:.3g} of the tolerance"
     wanted = "" if r.ok or not r.exact else ", and the same bits are due on the same device and versions"
     other = "" if r.device == r.here else f" ({r.device}, trained again on {r.here})"
-    return f"{'ok' if r.ok else 'WRONG'}: seed {r.seed}, removal {r.removal}: {how}{wanted}{other}"
+    plain = f"; {r.definition:.2g} of measured rounding from the definition"
+    return f"{'ok' if r.ok else 'WRONG'}: seed {r.seed}, removal {r.removal}: {how}{wanted}{other}{plain}"

@@ -78,7 +78,7 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
     Raises:
         UsageError, WorkloadError: in one line, before anything is written.
     """
-    given = [e for entry in spec.estimators or () for e in estimators.parse(entry)]
+    given, unsuited = [e for entry in spec.estimators or () for e in estimators.parse(entry)], list[tuple[str, str]]()
     workload, state = _load(spec, beside, read_final(spec, beside))
     train, evals = len(Examples(workload.train, workload.collate)), _count_evals(spec, workload)
     removals = number_removals(spec.removals, train, lambda name: read_beside(name, beside))
@@ -88,7 +88,7 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
     settings = spec.further_training.settings()
     if spec.estimators is None:
         left_out = [r.indices for r in removals]
-        given = estimators.defaults(estimators.Problem(model, *examples, left_out, settings, list(spec.seeds)))
+        given, unsuited = estimators.choose(estimators.Problem(model, *examples, left_out, settings, list(spec.seeds)))
     source, digest, estimate_digest = _digests(spec, beside, workload, state, evals)
     manifest = Manifest(
         spec=spec,
@@ -102,6 +102,7 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
         steps=tuple(steps_recorded(train, settings)),
         removals=tuple(removals),
         estimators=_named(given),
+        left_out=tuple(unsuited),
     )
     return Resolved(manifest, workload, state)
 

@@ -63,6 +63,8 @@ class Report:
         """0 complete, 1 failed, 3 incomplete."""
         if self.failures.aside or self.outcome.set_aside or self.gathered.diverged or self.outcome.broken:
             return 1
+        if self.gathered.nonsense:
+            return 1
         return 0 if self.complete else 3
 
 
@@ -119,7 +121,7 @@ def run(
         _reject(sweep, gathered)
         if not gathered.bad or outcome.stopped:
             break
-    written = write_tables(sweep, gathered.tables, gathered.stamp)
+    written = write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
     return _report(manifest, sweep, gathered, written, outcome, shards)
 
 

@@ -87,7 +87,7 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
         StoreError: the store cannot be read.
     """
     aside: list[Failure] = []
-    left_out: dict[tuple[str, str], str] = {}
+    left_out: dict[tuple[str, str], str] = {(name, "{}"): why for name, why in manifest.left_out}
     for name, body in _records(sweep):
         if not name.startswith(manifest.digest[:16]):
             continue

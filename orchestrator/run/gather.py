@@ -13,7 +13,7 @@ import pyarrow as pa
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.blocks import assemble, listed_blocks, value_digest
 from fimo.orchestrator.run.owed import is_complete
-from fimo.orchestrator.run.written import is_current, listed_parts, read_table, stamp
+from fimo.orchestrator.run.written import is_current, listed_parts, read_table, read_warnings, stamp
 from fimo.orchestrator.sweep.estimates import EstimateBlock
 from fimo.orchestrator.sweep.imported import imported
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -29,6 +29,7 @@ from fimo.orchestrator.tables.reduce import (
     seed_block,
     training_only_table,
 )
+from fimo.orchestrator.tables.sanity import is_nonsense, warnings
 from fimo.orchestrator.tables.score import EstimateMatrix, Scorer, similarity_table
 from fimo.workers.errors import StoreError
 
@@ -47,6 +48,9 @@ class Gathered:
         estimators_wanted, estimators_done: those not left out of the default set, and those that are complete.
         devices: device types that parts come from.
         stamp: digest of everything the tables were made from.
+        warnings: what a reader of the tables must be told first.
+        nonsense: the results are beyond reason at every step.
+        coverage: share of the trainable scalars that an estimator's curvature covers, by (estimator, params).
     """
 
     tables: dict[str, pa.Table]
@@ -58,6 +62,9 @@ class Gathered:
     estimators_done: int = 0
     devices: list[str] = field(default_factory=list)
     stamp: str = ""
+    warnings: list[str] = field(default_factory=list)
+    nonsense: bool = False
+    coverage: dict[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def estimated(self) -> bool:
@@ -91,6 +98,7 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     scorer.finish(reduction)
     gathered.diverged = sorted(reduction.diverged)
     gathered.tables = _tables(manifest, reduction, scorer, estimates, costs)
+    _look(gathered, manifest, reduction)
     gathered.devices = sorted({str(row[3]) for row in costs if row[0] == "shard"})
     gathered.stamp = stamp(sweep, manifest, listed)
     return gathered
@@ -142,11 +150,19 @@ def _estimates(sweep: Sweep, manifest: Manifest, gathered: Gathered, costs: Cost
         matrix = assemble(blocks, manifest)
         if blocks:
             costs.append(_total_cost(estimator, params, blocks))
+            _note_coverage(gathered, blocks[0])
         if matrix is not None:
             steps = next((b.steps for b in blocks if b.steps is not None), None)
             estimates.append(EstimateMatrix(estimator, params, matrix, steps))
             gathered.estimators_done += (estimator, params) not in left_out
     return estimates + _imported(sweep, manifest, gathered)
+
+
+def _note_coverage(gathered: Gathered, block: EstimateBlock) -> None:
+    notes = block.provenance.get("notes")
+    share = notes.get("coverage") if isinstance(notes, dict) else None
+    if isinstance(share, int | float):
+        gathered.coverage[block.estimator, block.params] = float(share)
 
 
 def _imported(sweep: Sweep, manifest: Manifest, gathered: Gathered) -> list[EstimateMatrix]:
@@ -155,6 +171,19 @@ def _imported(sweep: Sweep, manifest: Manifest, gathered: Gathered) -> list[Esti
     gathered.bad += bad
     covered = [(block, assemble([block], manifest)) for block in blocks]
     return [EstimateMatrix(b.estimator, b.params, matrix, b.steps) for b, matrix in covered if matrix is not None]
+
+
+def _look(gathered: Gathered, manifest: Manifest, reduction: Reduction) -> None:
+    """Note what is nonsense, or says nothing."""
+    if not reduction.seeds or not reduction.effects.count.any():
+        return
+    there = np.asarray((reduction.effects.count > 0).all(axis=1))
+    seeds, beyond = len(reduction.seeds), reduction.exploded
+    ceilings = gathered.tables["reliability"]["ceiling"].to_pylist()
+    effects, floor = reduction.effects.mean[there], reduction.floor / np.sqrt(seeds)
+    if len(effects) > 1:
+        gathered.warnings = list(warnings(manifest.steps, effects, floor, beyond, ceilings, seeds))
+    gathered.nonsense = is_nonsense(beyond)
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -228,8 +257,12 @@ def current_tables(
         except StoreError:
             pass
         else:
+            for line in read_warnings(sweep):
+                say(line)
             return tables, is_complete(manifest, sweep, failures.read(sweep, manifest))
     gathered = gather(sweep, manifest, say)
+    for line in gathered.warnings:
+        say(line)
     for _, why in gathered.bad:
         say(f"{why}; left out (`fimo resume {sweep.uri}` computes it again)")
     return gathered.tables, gathered.complete

@@ -153,14 +153,3 @@ def _replicas(sweep: Sweep, resolved: Resolved, start: Start) -> int:
         if sweep.store.create(key, canonical(body).encode()):
             return size
     return size
-
-
-def verdicts(sweep: Sweep, manifest: Manifest) -> list[dict[str, Any]]:
-    """Every verdict of the sweep, as plain values; a record that is not one is passed over."""
-    records = []
-    for entry in sweep.store.list(keys.proof(sweep.name, manifest.digest)):
-        with contextlib.suppress(NotFound, ValueError, RecursionError):
-            values = json.loads(sweep.store.get(entry.key))
-            if isinstance(values, dict) and {"device"} < set(values):
-                records.append(values)
-    return records

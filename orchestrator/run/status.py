@@ -48,6 +48,7 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
         "estimators": len(manifest.estimators),
         "estimates_missing": sorted({task.estimator for task in missing}),
         "left_out": {name: why for (name, _), why in recorded.left_out.items()},
+        "proofs": sweep.proofs(manifest.digest),
         "failed": [failure.line for failure in recorded.aside],
         "complete": complete,
         "resumable": not complete and bool(owed_tasks(manifest, sweep, recorded)[0]),

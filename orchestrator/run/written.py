@@ -42,11 +42,14 @@ def stamp(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed]) -> str:
     return digest([wanted, removals, manifest.evals, [part.key for part in listed], blocks, others])
 
 
-def write_tables(sweep: Sweep, tables: Mapping[str, pa.Table], made_from: str) -> dict[str, str]:
+def write_tables(
+    sweep: Sweep, tables: Mapping[str, pa.Table], made_from: str, warnings: Sequence[str] = ()
+) -> dict[str, str]:
     """Put tables into the store.
 
     Args:
         made_from: the stamp of what they were made from.
+        warnings: what a reader of them must be told first.
 
     Returns:
         The tables' URIs by name.
@@ -59,7 +62,7 @@ def write_tables(sweep: Sweep, tables: Mapping[str, pa.Table], made_from: str) -
         key = keys.table(sweep.name, name)
         sweep.store.put(key, schemas.encode_table(table))
         written[name] = f"{sweep.store.uri.rstrip('/')}/{key}"
-    sweep.store.put(keys.made_from(sweep.name), canonical({"stamp": made_from}).encode())
+    sweep.store.put(keys.made_from(sweep.name), canonical({"stamp": made_from, "warnings": list(warnings)}).encode())
     return written
 
 
@@ -79,3 +82,12 @@ def read_table(sweep: Sweep, name: str) -> pa.Table:
         StoreError: there is none, or it is torn or foreign.
     """
     return schemas.decode_table(sweep.store.get(keys.table(sweep.name, name)), name)
+
+
+def read_warnings(sweep: Sweep) -> list[str]:
+    """What a reader of the stored tables must be told first; none if it is not recorded."""
+    try:
+        warnings = json.loads(sweep.store.get(keys.made_from(sweep.name)))["warnings"]
+        return [str(line) for line in warnings]
+    except (StoreError, ValueError, KeyError, TypeError, RecursionError):
+        return []

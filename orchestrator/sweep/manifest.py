@@ -22,6 +22,7 @@ class Manifest:
         steps: the recorded steps, ascending.
         removals: in spec order, numbered from 0.
         estimators: (name, canonical params) in spec order.
+        left_out: estimators of the default set that do not suit this model, with the reason.
     """
 
     spec: Spec
@@ -35,6 +36,7 @@ class Manifest:
     steps: tuple[int, ...]
     removals: tuple[NamedRemoval, ...]
     estimators: tuple[tuple[str, str], ...]
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def cells(self) -> int:
@@ -55,6 +57,7 @@ class Manifest:
             "steps": list(self.steps),
             "removals": [[r.name, list(r.indices)] for r in self.removals],
             "estimators": [list(e) for e in self.estimators],
+            "left_out": [list(e) for e in self.left_out],
         }
 
 
@@ -78,4 +81,5 @@ def from_json(values: Any) -> Manifest:
         steps=tuple(map(int, values["steps"])),
         removals=tuple(removals),
         estimators=tuple((str(n), str(p)) for n, p in values["estimators"]),
+        left_out=tuple((str(n), str(why)) for n, why in values["left_out"]),
     )

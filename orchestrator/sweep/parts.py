@@ -47,7 +47,8 @@ class Part:
         steps: the T recorded steps.
         deltas: float64 (C + 2, T, m): removals, then the baseline, then the second baseline; NaN if diverged.
         distances: float64 (C + 2, T).
-        rows: the digest of the rows.
+        rows: the digest of the rows and the scale.
+        scale: the root mean square of g(z, θᶠ) over evaluation examples.
         provenance: versions, device, dtype, flags, timings.
     """
 
@@ -59,6 +60,7 @@ class Part:
     distances: NDArray[np.float64]
     rows: str
     provenance: Mapping[str, Any]
+    scale: float = 0.0
 
     @property
     def diverged(self) -> list[tuple[int, int]]:
@@ -78,7 +80,7 @@ def encode_part(
     deltas, distances = result.deltas.numpy(), result.distances.numpy()
     numbers = np.array([*(r.number for r in removals), BASELINE_ROW, FLOOR_ROW], dtype=np.int32)
     steps = np.array(result.steps, dtype=np.int32)
-    rows = _rows(numbers, steps, deltas, distances)
+    rows = _rows(numbers, steps, deltas, distances, result.scale)
     flat = deltas.reshape(-1, deltas.shape[2])
     finite = np.isfinite(flat).all(axis=1)
     offsets = np.concatenate([[0], np.cumsum(np.where(finite, flat.shape[1], 0))]).astype(np.int32)
@@ -99,6 +101,7 @@ def encode_part(
         "steps": list(result.steps),
         "evals": int(deltas.shape[2]),
         "removals": [[r.number, r.name, list(r.indices)] for r in removals],
+        "scale": result.scale,
         "rows": rows,
         "provenance": dict(provenance),
     }
@@ -121,7 +124,7 @@ def decode_part(data: bytes, key: str) -> Part:
         removals = tuple(NamedRemoval(int(n), str(name), tuple(map(int, idx))) for n, name, idx in about["removals"])
         steps, m, seed = tuple(map(int, about["steps"])), int(about["evals"]), int(about["seed"])
         expected, result_digest = str(about["rows"]), str(about["digest"])
-        provenance = dict(about["provenance"])
+        scale, provenance = float(about["scale"]), dict(about["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadPartError(f"part {key}: its metadata is not fimo's") from error
     shape = (len(removals) + 2, len(steps))
@@ -134,19 +137,25 @@ def decode_part(data: bytes, key: str) -> Part:
     )
     if not same_rows or set(table["seed"].to_pylist()) != {seed}:
         raise BadPartError(f"part {key}: its rows are not those that its metadata names")
-    if _rows(numbers, np.array(steps, dtype=np.int32), deltas, distances) != expected:
+    if _rows(numbers, np.array(steps, dtype=np.int32), deltas, distances, scale) != expected:
         raise BadPartError(f"part {key}: its rows do not have the digest that it was written with")
-    return Part(result_digest, seed, removals, steps, deltas, distances, expected, provenance)
+    return Part(result_digest, seed, removals, steps, deltas, distances, expected, provenance, scale)
 
 
 def _rows(
-    numbers: NDArray[np.int32], steps: NDArray[np.int32], deltas: NDArray[np.float64], distances: NDArray[np.float64]
+    numbers: NDArray[np.int32],
+    steps: NDArray[np.int32],
+    deltas: NDArray[np.float64],
+    distances: NDArray[np.float64],
+    scale: float,
 ) -> str:
     finite: Any = np.isfinite(deltas).all(axis=2)
     # Digest every diverged run as the same NaN: it is stored as null, which keeps no bits.
     clean = np.where(finite[:, :, None], deltas, np.nan)
     kept = np.where(finite & np.isfinite(distances), distances, np.nan)
-    return rows_digest({"removal": numbers, "step": steps, "deltas": clean, "distance": kept})
+    return rows_digest(
+        {"removal": numbers, "step": steps, "deltas": clean, "distance": kept, "scale": np.array([scale])}
+    )
 
 
 def _read(data: bytes, key: str) -> pa.Table:

@@ -169,6 +169,18 @@ class Sweep:
 
     # -- what does not verify -----------------------------------------------------------------------------------------
 
+    def proofs(self, digest: str) -> list[dict[str, Any]]:
+        """The verdicts on the engine, one for each device type; a record that is not one is passed over."""
+        verdicts = []
+        for entry in self.store.list(keys.proof(self.name, digest)):
+            try:
+                values = json.loads(self.store.get(entry.key))
+            except (NotFound, ValueError, RecursionError):
+                continue
+            if isinstance(values, dict) and isinstance(values.get("device"), str):
+                verdicts.append(values)
+        return verdicts
+
     def reject(self, key: str) -> None:
         """Move a bad object to ``rejected/``, so that it is computed again; raises StoreError."""
         self.store.put(keys.rejected(self.name, key), self.store.get(key))

@@ -14,6 +14,7 @@ import pyarrow as pa
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.tables import schemas as tables
+from fimo.orchestrator.tables.sanity import exploded
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -28,6 +29,7 @@ class SeedBlock:
         training_only: the baseline's delta (mean over the seed's parts), float64 (T, m); NaN if it diverged.
         floor_squares: Σ over the seed's parts (``floor_parts``) of (second baseline − baseline)², float64 (T, m).
         diverged: (removal number or −1 for a baseline, step) of every run that was not finite.
+        scale: the root mean square of g(z, θᶠ) over evaluation examples.
     """
 
     seed: int
@@ -36,6 +38,7 @@ class SeedBlock:
     floor_squares: Array
     floor_parts: int
     diverged: tuple[tuple[int, int], ...]
+    scale: float = 0.0
 
     @property
     def complete(self) -> bool:
@@ -68,8 +71,8 @@ def seed_block(
             diverged.append((number, step))
     with np.errstate(invalid="ignore"):
         training_only = np.mean(baselines, axis=0) if baselines else np.full(shape[1:], np.nan)
-    finite = np.isfinite(effects).all(axis=2, keepdims=True)
-    return SeedBlock(seed, np.where(finite, effects, np.nan), training_only, squares, floors, tuple(diverged))
+    finite, scale = np.isfinite(effects).all(axis=2, keepdims=True), max((part.scale for part in parts), default=0.0)
+    return SeedBlock(seed, np.where(finite, effects, np.nan), training_only, squares, floors, tuple(diverged), scale)
 
 
 def _known(part: Part, row: int, rows: dict[tuple[int, ...], list[int]]) -> bool:
@@ -112,6 +115,7 @@ class Reduction:
         floor: root mean square difference of two baselines of one seed, float64 (T, m): the noise of one effect.
         seeds: seeds of which there is at least one part.
         diverged: (removal number, seed, step) of runs that were not finite, −1 for a baseline.
+        scale: the root mean square of g(z, θᶠ) over evaluation examples.
     """
 
     effects: Welford
@@ -119,6 +123,12 @@ class Reduction:
     floor: Array
     seeds: list[int]
     diverged: list[tuple[int, int, int]]
+    scale: float = 0.0
+
+    @property
+    def exploded(self) -> NDArray[np.bool_]:
+        """The steps at which training on everything has moved g beyond reason, (T,); see ``tables.sanity``."""
+        return exploded(self.training_only.mean[0], self.scale)
 
 
 def reduce(blocks: Iterable[SeedBlock], removals: int, steps: int, m: int) -> tuple[Iterator[SeedBlock], Reduction]:
@@ -137,6 +147,7 @@ def reduce(blocks: Iterable[SeedBlock], removals: int, steps: int, m: int) -> tu
             squares, parts = squares + block.floor_squares, parts + block.floor_parts
             result.floor = np.sqrt(squares / max(parts, 1))
             result.seeds.append(block.seed)
+            result.scale = max(result.scale, block.scale)
             result.diverged += [(number, block.seed, step) for number, step in block.diverged]
             yield block
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 from fimo.orchestrator.tables import schemas as tables
 from fimo.orchestrator.tables.agreement import adjusted, cosine, mean_and_sem, norm, ranks, undefined
 from fimo.orchestrator.tables.reduce import Reduction, SeedBlock
+from fimo.orchestrator.tables.sanity import exploded
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -84,6 +85,7 @@ class Scorer:
         self._norms = [(norm(v), norm(r)) for (_, v), r in zip(self._aligned, self._ranked, strict=True)]
         self.results = {k: _Agreements() for k in windows(seeds)[:-1]}
         self._sums: dict[int, Array] = {}
+        self._beyond: dict[int, NDArray[np.bool_]] = {}
         self._held: dict[int, int] = dict.fromkeys(self.results, 0)
         self.halves: list[Array | float] = [0.0, 0.0]
         self.half_counts = [0, 0]
@@ -97,19 +99,21 @@ class Scorer:
         self.halves[half] = self.halves[half] + block.effects
         self.half_counts[half] += 1
         self.complete += 1
+        beyond = exploded(block.training_only, block.scale)
         for k, result in self.results.items():
             self._sums[k] = self._sums[k] + block.effects if self._held[k] else block.effects
+            self._beyond[k] = self._beyond[k] | beyond if self._held[k] else beyond
             self._held[k] += 1
             if self._held[k] == k:
-                self._score(result, self._sums[k] / k, floor / np.sqrt(k))
+                self._score(result, self._sums[k] / k, floor / np.sqrt(k), self._beyond[k])
                 self._held[k] = 0
 
-    def _score(self, result: _Agreements, effects: Array, floor: Array) -> None:
+    def _score(self, result: _Agreements, effects: Array, floor: Array, beyond: NDArray[np.bool_]) -> None:
         ranked = ranks(effects)
         ranked_norm = norm(ranked)
         for adjust in ADJUSTMENTS:
             gold = adjusted(effects, adjust)
-            without, gold_norm = undefined(gold, floor), norm(gold)
+            without, gold_norm = undefined(gold, floor) | beyond[:, None], norm(gold)
             for number, (places, values) in enumerate(self._aligned):
                 # Indexing with a list copies, so an estimate of every amount takes the arrays as they are.
                 at = slice(None) if len(places) == len(self.steps) else places
@@ -130,7 +134,8 @@ class Scorer:
         if everywhere.sum() < 2:
             return
         kept = Scorer([_rows(e, everywhere) for e in self.estimates], self.steps, 0)
-        kept._score(result, reduction.effects.mean[everywhere], reduction.floor / np.sqrt(len(reduction.seeds)))
+        floor = reduction.floor / np.sqrt(len(reduction.seeds))
+        kept._score(result, reduction.effects.mean[everywhere], floor, reduction.exploded)
 
     def table(self) -> pa.Table:
         """``scores.parquet``, rows by estimator in spec order, metric, adjustment, seeds, step."""
