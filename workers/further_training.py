@@ -97,8 +97,9 @@ class _Stack:
         # Trace only a forward that vmap has accepted, over replicas here or over examples in the probe: vmap rejects
         # data-dependent branches, which a trace would silently freeze.
         graphs = start.graphs if self.size > 1 or start.folds else None
-        self._batch_gradients = Replayed(partial(replicas.gradients, model), "batch", graphs)
-        self._removed_gradients = Replayed(partial(replicas.gradients, model), "removed", graphs)
+        gradients = partial(replicas.gradients, model, orders=self.forward.orders)
+        self._batch_gradients = Replayed(gradients, "batch", graphs)
+        self._removed_gradients = Replayed(gradients, "removed", graphs)
         self.measures = Replayed(partial(replicas.measures, model), "measures", graphs)
 
     def gradients(self, step: int, blocks: Sequence[batches.Block]) -> Gradients:
@@ -108,8 +109,9 @@ class _Stack:
             self._add_batch(total, block, step_seed(self.seed, step, "batch"))
         for lanes, batch in self.removed:
             self._add_removed(total, lanes, batch, step_seed(self.seed, step, "removed"))
-        idle = sorted(set(range(self.size)).difference(*(block.lanes for block in blocks)))
-        if idle:
+        idle: list[int] = []
+        if sum(len(block.lanes) for block in blocks) < self.size:
+            idle = sorted(set(range(self.size)).difference(*(block.lanes for block in blocks)))
             # Every example of these lanes' batches is masked: their loss is 0, and momentum and weight decay go on.
             zeros = {name: torch.zeros_like(self.params[name][idle]) for name in self.forward.used}
             total.add(zeros, tuple(idle))
@@ -119,7 +121,7 @@ class _Stack:
         for lanes, batch, weights, shared in replicas.fetch(self.start.train, block):
             params, buffers = self.take(lanes)
             seed_all(seed, self.start.model.device, self.forward.python)
-            part, after = self._batch_gradients(params, buffers, batch, weights, shared, self.forward.orders)
+            part, after = self._batch_gradients(params, buffers, batch, weights, shared)
             total.add(part, lanes)
             replicas.put_back(self.buffers, after, lanes)
 
@@ -128,7 +130,7 @@ class _Stack:
         params, buffers = self.take(lanes)
         weights = torch.tensor([batches.removed_weight(len(self.start.train))], dtype=torch.float64)
         seed_all(seed, self.start.model.device, self.forward.python)
-        part, _ = self._removed_gradients(params, buffers, batch, weights, False, self.forward.orders)
+        part, _ = self._removed_gradients(params, buffers, batch, weights, False)
         total.add(part, lanes)
 
     def take(self, lanes: tuple[int, ...]) -> tuple[Tensors, Tensors]:
