@@ -20,7 +20,7 @@ from fimo.workers.errors import StoreError
 from tests.deploy.manifests import DEPLOY
 from tests.support.seaweed import set_environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.s3]
 
 SCRIPT = str(DEPLOY / "local" / "cluster.py")
 JOB = """

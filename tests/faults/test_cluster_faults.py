@@ -27,6 +27,8 @@ from tests.faults.processes import FIMO, busy_workers, environment, kill, wait_u
 from tests.support.seaweed import BUCKET, Seaweed, set_environment
 from tests.support.weather_proxy import bad_weather
 
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+
 SEEDS = 12
 CELLS = 5 * SEEDS
 

@@ -20,6 +20,8 @@ from tests.faults import sweeps
 from tests.faults.processes import environment, fimo, wait_until
 from tests.support.seaweed import set_environment
 
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+
 SCRIPT = Path(__file__).parents[3] / "deploy" / "local" / "cluster.py"
 SEEDS = 6
 

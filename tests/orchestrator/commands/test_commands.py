@@ -19,6 +19,8 @@ from fimo.orchestrator.store import open_store
 
 from tests.support.small_sweep import SPEC, make_spec, run_here, table_bytes
 
+pytestmark = pytest.mark.ray
+
 FIMO = [sys.executable, "-c", "from fimo.orchestrator.commands.main import main; main()"]
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
