@@ -21,12 +21,12 @@ def folder(package: str) -> Path:
 
 def source_files() -> set[str]:
     """Every file of the package by its path in the wheel."""
-    found = set()
+    files = set()
     for name, mapped in SETUPTOOLS["package-dir"].items():
         for path in (ROOT / mapped).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
-                found.add((Path(*name.split(".")) / path.relative_to(ROOT / mapped)).as_posix())
-    return found
+                files.add((Path(*name.split(".")) / path.relative_to(ROOT / mapped)).as_posix())
+    return files
 
 
 def test_the_list_of_packages_is_the_packages_that_exist() -> None:

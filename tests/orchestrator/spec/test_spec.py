@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.small_sweep import SPEC
 
-DESIGN_EXAMPLE = """
+EXAMPLE = """
 name: concrete
 workload: fimo.workers.workloads.tabular:concrete   # module:function
 workload_args: {}
@@ -35,13 +35,13 @@ resources: {gpus: 0, cpus: 1, replicas: auto}
 
 
 def test_the_contract_s_example_is_a_spec_and_survives_its_canonical_form():
-    spec = read(DESIGN_EXAMPLE)
+    spec = read(EXAMPLE)
     assert spec.seeds.count == 100
     assert spec.further_training.settings().optimizer.lr == 0.03
     assert parse(spec.canonical()) == spec
 
 
-def test_defaults_are_the_design_s():
+def test_defaults_are_those_that_are_documented():
     values = copy.deepcopy(SPEC)
     del values["further_training"]["removal_mode"], values["further_training"]["evaluate"], values["resources"]
     spec = parse(values)
@@ -80,9 +80,9 @@ def test_defaults_are_the_design_s():
     ],
 )
 def test_a_mistake_is_named_in_one_line(old, new, said):
-    assert old in DESIGN_EXAMPLE
+    assert old in EXAMPLE
     with pytest.raises(UsageError) as caught:
-        read(DESIGN_EXAMPLE.replace(old, new, 1))
+        read(EXAMPLE.replace(old, new, 1))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
