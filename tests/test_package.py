@@ -8,6 +8,8 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+from tests.conftest import LONG
+
 ROOT = Path(__file__).parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 
@@ -66,3 +68,8 @@ def test_a_wheel_holds_fimo_alone_with_its_data_and_types(tmp_path: Path) -> Non
     assert info.endswith(".dist-info")
     assert {name for name in names if name.startswith("fimo/")} == source_files()
     assert {"fimo/py.typed", "fimo/workers/workloads/data/concrete.safetensors"} <= source_files()
+
+
+def test_what_is_left_out_of_the_quick_tests_exists() -> None:
+    for begin in LONG:
+        assert (ROOT / begin.partition("::")[0]).exists(), begin
