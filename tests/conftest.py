@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 
 LONG = (
+    "tests/estimators/test_ekfac.py",
     "tests/estimators/test_influence.py",
     "tests/estimators/test_signs_and_limits.py",
+    "tests/estimators/test_transformers.py",
     "tests/estimators/test_unrolled.py",
     "tests/faults/",
     "tests/orchestrator/cluster/test_hostile.py",
     "tests/orchestrator/report/test_progress.py",
+    "tests/orchestrator/resolve/test_resolved.py",
     "tests/orchestrator/run/test_driver.py",
     "tests/orchestrator/run/test_failures.py",
     "tests/orchestrator/sweep/test_imported.py",
@@ -20,7 +23,9 @@ LONG = (
     "tests/test_readme.py::test_the_own_sweep",
     "tests/workers/stacking/test_replay.py",
     "tests/workers/test_bert.py",
+    "tests/workers/test_concrete.py",
     "tests/workers/test_holes.py",
+    "tests/workers/test_shard.py",
 )
 """How the ids of long tests begin."""
 

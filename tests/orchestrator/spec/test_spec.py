@@ -45,7 +45,9 @@ def test_defaults_are_those_that_are_documented():
     values = copy.deepcopy(SPEC)
     del values["further_training"]["removal_mode"], values["further_training"]["evaluate"], values["resources"]
     spec = parse(values)
-    assert spec.further_training.removal_mode == "reweight"
+    # The model decides: a forward that mixes the examples of a batch has no reweight.
+    training = spec.further_training.settings()
+    assert [training.settled(mixes).removal_mode for mixes in (False, True)] == ["reweight", "mask"]
     assert spec.further_training.evaluate.every_epochs == 1
     assert spec.resources.replicas == "auto"
     assert spec.evals is None

@@ -48,6 +48,7 @@ def test_everything_that_a_sweep_writes_has_a_key_of_its_own(beside):
         *(keys.estimates("flowers", value_digest(manifest, *e), *e) for e in manifest.estimators),
         keys.imported("flowers"),
         keys.replicas("flowers", digest, "").rpartition("-")[0],
+        keys.proof("flowers", digest),
         keys.table("flowers", "").rpartition("/")[0],
     )
     for entry in store.list(""):
