@@ -4,10 +4,14 @@
 
 Setting: the paper's Concrete (MLP 8-128-128-1, 927 training examples, batches of 128, SGD at 0.03, 100 removals, the
 loss of 100 evaluation examples after every epoch), on one thread. The plain loop is what one would write first: a
-``DataLoader`` with ``shuffle`` and a generator of its own, ``loss.backward()``, ``optimizer.step()``. Ours is a whole
-shard as a sweep computes it, its second baseline included in the time and not in the steps. Both are warmed up, then
-alternate; time is the process's CPU time, so that what else runs on the machine disturbs less. A round's ratio is that
-of its two neighbours, and the median and the range over rounds are reported.
+``DataLoader`` with ``shuffle`` and a generator of its own, ``loss.backward()``, ``optimizer.step()``. It is not the
+definition (``fimo.workers.definition.train_cell``), which says the same step by step but is written to be read: it
+fetches examples one batch at a time by index, seeds every step and covers every removal mode, and would flatter us. The
+numbers are held against the definition in the tests and by every sweep, not here.
+
+Ours is a whole shard as a sweep computes it, its second baseline included in the time and not in the steps. Both are
+warmed up, then alternate. Time is the process's CPU time, so that what else runs on the machine disturbs less. A
+round's ratio is that of its two neighbours, and the median and the range over rounds are reported.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ def steps_of(setting: Setting, start: Start) -> int:
 
 
 def plain_run(setting: Setting, removed: int, seed: int) -> Tensor:
-    """One further-training run; returns the deltas (T, m)."""
+    """One further-training run as one would write it first; returns the deltas (T, m)."""
     settings, workload = setting.settings, setting.workload
     names, tensors = list(workload.train), list(workload.train.values())
     everything: TensorDataset | Subset[tuple[Tensor, ...]] = TensorDataset(*tensors)

@@ -1,13 +1,17 @@
-"""What the README shows works: its links, its own sweep, its examples."""
+"""What the documents show works: links, module paths, the README's own sweep, notebook and examples."""
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.spec.spec import read
+from fimo.orchestrator.store import open_store
 
 from tests.support.small_sweep import run_here
 
@@ -19,21 +23,85 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "deploy/README.md", "workers/workloads/data/README.md"])
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "deploy/README.md", "workers/workloads/data/README.md"]
+DEFINED = re.compile(r"`((?:fimo|workers|estimators|orchestrator|deploy|tests|examples|benchmarks)/[\w./-]*)`")
+ROOM = re.compile(r"`((?:spec|store|sweep|resolve|tables|run|cluster|report|commands)/(?:\w+\.py)?)`")
+
+
+def anchors(text: str) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert links or page == "workers/workloads/data/README.md"
+    for link in links:
+        path, _, anchor = link.partition("#")
         if not link.startswith("http"):
-            assert ((ROOT / page).parent / link).exists(), link
+            target = (ROOT / page).parent / path if path else ROOT / page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_the_own_sweep_is_thirty_lines_and_runs(tmp_path):
-    [module], [spec] = blocks("python"), blocks("yaml")
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_paths_that_are_named_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in DEFINED.findall(text):
+        assert (ROOT / path).exists(), path
+    for path in ROOM.findall(text):
+        assert (ROOT / "orchestrator" / path).exists(), path
+
+
+def test_the_architecture_names_every_package_and_every_module_of_workers():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(DEFINED.findall(text))
+    inits = [
+        path for folder in ("workers", "estimators", "orchestrator") for path in (ROOT / folder).rglob("__init__.py")
+    ]
+    packages = {f"{path.parent.relative_to(ROOT)}/" for path in inits}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "workers").rglob("*.py") if path.name != "__init__.py"}
+    assert modules <= named
+    assert packages - {"workers/stacking/", "workers/workloads/"} <= named
+
+
+def test_the_architecture_s_table_of_objects_is_that_of_the_keys():
+    """Key and way of writing, as in the docstring of ``orchestrator/sweep/keys.py``."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `([\w./-]+\.(?:json|parquet)|rejected/KEY)` \|.*\| ([^|]+) \|$", text, re.MULTILINE))
+    docstring = ast.get_docstring(ast.parse((ROOT / "orchestrator" / "sweep" / "keys.py").read_text(encoding="utf-8")))
+    written = re.findall(r"^ +NAME/(\S+)((?:.*\n)(?: {20,}.*\n)*)", docstring, re.MULTILINE)
+    assert len(written) == 12
+    assert {key: ways(about) for key, about in written} == {key: ways(way) for key, way in told.items()}
+
+
+def ways(about: str) -> set[str]:
+    return set(re.findall(r"\b(create|put)\b", about))
+
+
+def test_the_own_sweep_is_thirty_lines_and_runs_and_so_does_the_notebook(tmp_path):
+    (module, notebook), [spec] = blocks("python"), blocks("yaml")
     assert len((module + spec).strip().splitlines()) <= 32
     (tmp_path / "mine.py").write_text(module)
-    report, _, _ = run_here(read(spec), tmp_path)
+    (tmp_path / "mine.yaml").write_text(spec)
+    # Into the store that the notebook names: its run finds everything computed.
+    report, _, _ = run_here(read(spec), tmp_path, open_store(str(tmp_path / "runs")))
     assert report.exit_code == 0
     assert report.gathered.tables["scores"].num_rows > 0
+    checks = (
+        "\nassert a.steps == (7,) and a.effect.shape == a.sem.shape == (2, 1, 40)\nassert again.num_rows == 20 * 5 * 40"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", notebook + checks],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.yaml")))

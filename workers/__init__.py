@@ -1,4 +1,4 @@
-"""One further-training shard: workloads, the replica loop, removal modes and evaluation.
+"""Further training: the number's definition, the workload contract, shards, and how the engine is proven.
 
 Needs torch, numpy and safetensors alone, so that a shard also runs where Ray is not.
 """

@@ -41,7 +41,7 @@ class Block:
 
     Attributes:
         lanes: the replicas' places in the stack.
-        indices: training indices, (b,) where all lanes share the batch, else (len(lanes), b).
+        indices: training indices, (b,) if all lanes share the batch, else (len(lanes), b).
         weights: what each example's loss is multiplied by, float64, (b,) or (len(lanes), b).
     """
 
@@ -54,7 +54,7 @@ def orders(n: int, seed: int) -> Iterator[Tensor]:
     """The epochs' permutations of ``range(n)``, int64 (n,): exactly what a seeded ``RandomSampler`` yields."""
     sampler = RandomSampler(range(n), generator=torch.Generator().manual_seed(seed))
     while True:
-        # The sampler is iterated to its end rather than imitated: it also draws a permutation for its empty remainder.
+        # Iterate the sampler to its end rather than imitate it: it also draws a permutation for its empty remainder.
         yield torch.from_numpy(np.fromiter(sampler, dtype=np.int64))
 
 
@@ -71,9 +71,9 @@ def epoch_steps(n: int, removal: Removal, settings: FurtherTraining) -> int:
 def amounts(n: int, removal: Removal, settings: FurtherTraining) -> list[tuple[int, int]]:
     """When g is evaluated: pairs (the cell's own step, the step it is recorded under), ascending.
 
-    The two differ only in drop mode, for an evaluation by epochs, when leaving the removal out shortens the
-    epoch by a whole batch: the cell is then evaluated at the end of *its* epoch, as the paper does, and
-    recorded under the baseline's step of that epoch.
+    The two differ only in drop mode, for an evaluation by epochs, if leaving the removal out shortens the epoch by a
+    whole batch. The cell is then evaluated at the end of *its* epoch, as the paper does, and recorded under the
+    baseline's step of that epoch.
     """
     base, own = epoch_steps(n, BASELINE, settings), epoch_steps(n, removal, settings)
     every = settings.evaluate
@@ -164,7 +164,7 @@ def _masked(
             if mixes:
                 yield _by_size([indices[row] for row in stays])
             else:
-                # A batch of which nothing stays has loss 0: its weights are all 0, not 0/0.
+                # Give a batch of which nothing stays the loss 0: weights of 0, not 0/0.
                 weights = stays / stays.sum(dim=1, keepdim=True).clamp(min=1).to(torch.float64)
                 yield [Block(tuple(range(len(lanes))), indices, weights)]
 

@@ -7,8 +7,9 @@
 with Δ, without a subscript, the *baseline*: the same training on everything, whose delta is the training-only effect.
 ξ is a seed: the batch order and everything that a forward draws.
 
-Nothing here is fast, and nothing here is shared with what is: no vmap, no stack, no trace. ``fimo.workers.stacking``
-must give these numbers to rounding; the tests hold it to that, and so does every sweep on its own model
+Nothing here is fast: no vmap, no stack, no trace. Batches, losses, gradients and updates are written out here; only the
+access to data, the seeds of a step and the steps of evaluation are shared with what is fast. ``fimo.workers.stacking``
+must give these numbers to rounding. The tests hold it to that, and so does every sweep on its own model
 (``fimo.workers.proof``).
 """
 
@@ -181,7 +182,7 @@ class Attribution:
 
     Attributes:
         steps: the T amounts of further training.
-        effects: every seed's effects, float64 (S, R, T, m); not finite where a run diverged.
+        effects: every seed's effects, float64 (S, R, T, m); not finite if a run diverged.
         training_only: the baselines' deltas, float64 (S, T, m).
     """
 

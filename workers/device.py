@@ -19,7 +19,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 
 
 def pick_device(gpus: float) -> torch.device:
-    """CUDA where the task was given a GPU and there is one, else the CPU."""
+    """CUDA if the task was given a GPU and there is one, else the CPU."""
     return torch.device("cuda", 0) if gpus > 0 and torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -39,7 +39,7 @@ def _cpu_name() -> str:
 
 
 def prepare_environment() -> None:
-    """Set what CUDA reads once, when it starts, and what the C library's allocator keeps to from then on."""
+    """Set what must be set early: CUDA reads its variable once, when it starts."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keep_freed_memory()
 
@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep up to 512 MiB of freed memory for the next step instead of giving it back to the kernel.
 
     A step frees all its activations, and by default their pages are zeroed and mapped anew at every step: for the
-    MLP 8-128-128-1 in stacks of 8 that is half of the time. Where there is no glibc nothing happens.
+    MLP 8-128-128-1 in stacks of 8 that is half of the time. Does nothing if there is no glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -73,7 +73,7 @@ def deterministic(device: torch.device) -> Iterator[dict[str, object]]:
     devices = [device.index or 0] if device.type == "cuda" else []
     try:
         torch.use_deterministic_algorithms(True)
-        # Filling fresh memory guards against reads of it; it costs a write of every tensor and changes no result.
+        # Do not fill fresh memory: it costs a write of every tensor and changes no result.
         torch_deterministic.fill_uninitialized_memory = False
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False

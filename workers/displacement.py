@@ -1,8 +1,8 @@
 """Δθ̂_t(𝒟): where further training on everything moves the parameters, on average over seeds.
 
-What the generalised influence function (Wei et al. 2025, Proposition 1) needs of a sweep. It is trained again here
-rather than kept by every shard: the baselines are two of a shard's many cells, and P scalars a seed and step would
-outweigh its results.
+The generalised influence function (Wei et al. 2025, Proposition 1) needs it. The baselines are trained again here
+rather than kept by every shard: they are two of its many cells, and P scalars a seed and step would outweigh its
+results.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Dropout masks that are the same whether a model runs alone or in a stack of replicas.
 
 torch draws a mask in the memory order of the tensor that it masks. Under ``vmap`` that order may be another one (after
-a transpose, with ``batch_first`` attention, in channels_last), and on CUDA another kernel draws. So the order that the
-model draws in when it runs alone is recorded, and a stack draws in that order.
+a transpose, with ``batch_first`` attention, in channels_last), and on CUDA another kernel draws. So the model is run
+alone once, its orders are recorded, and a stack draws in them.
 
-Covers ``torch.nn.functional.dropout``, as called by ``nn.Dropout``. A stack that draws otherwise by other means is
-found by the proof that every sweep makes of its engine, and is not used.
+Covers ``torch.nn.functional.dropout``, which ``nn.Dropout`` calls. If a stack draws other masks in another way, the
+sweep's proof of its engine sees it and the stack is not used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Draws(TorchFunctionMode):
             if training and 0 < p < 1:
                 self.orders.append(_order(torch.empty_like(x)))
                 if x.device.type == "cuda":
-                    # The fused kernel draws another sequence than the plain one, which alone can be shared by replicas.
+                    # Avoid the fused kernel: it draws another sequence than the plain one, which replicas can share.
                     return masked(x, p, self.orders[-1])
         return func(*args, **kwargs)
 
@@ -59,6 +59,6 @@ def _arguments(
 
 
 def _order(tensor: Tensor) -> Order:
-    # Of equal strides (dimensions of size 1) the first is the outermost.
+    # Take the first for the outermost if strides are equal (dimensions of size 1).
     strides = tensor.stride()
     return tuple(sorted(range(tensor.dim()), key=lambda i: -strides[i]))

@@ -1,8 +1,7 @@
 """Random access to a workload's examples, whatever they are kept in.
 
 A *batch* is what the workload's ``outputs`` and ``loss`` receive: any pytree of tensors whose first
-dimension runs over examples, most often a dict. This module does not know about models or devices'
-kernels; it only fetches.
+dimension runs over examples, most often a dict. This module only fetches: it knows nothing of models.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def stack(batches: Sequence[Batch]) -> Batch:
 
 
 def _at(value: Any, index: Tensor) -> Any:
-    # Apart from pytrees, whose Python costs as much as a small model's step.
+    # Treat dicts apart: the Python of torch's pytrees costs as much as a small model's step.
     return value[index] if isinstance(value, Tensor) else pytree.tree_map(lambda t: t[index], value)
 
 
@@ -109,7 +108,7 @@ class Examples:
 
     @property
     def tensors(self) -> Batch | None:
-        """All examples as one batch on the device where they are kept as tensors, else None."""
+        """All examples as one batch on the device if they are kept as tensors, else None."""
         return self._tensors
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:

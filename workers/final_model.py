@@ -61,15 +61,15 @@ def final_copy(
         state: θᶠ, None = the parameters that the model carries.
         device, dtype: of the copy's floating-point tensors.
     """
-    # weight_norm and spectral_norm leave a computed tensor on their module, which deepcopy does not take.
+    # Detach what weight_norm and spectral_norm leave on their module: deepcopy refuses a computed tensor.
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed}).to(device=device, dtype=dtype)
     for module in copied.modules():
-        # A sparse gradient is the dense one without its zeros; vmap and most optimizers take only the dense one.
+        # Ask for dense gradients, the same with their zeros: vmap and most optimizers take no others.
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False
     if state is not None:
-        # After the cast: a float64 θᶠ must not be rounded through the model's own float32.
+        # Load after the cast: a float64 θᶠ must not be rounded through the model's own float32.
         copied.load_state_dict(dict(state), strict=False)
     return copied
 

@@ -1,8 +1,8 @@
-"""How a model's training forward behaves, found by running it rather than by the names of its layers.
+"""How a model's training forward behaves: observed by running it, not guessed from the names of its layers.
 
-What is found here belongs to the estimand: a masked example must leave a batch whose examples are mixed, and each
-replica owns the buffers that training changes. Covers what forwards on a few examples show, at θᶠ and at parameters
-away from it, where a gate that is closed at θᶠ is open.
+What is observed belongs to the estimand: a masked example must leave a batch whose examples are mixed, and each replica
+owns the buffers that training changes. Covers what forwards on a few examples show, at θᶠ and away from it (a gate that
+is closed at θᶠ is open there).
 """
 
 from __future__ import annotations

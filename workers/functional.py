@@ -33,7 +33,7 @@ class _Outputs(nn.Module):
     def __init__(self, model: nn.Module, workload: Workload) -> None:
         super().__init__()
         self.model = model
-        # In a tuple: an ``outputs`` that is a module itself must not become a part of this one.
+        # Hide it in a tuple: an ``outputs`` that is a module itself must not become a part of this one.
         self._outputs = (workload.outputs,)
 
     def forward(self, batch: Batch) -> Tensor:

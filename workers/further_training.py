@@ -32,7 +32,7 @@ class Deltas:
 
     Attributes:
         steps: the T steps under which results are recorded.
-        deltas: g(z, θᶠ + Δθ_t) − g(z, θᶠ), float64 (R, T, m), on the CPU; not finite where a replica diverged.
+        deltas: g(z, θᶠ + Δθ_t) − g(z, θᶠ), float64 (R, T, m), on the CPU; not finite if a replica diverged.
         distances: ‖Δθ_t‖₂ over the trainable parameters, float64 (R, T).
     """
 

@@ -29,7 +29,7 @@ class ShardResult:
         seed: the shard's ξ.
         steps: the T recorded steps.
         deltas: float64 (C + 2, T, m): the C removals in the order given, then the baseline, then the second
-            baseline of the noise floor. Not finite where a run diverged.
+            baseline of the noise floor. Not finite if a run diverged.
         distances: ‖Δθ_t‖, float64 (C + 2, T).
         replicas: the stack size used at the end (it halves when memory runs out).
         seconds: wall-clock seconds of training and evaluation.
@@ -56,8 +56,8 @@ def run_shard(
 ) -> ShardResult:
     """Train the removals, the baseline and a second baseline for the noise floor.
 
-    The second baseline is trained in a stack of another size (alone, or as one of two where the others are trained
-    alone): the same mathematics in another order of rounding, which is what the noise floor measures.
+    The second baseline is trained in a stack of another size (alone, or as one of two if the others are trained alone):
+    the same mathematics in another order of rounding. The noise floor is the difference.
 
     Args:
         replicas: cells trained together.
@@ -98,7 +98,7 @@ def _in_stacks(
         except Exception as error:
             if len(stack) == 1:
                 raise
-            # If memory is not what is lacking, the model may only be one that vmap cannot take: one at a time can tell.
+            # If memory is not short, vmap may have refused the model: one at a time tells that from a real error.
             replicas = len(stack) // 2 if out_of_memory(error) else 1
         else:
             done += len(stack)
@@ -116,7 +116,7 @@ def _floor(start: Start, seed: int, replicas: int) -> Deltas:
     except FimoError:
         raise
     except Exception:
-        # A model that cannot be stacked, or only just fits, has its second baseline trained alone.
+        # Train it alone if the model cannot be stacked, or two replicas do not fit.
         if len(stack) == 1:
             raise
         both = None

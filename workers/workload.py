@@ -52,7 +52,7 @@ def find_module(reference: str, beside: Path) -> tuple[str, str, Path | None]:
     """Split ``module:function`` and find the module's file beside the spec, if it is there.
 
     Returns:
-        (module, function, path), path None where the module is an installed one (such as
+        (module, function, path), path None if the module is an installed one (such as
         ``fimo.workers.workloads.tabular``).
 
     Raises:
@@ -73,14 +73,14 @@ def _import(module: str, path: Path | None, beside: Path) -> ModuleType:
         loaded = sys.modules.get(module)
         if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() != path.resolve():
             del sys.modules[module]
-        # To the front even where it is there already: another spec's folder may have come before it since.
+        # Move it to the front even if it is there already: another spec's folder may have come before it since.
         sys.path[:] = [str(beside), *(entry for entry in sys.path if entry != str(beside))]
         importlib.invalidate_caches()
     return importlib.import_module(module)
 
 
 def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) -> Workload:
-    """Import ``module:function``, the module being looked for in ``beside`` first, and call the function.
+    """Import ``module:function``, from ``beside`` if the module is there, and call the function.
 
     Raises:
         UsageError: no such module or function, or arguments that it does not take.
@@ -132,7 +132,7 @@ def _refuse_arguments(reference: str, make: Callable[..., Any], arguments: Mappi
     try:
         signature = inspect.signature(make)
     except (TypeError, ValueError):
-        return  # A callable that does not tell its arguments is simply called.
+        return  # Call it all the same: not every callable tells its arguments.
     try:
         signature.bind(**arguments)
     except TypeError as error:

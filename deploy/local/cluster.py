@@ -308,10 +308,10 @@ def free_ports(count: int) -> list[int]:
 
 def program(name: str) -> str:
     """A program beside this Python, or on the PATH."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
+    program = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if program is None:
         raise RuntimeError(f"`{name}` is not installed: pip install -e '.[dev]'")
-    return found
+    return program
 
 
 def load(folder: Path) -> State:

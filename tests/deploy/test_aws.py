@@ -24,7 +24,8 @@ POLICIES = [*IDENTITY_POLICIES, "aws/bucket-policy.json", "aws/trust-ec2.json"]
 REMOVALS = (NamedRemoval(0, "0", (1,)), NamedRemoval(1, "1", (2,)))
 PART = "runs/" + keys.part("concrete", "d" * 64, 3, REMOVALS)
 ESTIMATE = "runs/" + keys.block(keys.estimates("concrete", "d" * 64, "cg", "{}"), REMOVALS, 0, 10)
-REPLICAS = "runs/concrete/replicas/dddd-cpu.json"
+REPLICAS = "runs/" + keys.replicas("concrete", "d" * 64, "cpu")
+PROOF = "runs/" + keys.proof("concrete", "d" * 64, "cpu", "0" * 16)
 SPEC = "runs/concrete/sweep.json"
 TABLE = "runs/concrete/tables/scores.parquet"
 REJECTED = "runs/concrete/rejected/parts_dddd_seed-0000000003_0123.parquet"  # flat: "*/parts/*" must not match it
@@ -123,13 +124,13 @@ def test_no_policy_allows_everything_of_a_service(path: str) -> None:
 
 
 def test_workers_create_results_and_read_and_nothing_else() -> None:
-    for key in (PART, ESTIMATE, REPLICAS):
+    for key in (PART, ESTIMATE, REPLICAS, PROOF):
         assert allows(WORKER, "s3:PutObject", key)
         assert not allows(WORKER, "s3:PutObject", key, conditional=False)
         assert allows(WORKER, "s3:GetObject", key)
     for key in (SPEC, TABLE, REJECTED, FAILED, PROBE, FOREIGN):
         assert not allows(WORKER, "s3:PutObject", key)
-    for key in (PART, ESTIMATE, REPLICAS, SPEC, TABLE, REJECTED, FAILED, PROBE, FOREIGN):
+    for key in (PART, ESTIMATE, REPLICAS, PROOF, SPEC, TABLE, REJECTED, FAILED, PROBE, FOREIGN):
         assert not allows(WORKER, "s3:DeleteObject", key)
         assert not allows([*DRIVER, *WORKER], "s3:DeleteObject", key), "an attached driver policy must not help"
     assert allows(WORKER, "s3:GetObject", SPEC)
@@ -138,7 +139,7 @@ def test_workers_create_results_and_read_and_nothing_else() -> None:
 
 
 def test_the_driver_writes_everything_sets_results_aside_and_never_replaces_one() -> None:
-    for key in (PART, ESTIMATE, SPEC, TABLE, REJECTED, FAILED, REPLICAS, PROBE):
+    for key in (PART, ESTIMATE, SPEC, TABLE, REJECTED, FAILED, REPLICAS, PROOF, PROBE):
         assert allows(DRIVER, "s3:PutObject", key)
         assert allows(DRIVER, "s3:GetObject", key)
     for key in (PART, ESTIMATE):

@@ -8,7 +8,8 @@ import tomllib
 from tests.deploy.manifests import DEPLOY, ROOT
 
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
-REQUIREMENTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+LOCK = (ROOT / "requirements.lock").read_text().splitlines()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def _argument(name: str) -> str:
@@ -17,7 +18,7 @@ def _argument(name: str) -> str:
 
 
 def _pinned(package: str) -> str:
-    (version,) = [r.partition("==")[2] for r in REQUIREMENTS if re.match(rf"{package}(\[.*\])?==", r)]
+    (version,) = [line.partition("==")[2] for line in LOCK if line.startswith(f"{package}==")]
     return version
 
 
@@ -27,6 +28,11 @@ def test_the_image_has_the_pinned_ray_and_torch_on_python_3_11() -> None:
     assert "FROM rayproject/ray:${RAY_VERSION}-py311-${DEVICE}" in DOCKERFILE
     assert "ray-ml" not in DOCKERFILE
     assert _argument("DEVICE") == "cpu"
+
+
+def test_the_image_has_every_folder_that_the_package_is_mapped_from() -> None:
+    for folder in PYPROJECT["tool"]["setuptools"]["package-dir"].values():
+        assert f"COPY --chown=ray:users {folder} /home/ray/fimo/{folder}\n" in DOCKERFILE
 
 
 def test_the_build_context_holds_what_is_copied_and_no_more() -> None:

@@ -71,9 +71,9 @@ def _at_same_place(whole: Any, copied: Any, part: Any) -> Any:
         return copied
     if isinstance(whole, dict):
         for key, value in whole.items():
-            found = _at_same_place(value, copied[key], part)
-            if found is not None:
-                return found
+            inner = _at_same_place(value, copied[key], part)
+            if inner is not None:
+                return inner
     return None
 
 

@@ -20,7 +20,7 @@ from fimo.workers.errors import StoreError
 from tests.deploy.manifests import DEPLOY
 from tests.support.seaweed import set_environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.s3]
 
 SCRIPT = str(DEPLOY / "local" / "cluster.py")
 JOB = """
@@ -57,8 +57,8 @@ def environment(folder: Path) -> Mapping[str, str]:
         check=True,
         env={"PATH": "/usr/bin:/bin"},
     )
-    found = dict(entry.split("=", 1) for entry in shell.stdout.split("\0") if "=" in entry)
-    return {name: value for name, value in found.items() if name.startswith(("RAY_", "AWS_", "FIMO_"))}
+    variables = dict(entry.split("=", 1) for entry in shell.stdout.split("\0") if "=" in entry)
+    return {name: value for name, value in variables.items() if name.startswith(("RAY_", "AWS_", "FIMO_"))}
 
 
 def submit(folder: Path, **changed: str) -> subprocess.CompletedProcess[str]:

@@ -67,8 +67,8 @@ class FaultyStore:
         return data
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        found: Iterator[Entry] = self._do(lambda: self.inner.list(prefix))
-        return found
+        entries: Iterator[Entry] = self._do(lambda: self.inner.list(prefix))
+        return entries
 
     def delete(self, key: str) -> None:
         self._do(lambda: self.inner.delete(key))
@@ -125,7 +125,7 @@ class ForkedPool:
 
 
 def in_fork(work: Callable[[], Any], doom: Callable[[], None] | None = None) -> Any:
-    """``work()`` in a forked process; None where it was killed."""
+    """``work()`` in a forked process; None if it was killed."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     pid = os.fork()
     if pid == 0:

@@ -44,14 +44,14 @@ def descendants(pid: int) -> list[tuple[int, str]]:
             if fields[0] != "Z":
                 parents[int(folder.name)] = int(fields[1])
                 commands[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-    found = []
+    workers = []
     for child in parents:
         above = child
         while above in parents and above != pid:
             above = parents[above]
         if above == pid and child != pid:
-            found.append((child, commands[child]))
-    return found
+            workers.append((child, commands[child]))
+    return workers
 
 
 def busy_workers(cluster: int) -> list[int]:

@@ -92,8 +92,8 @@ def run_here(
 
 def tables(store: Store) -> dict[str, bytes]:
     """Every table that is a pure function of the spec, as bytes."""
-    found = {e.key.rsplit("/", 1)[-1]: store.get(e.key) for e in store.list("tiny/tables/")}
-    return {name: data for name, data in found.items() if name.endswith(".parquet") and name != "costs.parquet"}
+    tables = {e.key.rsplit("/", 1)[-1]: store.get(e.key) for e in store.list("tiny/tables/")}
+    return {name: data for name, data in tables.items() if name.endswith(".parquet") and name != "costs.parquet"}
 
 
 def part_keys(store: Store) -> list[str]:

@@ -27,6 +27,8 @@ from tests.faults.processes import FIMO, busy_workers, environment, kill, wait_u
 from tests.support.seaweed import BUCKET, Seaweed, set_environment
 from tests.support.weather_proxy import bad_weather
 
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+
 SEEDS = 12
 CELLS = 5 * SEEDS
 
@@ -137,8 +139,8 @@ def store(place: Place) -> S3Store:
 
 def already_there(log: Path) -> int:
     """The cells that the last driver found done when it began."""
-    found = re.findall(r"cells(?:, (\d+) there already)?;", log.read_text())
-    return int(found[-1] or 0)
+    counts = re.findall(r"cells(?:, (\d+) there already)?;", log.read_text())
+    return int(counts[-1] or 0)
 
 
 def test_workers_nodes_and_the_s3_server_die_under_one_driver(

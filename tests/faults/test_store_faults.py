@@ -57,7 +57,7 @@ class Watch:
 
 
 def try_to_run(problem: Resolved, store: Store) -> bool:
-    """A run as from a shell: True where it ended by itself with everything done."""
+    """A run as from a shell; True if it ended by itself with everything done."""
     try:
         return sweeps.run_here(problem, store, retry_failed=True).exit_code == 0
     except (FimoError, Killed):

@@ -60,6 +60,7 @@ def test_they_run_in_this_process(folder):
     assert table_bytes(store) == table_bytes(plain)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("where", ["beside", "elsewhere"])
 def test_they_run_on_an_embedded_ray(folder, tmp_path, where):
     command = [sys.executable, "-c", "from fimo.orchestrator.commands.main import main; main()", "run"]

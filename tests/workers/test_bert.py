@@ -1,4 +1,4 @@
-"""A small BERT of transformers with AdamW and clipping against the reference loop."""
+"""A small BERT of transformers with AdamW and clipping against the definition."""
 
 from __future__ import annotations
 

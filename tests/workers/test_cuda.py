@@ -1,4 +1,4 @@
-"""The reference loop and determinism on a GPU; skipped where there is none."""
+"""The definition and determinism on a GPU; skipped if there is none."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_the_mean_displacement_is_that_of_plain_baselines():
     settings = FurtherTraining(Optimizer("sgd", 0.1, momentum=0.9), 5, epochs=2, precision="float64")
     model = FunctionalModel(workload, dtype=torch.float64)
     train = Examples(workload.train, dtype=torch.float64)
-    found = mean_displacement(
+    means = mean_displacement(
         start_from(model, train, Examples(workload.evals, dtype=torch.float64), settings), [3, 4], [2, 7]
     )
 
@@ -42,7 +42,7 @@ def test_the_mean_displacement_is_that_of_plain_baselines():
                     expected[step][n] += (p.detach() - model.params[n]) / 2
     for step, displacement in expected.items():
         for n, value in displacement.items():
-            torch.testing.assert_close(found[step][n], value, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(means[step][n], value, rtol=1e-10, atol=1e-12)
 
 
 def test_a_step_beyond_the_sweep_is_refused():

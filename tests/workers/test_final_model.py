@@ -1,4 +1,4 @@
-"""θᶠ is read as data alone, and refused in one line where it is not the model's."""
+"""θᶠ is read as data alone, and refused in one line if it is not the model's."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ def test_spectral_norm_s_buffers_are_each_replica_s_own(wrap: Any, mode: str) ->
     torch.manual_seed(0)
     model = nn.Sequential(wrap(nn.Linear(4, 8)), nn.Tanh(), nn.Linear(8, 3))
     for _ in range(200):
-        model(torch.randn(5, 4))  # to convergence, where the buffers keep their values
+        model(torch.randn(5, 4))  # to convergence: the buffers keep their values
     hold(classification(model=model), settings(removal_mode=mode, epochs=3))
 
 

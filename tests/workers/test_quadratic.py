@@ -74,7 +74,7 @@ def test_every_steps_delta_is_the_geometric_series(mode: str) -> None:
 
 
 def test_removing_a_helpful_example_raises_the_loss() -> None:
-    """The sign: an example that pulls θ to where the evaluation example wants it is helpful, effect > 0."""
+    """The sign: if an example pulls θ towards the evaluation example's optimum, it is helpful: effect > 0."""
     eye = torch.eye(D, dtype=torch.float64)
     there = 10 * torch.ones(1, D, dtype=torch.float64)
     train = {"A": eye.expand(3, D, D), "b": torch.cat([there, -there, torch.zeros(1, D, dtype=torch.float64)])}

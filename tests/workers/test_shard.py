@@ -1,4 +1,4 @@
-"""A shard's results do not depend on how its cells were stacked, and are exactly 0 where they must be."""
+"""A shard's results do not depend on how its cells were stacked, and effects are exactly 0 before a cell differs."""
 
 from __future__ import annotations
 

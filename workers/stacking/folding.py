@@ -1,4 +1,4 @@
-"""All lanes of a step in one block: what is exact only for a forward that treats examples one by one.
+"""All lanes of a step in one block, which is exact only for a forward that treats examples one by one.
 
 A folded step is the same weighted sum of losses as ``fimo.workers.batches.schedule`` gives, arranged otherwise: the
 examples that reweight subtracts ride in the batch, and drop's shorter batches are filled up with weight 0.

@@ -1,10 +1,11 @@
 """A function of tensors as a flat graph of its kernels, replayed without the Python of models, vmap and autograd.
 
-Invariants: a replay computes what the function computes, to rounding, because it is traced twice, from two calls with
-other data and other parameters, and held against both; and whether a call is replayed follows from the calls before it
-in the same pass, never from timing. A graph freezes whatever Python reads of a tensor, so a function is not traced if
-it reads values (``.item()``, ``.tolist()``, ``.numpy()``, a decision), draws random numbers, writes to tensors, or has
-shapes that depend on data.
+Invariants: a replay computes what the function computes, to rounding: it is traced twice, from calls with other data
+and parameters, and held against both. Whether a call is replayed follows from the calls before it in the same pass,
+never from timing.
+
+A graph freezes whatever Python reads of a tensor. So a function is not traced if it reads values (``.item()``,
+``.tolist()``, ``.numpy()``, a decision), draws random numbers, writes to tensors, or has shapes that depend on data.
 
 ``further_train`` passes its gradients and measures through here, as ``fimo.workers.stacking.replicas`` defines them;
 without this module the numbers are the same and a small model's step costs two to three times as much.
@@ -24,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 AFTER = 4
-"""Calls of one signature that are not replayed, so that a graph is not traced for what is rare."""
+"""Calls of one signature before it is traced: a rare one is not worth a graph."""
 
 Graph = Callable[..., Any]
 Graphs = dict[object, "Graph | None"]
@@ -59,7 +60,7 @@ class Replayed:
         self._calls[key] += 1
         if self._calls[key] <= AFTER:
             if key not in self.graphs:
-                # Of the first call: an evaluation's blocks take turns, and two neighbours may be one block.
+                # Keep the first call's: blocks of an evaluation take turns, so two calls in a row may be of one block.
                 self._before.setdefault(key, leaves)
             return self.function(*args)
         if key not in self.graphs:
@@ -105,7 +106,7 @@ def _unflatten(leaves: Sequence[Any], structure: Structure) -> list[Any]:
 
 
 def _signature(leaf: Any) -> object:
-    # A kernel may depend on the strides; a graph bakes in the views that they allow.
+    # Count strides in: a kernel may depend on them, and a graph freezes the views that they allow.
     return (leaf.dtype, leaf.shape, leaf.stride()) if isinstance(leaf, Tensor) else leaf
 
 
@@ -119,7 +120,7 @@ def _trace_or_none(
     try:
         return _trace(function, leaves, before, structure)
     except Exception as error:
-        # Whatever the tracer objects to, the function itself is the way that always works.
+        # Call the function itself, whatever the tracer objects to: that always works.
         log.debug("not replayed: %s: %s", type(error).__name__, error)
         return None
 
@@ -189,7 +190,7 @@ _READS = {
 
 
 class _NoReads(TorchFunctionMode):
-    """Refuses what brings a tensor's values to Python, where the tracer does not see them."""
+    """Refuses calls that bring a tensor's values to Python: the tracer does not see them there."""
 
     def __torch_function__(
         self,
@@ -222,7 +223,7 @@ def _is_mask(index: Any) -> bool:
 
 
 def _refuse_other(one: torch.fx.GraphModule, other: torch.fx.GraphModule) -> None:
-    """Two traces of one function differ in nothing: not in their kernels, and not in what they hold as constants."""
+    """Whether two traces of one function are the same: the same kernels on the same constants."""
     if len(one.graph.nodes) != len(other.graph.nodes):
         raise _Untraceable("two traces have other kernels")
     for a, b in zip(one.graph.nodes, other.graph.nodes, strict=True):

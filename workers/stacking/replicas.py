@@ -1,7 +1,7 @@
 """Replicas of one model stacked along a first dimension and stepped together.
 
-A stack of one is run without ``vmap``: for convolutions on a CPU stacking is slower than one at a time, and a model
-that cannot be vmapped at all still trains.
+Runs a stack of one without ``vmap``: convolutions on a CPU are slower in stacks, and a model that ``vmap`` refuses
+still trains.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 Gradients = dict[str, Tensor | None]
-"""Stacked gradients by the parameters' names; None where the loss does not depend on the parameter."""
+"""Stacked gradients by the parameters' names; None if the loss does not depend on the parameter."""
 
 
 def stacked(tensors: Tensors, count: int) -> Tensors:
     """``count`` copies of each tensor along a new first dimension."""
-    # Contiguous even if the model's own lie in channels_last: vmapped convolutions are wrong on those.
+    # Make them contiguous even if the model's own lie in channels_last: vmapped convolutions are wrong on those.
     return {
         n: t.detach().expand(count, *t.shape).clone(memory_format=torch.contiguous_format) for n, t in tensors.items()
     }
@@ -36,12 +36,12 @@ def clip(grads: Gradients, max_norm: float) -> Gradients:
     present = {n: g for n, g in grads.items() if g is not None}
     norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in present.values()]).norm(dim=0)
     scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    # Not in place: autograd gives two parameters that are added up the same tensor.
+    # Do not clip in place: autograd gives two parameters that are added up the same tensor.
     return {**grads, **{n: g * scale.view(-1, *[1] * (g.ndim - 1)) for n, g in present.items()}}
 
 
 def fetch(train: Examples, block: Block) -> list[tuple[tuple[int, ...], Batch, Tensor, bool]]:
-    """The block's batches: (lanes, batch, weights, shared); lanes whose batches differ in shape are parted."""
+    """The block's batches: (lanes, batch, weights, shared); lanes whose batches differ in shape come apart."""
     if block.indices.ndim == 1:
         return [(block.lanes, train.batch(block.indices), block.weights, True)]
     if train.tensors is not None:
@@ -77,7 +77,7 @@ def gradients(
         orders: the memory orders in which dropout draws; see ``stacked.Stacked``.
 
     Returns:
-        (gradients by name, None where the loss does not depend on the parameter; new buffers).
+        (gradients by name, None if the loss does not depend on the parameter; new buffers).
     """
     own = {n: p.detach().requires_grad_() for n, p in params.items()}
     with torch.enable_grad():
@@ -102,7 +102,7 @@ def losses(
         batch: shared by the replicas, or stacked (R, b, …).
 
     Raises:
-        WorkloadError: the forward replaced a buffer that the probe of the first batch found constant.
+        WorkloadError: the forward replaced a buffer that was constant in the first forward.
     """
 
     def one(p: Tensors, b: Tensors, x: Batch) -> tuple[Tensor, Tensors]:
@@ -139,14 +139,14 @@ def measures(model: FunctionalModel, params: Tensors, buffers: Tensors, batch: B
 
 
 def take(tensors: Tensors, lanes: tuple[int, ...], count: int) -> Tensors:
-    """The given lanes of stacked tensors: the tensors themselves where that is all of them, in order."""
+    """The given lanes of stacked tensors: the tensors themselves if that is all of them, in order."""
     if lanes == tuple(range(count)):
         return tensors
     return {n: t[_places(lanes)] for n, t in tensors.items()}
 
 
 def _places(lanes: tuple[int, ...]) -> slice | list[int]:
-    """What indexes the lanes: a slice, and so a view, where they are neighbours."""
+    """An index of the lanes: a slice (so that indexing gives a view) if they are neighbours."""
     return slice(lanes[0], lanes[-1] + 1) if lanes == tuple(range(lanes[0], lanes[-1] + 1)) else list(lanes)
 
 
@@ -175,7 +175,7 @@ class GradientSum:
                 self._sums[name] = grad
             else:
                 self._note(name, lanes, total is None)
-                # A copy: autograd gives two parameters that are added up the same tensor.
+                # Copy: autograd gives two parameters that are added up the same tensor.
                 total = grad.new_zeros(self._count, *grad.shape[1:]) if total is None else total.clone()
                 total[_places(lanes)] += grad
                 self._sums[name] = total

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 THIN = 32
-"""Rows or columns below which BLAS minds which way round a product is."""
+"""Rows or columns below which BLAS is faster one way round than the other."""
 
 aten = torch.ops.aten
 
 
 def simplify(graph: torch.fx.Graph) -> None:
-    """Drop what computes nothing and give thin matrix products, which BLAS is slow at, to faster kernels."""
+    """Drop what computes nothing, and give thin matrix products to faster kernels than BLAS's."""
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue

@@ -21,8 +21,8 @@ CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tuple[int, dict[int, float]]:
     """The stack size with the fewest seconds per replica and step.
 
-    Sizes are tried upwards and timed over a few steps; a size that does not fit in memory, or that the model cannot be
-    vmapped at, ends the search, as does a budget of seconds or a size half as fast as the best.
+    Tries sizes upwards, over a few steps each. Stops at a size that does not fit in memory, that vmap refuses, or that
+    is half as fast as the best, or when the budget of seconds is spent.
 
     Args:
         cells: the most that a shard could use.
@@ -51,9 +51,9 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
 def _time(start: Start, lanes: list[Removal], steps: int = 9) -> float:
     """Seconds per replica and step: the median step of a run, the better of two runs, the first steps apart."""
     device = start.model.device
-    # On one thread CPU time is told apart from that of the machine's other processes.
+    # Read CPU time on one thread: wall time would count the machine's other processes.
     read = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    # Steps are timed as a long run takes them: replayed, where the stack's steps are.
+    # Time steps as a long run takes them: replayed, if the stack's steps are.
     first = AFTER + 2 if start.graphs is not None else 1
 
     def run() -> float:
@@ -66,7 +66,7 @@ def _time(start: Start, lanes: list[Removal], steps: int = 9) -> float:
 
         further_train(start, lanes, 0, watch=note, last=first + steps)
         taken = [after - before for before, after in pairwise(times)][first - 1 :]
-        # A run shorter than that is timed as it is, from its first step on.
+        # Time a run that is shorter than that from its first step on.
         return statistics.median(taken or [after - before for before, after in pairwise(times)] or [0.0])
 
     return max(min(run(), run()), 1e-9) / len(lanes)

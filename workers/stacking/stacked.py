@@ -1,4 +1,4 @@
-"""A forward inside ``vmap`` over replicas: what torch gets wrong there, or will not decide, is done here.
+"""A forward inside ``vmap`` over replicas: mends what torch gets wrong there, and decides what it refuses to.
 
 * ``if mask.all():`` asks a stack for one truth value, and ``vmap`` refuses to give one. If all replicas answer alike,
   the answer is sound for each of them (transformers asks in this way whether a batch has any padding). If they do not,
@@ -33,7 +33,7 @@ CONVOLUTIONS = (
 
 
 class CannotStackError(RuntimeError):
-    """The replicas cannot be trained together: they are trained one at a time, which always can be done."""
+    """The replicas cannot be trained together. They are trained one at a time instead."""
 
 
 class Stacked(TorchFunctionMode):
@@ -74,7 +74,7 @@ class Stacked(TorchFunctionMode):
             return functional.dropout(x, p, training, inplace)
         place, self._calls = self._calls, self._calls + 1
         if self._natural and x.device.type == "cpu":
-            # vmap draws contiguously, as the model alone does here.
+            # Leave it to vmap, which draws contiguously, as the model alone does here.
             return functional.dropout(x, p, training)
         if place >= len(self._orders) or len(self._orders[place]) != x.dim():
             raise CannotStackError("dropout is called otherwise than in the first forward")
@@ -105,5 +105,5 @@ def _embedding(
         return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     rows = functional.embedding(input, weight, None, None, norm_type, scale_grad_by_freq, sparse)
     padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
-    # The value of the padding row without its gradient, which torch leaves out.
+    # Keep the padding row's value and drop its gradient, as torch does for one model.
     return torch.where(padding, rows.detach(), rows)

@@ -43,7 +43,7 @@ def test_rays_name_of_a_gpu_becomes_torchs_number(
 def test_a_share_of_a_gpu_bounds_the_memory(
     monkeypatch: pytest.MonkeyPatch, gpus: float, expected: list[tuple[float, int]]
 ) -> None:
-    """The calls alone: what CUDA does with them is the next test's, where there is a GPU."""
+    """The calls alone; the next test sees what CUDA does with them, if there is a GPU."""
     bounds: list[Any] = []
     chosen: list[Any] = []
     monkeypatch.setattr(tasks, "pick_device", lambda gpus: torch.device("cuda", 0))

@@ -20,6 +20,8 @@ from tests.faults import sweeps
 from tests.faults.processes import environment, fimo, wait_until
 from tests.support.seaweed import set_environment
 
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+
 SCRIPT = Path(__file__).parents[3] / "deploy" / "local" / "cluster.py"
 SEEDS = 6
 
@@ -100,8 +102,8 @@ def complete(shell: Shell, cells: int) -> bool:
     store = open_store(shell.store)
     if not list(store.list("tiny/sweep.json")):
         return False
-    found = sweep_status(open_sweep(f"{shell.store}/tiny"))
-    return found["cells"] == cells and bool(found["complete"])
+    told = sweep_status(open_sweep(f"{shell.store}/tiny"))
+    return told["cells"] == cells and bool(told["complete"])
 
 
 def test_a_dry_run_lists_the_spec_and_the_code_and_submits_nothing(shell: Shell, project: Path) -> None:
@@ -254,10 +256,10 @@ def test_a_mistaken_argument_is_told_in_one_line(shell: Shell, tmp_path: Path, w
 @pytest.mark.slow
 def test_the_doctor_finds_the_cluster_well(shell: Shell) -> None:
     done = shell("doctor", "--store", shell.store, "--address", shell.address, "--json")
-    found = json.loads(done.stdout)
-    assert done.returncode == 0, found
-    assert found["ok"]
-    names = {check["name"].split(" on ")[0] for check in found["checks"]}
+    told = json.loads(done.stdout)
+    assert done.returncode == 0, told
+    assert told["ok"]
+    names = {check["name"].split(" on ")[0] for check in told["checks"]}
     assert {"credentials", "store", "conditional writes", "clock", "head", "cluster: versions"} <= names
     assert "cluster: determinism" in names
 

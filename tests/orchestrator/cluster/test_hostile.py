@@ -234,10 +234,10 @@ def test_hostile_sets_failures_and_foreign_objects_do_not_stop_a_status(store: L
     store.put(keys.failed("tiny", f"{digest[:16]}-x"), b"[" * 50_000)
     for entry in [*store.list("tiny/estimates/"), *store.list("tiny/parts/")]:
         store.put(f"{entry.key.rpartition('/')[0]}/foreign", b"")
-    found = sweep_status(open_sweep(f"{store.uri}/tiny"))
-    assert found["done"] == found["cells"]
-    assert found["estimates_missing"] == []
-    assert found["failed"] == ["its record cannot be read"]
+    status = sweep_status(open_sweep(f"{store.uri}/tiny"))
+    assert status["done"] == status["cells"]
+    assert status["estimates_missing"] == []
+    assert status["failed"] == ["its record cannot be read"]
 
 
 @pytest.mark.parametrize(

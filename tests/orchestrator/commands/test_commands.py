@@ -19,6 +19,8 @@ from fimo.orchestrator.store import open_store
 
 from tests.support.small_sweep import SPEC, make_spec, run_here, table_bytes
 
+pytestmark = pytest.mark.ray
+
 FIMO = [sys.executable, "-c", "from fimo.orchestrator.commands.main import main; main()"]
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
@@ -51,8 +53,8 @@ def test_a_sweep_from_a_shell_ends_as_it_does_in_process(spec, tmp_path):
     assert (report["complete"], report["computed"], report["exit_code"]) == (True, 0, 0)
 
     status = fimo("status", tmp_path / "store" / "flowers", "--json")
-    found = json.loads(status.stdout)
-    assert (status.returncode, found["done"], found["missing"], found["seeds_complete"]) == (0, 20, 0, 4)
+    told = json.loads(status.stdout)
+    assert (status.returncode, told["done"], told["missing"], told["seeds_complete"]) == (0, 20, 0, 4)
 
     # Two Ray workers here, one process there: the same bytes.
     _, here, _ = run_here(make_spec(), spec.parent)

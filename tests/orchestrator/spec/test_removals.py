@@ -26,8 +26,8 @@ def test_every_count_is_the_paper_s_range():
 def test_all_and_indices_and_groups_keep_spec_order():
     assert indices({"all": True}, 4) == [(0,), (1,), (2,), (3,)]
     assert indices({"indices": [5, 2]}) == [(5,), (2,)]
-    found = number_removals(RemovalsSection.model_validate({"groups": {"b": [4, 1], "a": [], "c": [2]}}), 30, no_file)
-    assert [(r.number, r.name, r.indices) for r in found] == [(0, "b", (1, 4)), (1, "a", ()), (2, "c", (2,))]
+    named = number_removals(RemovalsSection.model_validate({"groups": {"b": [4, 1], "a": [], "c": [2]}}), 30, no_file)
+    assert [(r.number, r.name, r.indices) for r in named] == [(0, "b", (1, 4)), (1, "a", ()), (2, "c", (2,))]
 
 
 def test_a_larger_random_draw_keeps_the_smaller_one_s():
@@ -55,8 +55,8 @@ def test_removals_from_a_pulled_table():
     )
     sink = io.BytesIO()
     pq.write_table(table, sink)
-    found = number_removals(RemovalsSection.model_validate({"from": "removals.parquet"}), 30, lambda _: sink.getvalue())
-    assert [(r.name, r.indices) for r in found] == [("x", (1, 2)), ("y", (3,))]
+    named = number_removals(RemovalsSection.model_validate({"from": "removals.parquet"}), 30, lambda _: sink.getvalue())
+    assert [(r.name, r.indices) for r in named] == [("x", (1, 2)), ("y", (3,))]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from fimo.orchestrator.store import LocalStore, MemoryStore, S3Store, Store
 from tests.support.seaweed import BUCKET, s3_environment, seaweed  # noqa: F401  (fixtures)
 
 
-@pytest.fixture(params=["memory", "local", "s3"])
+@pytest.fixture(params=["memory", "local", pytest.param("s3", marks=pytest.mark.s3)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """An empty store of each kind; S3 is a real server."""
     if request.param == "memory":

@@ -19,6 +19,8 @@ from fimo.workers.errors import StoreError
 from tests.orchestrator.store.conftest import fresh_s3_store
 from tests.support.seaweed import BUCKET, Seaweed, set_environment
 
+pytestmark = pytest.mark.s3
+
 UPLOAD = 3_000_000
 KILLS = 1
 

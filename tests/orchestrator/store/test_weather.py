@@ -19,6 +19,8 @@ from tests.orchestrator.store.conftest import fresh_s3_store
 from tests.support.seaweed import Seaweed, set_environment
 from tests.support.weather_proxy import FAULTS, bad_weather
 
+pytestmark = pytest.mark.s3
+
 READ_TIMEOUT_S = 0.8
 OBJECTS = 60
 

@@ -58,14 +58,14 @@ def swept(beside):
 def test_a_matrix_of_any_kind_is_scored_like_an_estimator(swept, form, negate):
     sweep, manifest, _ = swept
     imported.import_scores(sweep, manifest, FORMS[form], f"folder/{form}", "theirs", negate)
-    found = gather.gather(sweep, manifest)
-    estimates = found.tables["estimates"].to_pandas().query("estimator == 'theirs'")
+    gathered = gather.gather(sweep, manifest)
+    estimates = gathered.tables["estimates"].to_pandas().query("estimator == 'theirs'")
     np.testing.assert_array_equal(estimates["value"].to_numpy().reshape(5, 7), -VALUES if negate else VALUES)
-    effects = found.tables["attribution"].to_pandas().query("step == 9")["effect"].to_numpy().reshape(5, 7)
+    effects = gathered.tables["attribution"].to_pandas().query("step == 9")["effect"].to_numpy().reshape(5, 7)
     signed = -VALUES if negate else VALUES
     cosines = (effects * signed).sum(0) / np.linalg.norm(effects, axis=0) / np.linalg.norm(signed, axis=0)
     [row] = (
-        found.tables["scores"]
+        gathered.tables["scores"]
         .to_pandas()
         .query("estimator == 'theirs' and step == 9 and seeds == 4 and metric == 'cosine' and adjust == 'baseline'")
         .to_dict("records")

@@ -32,7 +32,7 @@ def scored(gold: np.ndarray, estimates: list[EstimateMatrix], floor: float | Non
 
 def brute(k: int, t: int, metric: str, adjust: str, estimate: np.ndarray) -> list[float]:
     """Per evaluation example, plainly: average windows of k seeds, score each, average the scores."""
-    found = []
+    means = []
     for e in range(M):
         scores = []
         for w in range(SEEDS // k):
@@ -43,8 +43,8 @@ def brute(k: int, t: int, metric: str, adjust: str, estimate: np.ndarray) -> lis
                 scores.append(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
             else:
                 scores.append(float(spearmanr(a, b).statistic))
-        found.append(float(np.mean(scores)))
-    return found
+        means.append(float(np.mean(scores)))
+    return means
 
 
 def test_windows_of_seeds_are_the_contract_s():
@@ -149,8 +149,8 @@ def test_reliability_is_the_split_half_cosine_and_its_ceiling():
 
 def test_the_similarity_matrix_has_every_pair_and_ones_on_its_diagonal():
     rows = similarity_table([FIXED, MOVING]).to_pylist()
-    found = {(r["estimator"], r["other_estimator"], r["step"]): r["cosine"] for r in rows}
-    assert set(found) == {
+    cosines = {(r["estimator"], r["other_estimator"], r["step"]): r["cosine"] for r in rows}
+    assert set(cosines) == {
         ("grad_dot", "grad_dot", None),
         ("grad_dot", "unrolled", 9),
         ("grad_dot", "unrolled", 11),
@@ -159,5 +159,5 @@ def test_the_similarity_matrix_has_every_pair_and_ones_on_its_diagonal():
         ("unrolled", "unrolled", 9),
         ("unrolled", "unrolled", 11),
     }
-    assert found["grad_dot", "grad_dot", None] == pytest.approx(1.0)
-    assert found["grad_dot", "unrolled", 11] == pytest.approx(np.mean(cosine(FIXED.values, MOVING.values[1])))
+    assert cosines["grad_dot", "grad_dot", None] == pytest.approx(1.0)
+    assert cosines["grad_dot", "unrolled", 11] == pytest.approx(np.mean(cosine(FIXED.values, MOVING.values[1])))

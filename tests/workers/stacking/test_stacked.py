@@ -1,4 +1,4 @@
-"""A truth value inside ``vmap`` is given where all replicas share it, and refused where they do not."""
+"""A truth value inside ``vmap`` is given if all replicas share it, and refused if they do not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_agreement_is_used_and_disagreement_refused() -> None:
 
 
 class Decides(nn.Module):
-    """Another computation where a padding-like mask of the batch is all True."""
+    """Computes otherwise if a padding-like mask of the batch is all True."""
 
     def __init__(self) -> None:
         super().__init__()
