@@ -27,10 +27,10 @@ from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.trial import Case, Trial, where
 
 LEVELS = (
-    (Engine(), "traced, folded and stacked"),
-    (Engine(replay=False), "without tracing"),
-    (Engine(replay=False, fold=False), "without tracing and folding"),
-    (Engine(replay=False, fold=False, stack=False), "one replica at a time"),
+    Engine(),
+    Engine(replay=False),
+    Engine(replay=False, fold=False),
+    Engine(replay=False, fold=False, stack=False),
 )
 BUDGET_S = 60.0
 
@@ -108,12 +108,19 @@ def prove(case: Case, start: Start, budget_s: float = BUDGET_S) -> Verdict:
 def _ways(start: Start) -> Iterator[tuple[Engine, str]]:
     """The ways that differ for this model, fastest first; what the sweep's own engine lacks is not tried."""
     seen = set()
-    for engine, path in LEVELS:
+    for engine in LEVELS:
         allowed = Engine(*(a and b for a, b in zip(_flags(engine), _flags(start.engine), strict=True)))
         kind = (allowed.replay and start.graphs is not None, allowed.fold and start.folds, allowed.stack)
         if kind not in seen:
             seen.add(kind)
-            yield allowed, path
+            yield allowed, _in_words(*kind)
+
+
+def _in_words(traced: bool, folded: bool, stacked: bool) -> str:
+    if not stacked:
+        return "one replica at a time"
+    used = [word for word, is_used in (("traced", traced), ("folded", folded), ("stacked", True)) if is_used]
+    return " and ".join([", ".join(used[:-1]), used[-1]] if len(used) > 1 else used)
 
 
 def _flags(engine: Engine) -> tuple[bool, bool, bool]:
