@@ -239,11 +239,13 @@ class Trajectory:
 def refuse(forward: Forward, settings: FurtherTraining, n: int, removals: Sequence[Removal]) -> None:
     """Refuse further training whose steps the linearisation cannot follow (UsageError)."""
     name = "estimator unrolled: "
-    if forward.mixes or forward.mutable:
+    if forward.mixes:
         raise UsageError(
             name + "the model's training forward mixes the examples of a batch (batch norm); set mode: eval in the "
             "further_training section"
         )
+    if forward.mutable:
+        raise UsageError(name + f"the model's training forward writes to its buffer '{forward.mutable[0]}'")
     if settings.removal_mode != "drop":
         return
     if forward.random:

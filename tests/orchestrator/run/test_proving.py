@@ -77,8 +77,8 @@ def wrong_in_a_stack(monkeypatch: pytest.MonkeyPatch, lane: int = 1) -> None:
     """The stacked gradients of one lane are off by 1%."""
     real = replicas.gradients
 
-    def gradients(model, params, *rest):
-        grads, after = real(model, params, *rest)
+    def gradients(model, params, *rest, **options):
+        grads, after = real(model, params, *rest, **options)
         for grad in grads.values():
             if grad is not None and len(grad) > lane:
                 grad[lane] *= 1.01
