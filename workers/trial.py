@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from fimo.workers.batches import Removal
 from fimo.workers.definition import train_cell
-from fimo.workers.errors import FimoError
+from fimo.workers.errors import FimoError, WorkloadError
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, FurtherTraining
 from fimo.workers.start import Engine, Start
@@ -100,7 +100,18 @@ class Trial:
 
     def _train(self, cell: Removal, state: Mapping[str, Tensor] | None) -> Tensor:
         how = where(self.case, self.start) | {"state": state}
-        return train_cell(self.case.workload, self.settings, cell, self.case.seed, **how).deltas
+        try:
+            return train_cell(self.case.workload, self.settings, cell, self.case.seed, **how).deltas
+        except FimoError:
+            raise
+        except Exception as error:
+            if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+                raise
+            removed = f"without {list(cell)}" if cell else "on everything"
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise WorkloadError(
+                f"further training {removed} fails in plain torch too: {type(error).__name__}: {line}"
+            ) from error
 
     def _moved(self) -> dict[str, Tensor]:
         """θᶠ moved by a few units in the last place of the precision."""
@@ -135,18 +146,15 @@ class Trial:
             folds=self.start.folds and engine.fold,
             graphs={} if engine.replay and self.start.graphs is not None else None,
         )
-        fillers = [r for r in self.case.removals if r not in self.cells]
+        count = len(self.cells)
         for size in stacks:
-            for begin in range(0, len(self.cells), size):
-                places = list(range(begin, min(begin + size, len(self.cells))))
-                if size == 1 and engine.stack and begin not in (0, len(self.cells) - 1):
+            for begin in range(0, count, size):
+                if size == 1 and engine.stack and begin not in (0, count - 1):
                     continue  # of cells that are alone, the baseline and the one that acts at once
-                own = [self.cells[place] for place in places]
-                lanes = [*own, *(fillers * size)[: size - len(own)]]
-                # The cells stand at both ends of a stack: what is wrong in some lanes may be right in the first.
-                lanes = [*own[:2], *lanes[len(own) :], *own[2:]]
-                where = [*range(min(2, len(own))), *range(len(lanes) - max(0, len(own) - 2), len(lanes))]
-                yield size, places, further_train(start, lanes, self.case.seed).deltas[where]
+                # The cells over and over: what is wrong in one lane alone must not be a lane that nobody looks at.
+                places = [place % count for place in range(begin, begin + size)]
+                lanes = [self.cells[place] for place in places]
+                yield size, places, further_train(start, lanes, self.case.seed).deltas
 
     def _compare(self, size: int, places: list[int], got: Tensor) -> Differences:
         plain, base = self.plain[places], self.plain[:1]
