@@ -60,8 +60,14 @@ def observe(model: FunctionalModel, train: Examples, settings: FurtherTraining) 
     """
     batch = train.batch(range(min(len(train), settings.batch_size)))
     with kept(model.device), model.mode(settings.mode):
-        with Draws() as draws:
-            losses, mutable, drew_torch, drew_python = _look(model, batch)
+        try:
+            with Draws() as draws:
+                losses, mutable, drew_torch, drew_python = _look(model, batch)
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise WorkloadError(
+                f"the forward fails in {settings.mode} mode on a batch: {type(error).__name__}: {line}"
+            ) from error
         counts = _counts(model)
         again = _look(model, batch)[0]
         with _counted_on(model, counts), suppress(Exception):  # one that fails then will say so itself

@@ -17,6 +17,7 @@ from fimo.workers.definition import train_cell
 from fimo.workers.errors import FimoError, WorkloadError
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, FurtherTraining
+from fimo.workers.shard import out_of_memory
 from fimo.workers.start import Engine, Start
 from fimo.workers.workload import Workload
 from torch import Tensor
@@ -105,7 +106,7 @@ class Trial:
         except FimoError:
             raise
         except Exception as error:
-            if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+            if out_of_memory(error):
                 raise
             removed = f"without {list(cell)}" if cell else "on everything"
             line = (str(error).strip().splitlines() or [""])[0]

@@ -148,6 +148,15 @@ def test_what_a_copy_would_lose() -> None:
         make(classification(model=torch.jit.script(torch.nn.Linear(4, 3))), settings())
 
 
+def test_a_forward_that_fails_in_train_mode_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+    with pytest.raises(
+        WorkloadError, match="fails in train mode on a batch: ValueError: Expected more than 1"
+    ) as error:
+        make(classification(model=model), settings(batch_size=1, removal_mode="drop"))
+    one_line(error)
+
+
 def test_a_loss_that_grad_cannot_enter() -> None:
     again = Middle(lambda m, h: checkpoint(torch.sin, h, use_reentrant=True))
     with pytest.raises(WorkloadError, match="no gradient that can be taken") as error:
