@@ -17,13 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fimo.estimators import Estimator, Problem, defaults, parse
 from fimo.estimators.operators import gradients
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.settings import FurtherTraining, Optimizer
 from fimo.workers.workloads.tabular import concrete
-from torch import Tensor
 
 
 def problem(evals: slice = slice(None)) -> Problem:

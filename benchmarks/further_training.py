@@ -24,6 +24,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
 from fimo.workers.device import deterministic
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
@@ -33,8 +36,6 @@ from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.start import Start, start_from
 from fimo.workers.workload import Workload
 from fimo.workers.workloads.tabular import concrete
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
 
 
 @dataclass(frozen=True)

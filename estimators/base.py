@@ -17,6 +17,9 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 import torch.utils.checkpoint
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from fimo.estimators.operators.gradients import (
     Layout,
     held_blocks,
@@ -30,8 +33,6 @@ from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.settings import FurtherTraining
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 

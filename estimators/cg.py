@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypedDict, cast
 
 import torch
+from torch import Tensor
+
 from fimo.estimators.base import JSON, Notes, Problem, flat_loss
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators.spaces import Space, make_curvature
 from fimo.workers.errors import DivergedError
-from torch import Tensor
 
 UNSOLVED = 1000
 """How many times the tolerance a true residual may be before the reader is warned."""

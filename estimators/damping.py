@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
 from fimo.estimators.base import Hyperparameters, Problem
 from fimo.estimators.operators.gradients import Layout, mean_square
 

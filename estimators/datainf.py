@@ -18,6 +18,8 @@ from itertools import chain
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+
 from fimo.estimators.base import Estimate, Notes, Problem, estimating, finite
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
@@ -29,7 +31,6 @@ from fimo.estimators.operators.gradients import (
     measure_gradients,
     unique,
 )
-from torch import Tensor
 
 Rows = Iterator[tuple[list[int], Tensor]]
 

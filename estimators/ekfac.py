@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
+
 from fimo.estimators.base import Hyperparameters, Notes, Problem, flat_loss
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators.kronecker import Eigenbasis, coverage, factorised
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+
 from fimo.estimators.amounts import SGDMatched
 from fimo.estimators.base import Notes, Pair, Pairing, Problem
 from fimo.estimators.ekfac import Factored
@@ -23,7 +25,6 @@ from fimo.estimators.operators.gradients import Layout, dot_products
 from fimo.estimators.operators.kronecker import Eigenbasis
 from fimo.estimators.operators.optimizers import Descent
 from fimo.workers.settings import Optimizer
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from fimo.estimators.base import (
     GradientEstimator,
     Notes,
@@ -34,7 +36,6 @@ from fimo.estimators.damping import Damped
 from fimo.estimators.operators.gradients import Layout, dot_products, loss_gradients
 from fimo.workers.errors import UsageError
 from fimo.workers.functional import Tensors
-from torch import Tensor
 
 Preconditioner = Callable[[Tensor], Tensor]
 """Rows (k, P) -> rows (k, P): P applied to each."""

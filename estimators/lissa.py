@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
+
 from fimo.estimators.base import JSON, Notes, Problem, flat_loss
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.spaces import Curvature, Space, make_curvature
 from fimo.workers.errors import DivergedError
-from torch import Tensor
 
 TRACE = 20
 """Points of the convergence trace."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+
 from fimo.estimators.amounts import SGDMatched
 from fimo.estimators.base import Notes, Pair, Pairing, Problem
 from fimo.estimators.operators.gradients import dot_products
@@ -22,7 +24,6 @@ from fimo.estimators.operators.spaces import MatrixFree, make_curvature
 from fimo.workers import batches
 from fimo.workers.errors import DivergedError, UsageError
 from fimo.workers.settings import FurtherTraining
-from torch import Tensor
 
 GROWTH = 100
 """How many times longer than a straight descent's an iterate may be before the recursion counts as diverging."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
+
 from fimo.estimators.base import Notes, Problem, estimating
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
@@ -22,7 +24,6 @@ from fimo.estimators.operators.gradients import Layout, PerExample, loss_gradien
 from fimo.estimators.operators.output_functions import is_cross_entropy, is_scalar, labels, log_odds
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel, Tensors
-from torch import Tensor
 
 TILE = 1024
 """Parameters whose rows of S are drawn together. Part of the definition of S: it decides which numbers are drawn."""

@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
 from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
 from fimo.estimators.base import JSON, Estimate, Hyperparameters, Problem, estimating, finite
 from fimo.estimators.operators import gradients
@@ -32,8 +35,6 @@ from fimo.estimators.operators.gradients import Layout, directional, each_exampl
 from fimo.estimators.operators.optimizers import State
 from fimo.estimators.operators.trajectory import Point, Step, Trajectory
 from fimo.workers.examples import Batch
-from torch import Tensor
-from torch.func import vjp, vmap
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fimo.orchestrator.spec.spec import Spec, read_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
     from fimo.orchestrator.sweep.sweep import Sweep
 
 

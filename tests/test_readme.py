@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.spec.spec import read
 from fimo.orchestrator.store import open_store
-
 from tests.support.small_sweep import run_here
 
 ROOT = Path(__file__).parent.parent
@@ -122,8 +122,9 @@ def test_the_paper_s_setting_is_the_paper_s():
 
 
 def test_every_command_that_the_readme_names_exists():
-    from fimo.orchestrator.commands.main import app
     from typer.main import get_command
+
+    from fimo.orchestrator.commands.main import app
 
     known = set(get_command(app).commands)
     named = set(re.findall(r"(?:^|`|bin/)fimo ([a-z-]+) ", README, re.MULTILINE))

@@ -19,10 +19,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from fimo.workers.errors import UsageError
-from fimo.workers.settings import FurtherTraining
 from torch import Tensor
 from torch.utils.data import RandomSampler
+
+from fimo.workers.errors import UsageError
+from fimo.workers.settings import FurtherTraining
 
 Removal = tuple[int, ...]
 """Training indices left out; empty = the baseline."""

@@ -19,6 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+
 from fimo.workers.batches import Removal, amounts, check, removed_weight
 from fimo.workers.draws import Draws
 from fimo.workers.examples import Batch, Examples, to
@@ -28,8 +31,6 @@ from fimo.workers.functional import FunctionalModel
 from fimo.workers.randomness import kept, seed_all, step_seed
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.workload import Workload
-from torch import Tensor, nn
-from torch.utils.data import RandomSampler
 
 
 @dataclass(frozen=True)

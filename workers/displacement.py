@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+
 from fimo.workers.batches import BASELINE
 from fimo.workers.errors import DivergedError, UsageError
 from fimo.workers.functional import Tensors

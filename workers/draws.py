@@ -39,7 +39,7 @@ class Draws(TorchFunctionMode):
         if func is torch.nn.functional.dropout:
             x, p, training, _ = _arguments(*args, **kwargs)
             if training and 0 < p < 1:
-                self.orders.append(_order(torch.empty_like(x)))
+                self.orders.append(order_of(torch.empty_like(x)))
                 if x.device.type == "cuda":
                     # Avoid the fused kernel: it draws another sequence than the plain one, which replicas can share.
                     return masked(x, p, self.orders[-1])
@@ -58,7 +58,8 @@ def _arguments(
     return input, p, training, inplace
 
 
-def _order(tensor: Tensor) -> Order:
-    # Take the first for the outermost if strides are equal (dimensions of size 1).
+def order_of(tensor: Tensor) -> Order:
+    """The order in which a tensor lies in memory."""
+    # Of equal strides (dimensions of size 1) the first is the outermost.
     strides = tensor.stride()
     return tuple(sorted(range(tensor.dim()), key=lambda i: -strides[i]))

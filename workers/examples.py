@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from fimo.workers.errors import WorkloadError
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from fimo.workers.errors import WorkloadError
 
 Batch = Any
 """A pytree of tensors; Mappings that torch does not know (``BatchEncoding``) are turned into dicts."""

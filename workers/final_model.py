@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from fimo.workers.errors import WorkloadError
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
+
+from fimo.workers.errors import WorkloadError
 
 
 def read_final_model(data: bytes, name: str) -> dict[str, Tensor]:
@@ -60,8 +61,13 @@ def final_copy(
     Args:
         state: θᶠ, None = the parameters that the model carries.
         device, dtype: of the copy's floating-point tensors.
+
+    Raises:
+        WorkloadError: the copy would be another model: complex numbers lose their imaginary part in the cast, and
+            the hooks of a parameter (a gradient mask) stay behind. Or it cannot be made (TorchScript).
     """
-    # Detach what weight_norm and spectral_norm leave on their module: deepcopy refuses a computed tensor.
+    _refuse_what_a_copy_loses(model)
+    # weight_norm and spectral_norm leave a computed tensor on their module, which deepcopy does not take.
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed}).to(device=device, dtype=dtype)
     for module in copied.modules():
@@ -72,6 +78,22 @@ def final_copy(
         # Load after the cast: a float64 θᶠ must not be rounded through the model's own float32.
         copied.load_state_dict(dict(state), strict=False)
     return copied
+
+
+def _refuse_what_a_copy_loses(model: nn.Module) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise WorkloadError("a TorchScript module cannot be given other parameters: bring the module it was made from")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_complex():
+            raise WorkloadError(
+                f"'{name}' is complex: further training is of real parameters and buffers; keep real and imaginary "
+                "part apart (torch.view_as_complex in the forward)"
+            )
+        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            raise WorkloadError(
+                f"'{name}' has a hook on its gradient, which no copy of the model keeps: do it in the forward "
+                "(a mask times the parameter), or freeze the parameter"
+            )
 
 
 def _more(names: list[str]) -> str:

@@ -7,19 +7,25 @@ is closed at θᶠ is open there).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from fimo.workers.draws import Draws, Order
 from fimo.workers.errors import UsageError, WorkloadError
 from fimo.workers.examples import Batch, Examples, shapes, to
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
-from torch import Tensor
 
 SOME = 16
 """Examples of a batch that is looked at for mixing."""
+
+COUNTED = 1_000_003
+"""Calls after which a forward that counts them is looked at again."""
 
 MOVE = 0.1
 """How far parameters are moved from θᶠ, as a share of each tensor's root mean square."""
@@ -55,16 +61,27 @@ def observe(model: FunctionalModel, train: Examples, settings: FurtherTraining) 
     """
     batch = train.batch(range(min(len(train), settings.batch_size)))
     with kept(model.device), model.mode(settings.mode):
-        with Draws() as draws:
-            losses, mutable, drew_torch, drew_python = _look(model, batch)
+        try:
+            with Draws() as draws:
+                losses, mutable, drew_torch, drew_python = _look(model, batch)
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise WorkloadError(
+                f"the forward fails in {settings.mode} mode on a batch: {type(error).__name__}: {line}"
+            ) from error
+        counts = _counts(model)
         again = _look(model, batch)[0]
-        if not torch.equal(losses.nan_to_num(), again.nan_to_num()):
+        with _counted_on(model, counts), suppress(Exception):  # one that fails then will say so itself
+            again = torch.stack([again, _look(model, batch)[0]])
+        if not bool((losses.nan_to_num() == again.nan_to_num()).all()):
             raise WorkloadError(
                 "the training forward gives other losses for the same batch and seed: it draws from a generator of its "
                 "own, or counts its calls; draw from torch's, Python's or numpy's global generator instead"
             )
         mixes = settings.mode == "train" and _has_batch_norm(model)
-        mixes = mixes or _mixes(model, train, drew_torch or drew_python)
+        # At the size of a real batch too: a loss may take its negatives from a large batch alone.
+        for size in sorted({SOME, max(SOME, min(settings.batch_size, len(train)))}):
+            mixes = mixes or _mixes(model, train, drew_torch or drew_python, size)
         used = _used(model, batch)
     return Forward(mutable, mixes, drew_torch or drew_python, drew_python, used, tuple(draws.orders))
 
@@ -102,6 +119,30 @@ def _look(model: FunctionalModel, batch: Batch) -> tuple[Tensor, tuple[str, ...]
     return losses, written, *drew
 
 
+def _counts(model: FunctionalModel) -> dict[tuple[nn.Module, str], float]:
+    """The plain numbers that the model's modules keep as attributes, where a forward may count its calls."""
+    return {
+        (module, name): value
+        for module in model.module.modules()
+        for name, value in vars(module).items()
+        if type(value) in (int, float)
+    }
+
+
+@contextmanager
+def _counted_on(model: FunctionalModel, before: Mapping[tuple[nn.Module, str], float]) -> Iterator[None]:
+    """Numbers that a call has changed, as they will be after very many calls: all cells of a worker share them."""
+    now = _counts(model)
+    changed = {key: value for key, value in now.items() if value != before.get(key, value)}
+    for (module, name), value in changed.items():
+        setattr(module, name, value + (value - before[module, name]) * COUNTED)
+    try:
+        yield
+    finally:
+        for (module, name), value in changed.items():
+            setattr(module, name, value)
+
+
 def _has_batch_norm(model: FunctionalModel) -> bool:
     kinds = torch.nn.modules.batchnorm._BatchNorm
     return any(isinstance(module, kinds) for module in model.module.modules())
@@ -118,12 +159,12 @@ def moved(params: Tensors, number: int) -> Tensors:
     return away
 
 
-def _mixes(model: FunctionalModel, train: Examples, random: bool) -> bool:
+def _mixes(model: FunctionalModel, train: Examples, random: bool, most: int = SOME) -> bool:
     """Whether replacing, or leaving out, one example of a batch changes the losses or gradients of the others.
 
     Never judged on one example: a loss over the batch is no mixing in a batch of one.
     """
-    size = min(SOME, max(2, len(train) - 1))
+    size = min(most, max(2, len(train) - 1))
     if len(train) < 2:
         return False
     rest = torch.arange(1, size)
@@ -137,7 +178,57 @@ def _mixes(model: FunctionalModel, train: Examples, random: bool) -> bool:
         not _same(model, params, (whole, rest), (other, places))
         for params in (model.params, moved(model.params, 1))
         for other, places in alike
-    )
+    ) or _leans(model, train, random, size)
+
+
+def _halves(size: int) -> list[Sequence[int]]:
+    """Halves of a batch's places: of any two places there is a half that holds the first and not the second."""
+    bits = range((size - 1).bit_length())
+    return [[p for p in range(size) if p >> bit & 1 == side] for bit in bits for side in (0, 1)]
+
+
+@torch.no_grad()
+def _leans(model: FunctionalModel, train: Examples, random: bool, size: int) -> bool:
+    """Whether the losses of half a batch are others without the other half, or with others in its place.
+
+    An example may lean on a few of its batch alone: on those of its class, or of its user.
+    """
+    for wide, tolerance in ((True, 1e-7), (False, 1e-3)):
+        try:
+            whole = _losses(model, train.batch(range(size)), wide)
+            scale = _largest(whole)
+            for rest in _halves(size):
+                other = _without(train, random, size, rest)
+                if other is not None:
+                    batch, places = other
+                    found = _losses(model, batch, wide)[places.to(model.device)]
+                    if not _close(whole[torch.tensor(rest, device=model.device)], found, tolerance, scale):
+                        return True
+            return False
+        except Exception:
+            # As in ``_same``.
+            continue
+    return False
+
+
+def _without(train: Examples, random: bool, size: int, rest: Sequence[int]) -> tuple[Batch, Tensor] | None:
+    """A batch in which only the places ``rest`` are as they were, and where they are in it; None if there is none."""
+    if not random:
+        return (train.batch(rest), torch.arange(len(rest))) if len(rest) > 1 else None
+    # A smaller batch would draw otherwise: one example takes all the places, of which one keeps the batch's shape.
+    shape = shapes(train.batch(range(size)))
+    for place in dict.fromkeys((len(train) - 1, *(p for p in range(size) if p not in rest))):
+        batch = train.batch([p if p in rest else place for p in range(size)])
+        if shapes(batch) == shape:
+            return batch, torch.tensor(rest)
+    return None
+
+
+def _losses(model: FunctionalModel, batch: Batch, wide: bool) -> Tensor:
+    dtype = torch.float64 if wide else None
+    params = {n: _cast(p, dtype) for n, p in moved(model.params, 1).items()}
+    seed_all(0, model.device)
+    return model.loss(params, to(batch, dtype=dtype), {n: _cast(b, dtype) for n, b in model.fixed.items()})
 
 
 def _same(model: FunctionalModel, params: Tensors, one: tuple[Batch, Tensor], other: tuple[Batch, Tensor]) -> bool:
@@ -207,7 +298,13 @@ def _used(model: FunctionalModel, batch: Batch) -> tuple[str, ...]:
         total = model.loss(params, batch, {n: t.clone() for n, t in model.fixed.items()}).sum()
     grads: tuple[Tensor | None, ...] = (None,) * len(params)
     if total.requires_grad:
-        grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+        try:
+            grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise WorkloadError(
+                f"the training loss has no gradient that can be taken: {type(error).__name__}: {line}"
+            ) from error
     used = tuple(n for n, g in zip(params, grads, strict=True) if g is not None)
     if not used:
         raise WorkloadError(

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
 from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Batch, to
 from fimo.workers.final_model import final_copy
 from fimo.workers.workload import Workload
-from torch import Tensor, nn
-from torch.func import functional_call
 
 Tensors = dict[str, Tensor]
 """Parameters or buffers by the model's own dotted names."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
+
 from fimo.workers import batches
 from fimo.workers.batches import Removal
 from fimo.workers.examples import Batch, Examples
@@ -21,7 +23,6 @@ from fimo.workers.stacking.folding import folded
 from fimo.workers.stacking.replay import Replayed
 from fimo.workers.stacking.replicas import Gradients, GradientSum
 from fimo.workers.start import Start
-from torch import Tensor
 
 __all__ = ["Deltas", "further_train"]
 
@@ -120,7 +121,7 @@ class _Stack:
     def _add_batch(self, total: GradientSum, block: batches.Block, seed: int) -> None:
         for lanes, batch, weights, shared in replicas.fetch(self.start.train, block):
             params, buffers = self.take(lanes)
-            seed_all(seed, self.start.model.device, self.forward.python)
+            seed_all(seed, self.start.model.device)
             part, after = self._batch_gradients(params, buffers, batch, weights, shared)
             total.add(part, lanes)
             replicas.put_back(self.buffers, after, lanes)
@@ -129,7 +130,7 @@ class _Stack:
         """Buffers are read but not updated: the subtracted loss leaves no trace in them."""
         params, buffers = self.take(lanes)
         weights = torch.tensor([batches.removed_weight(len(self.start.train))], dtype=torch.float64)
-        seed_all(seed, self.start.model.device, self.forward.python)
+        seed_all(seed, self.start.model.device)
         part, _ = self._removed_gradients(params, buffers, batch, weights, False)
         total.add(part, lanes)
 

@@ -26,19 +26,14 @@ def step_seed(seed: int, step: int, part: Part) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def seed_all(value: int, device: torch.device, python: bool = True) -> None:
-    """Seed torch's generators of the CPU and of ``device``, and Python's and numpy's global ones.
-
-    Args:
-        python: False leaves Python's and numpy's alone, for a forward that is known to draw from neither.
-    """
+def seed_all(value: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of ``device``, and Python's and numpy's global ones."""
     # Not torch.manual_seed, which walks over every kind of device at every step.
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
-    if python:
-        random.seed(value)
-        np.random.seed(value % 2**32)
+    random.seed(value)
+    np.random.seed(value % 2**32)
 
 
 def torch_state(device: torch.device) -> Tensor:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from fimo.workers.batches import BASELINE, Removal, amounts, first_difference
 from fimo.workers.errors import FimoError
 from fimo.workers.further_training import Deltas, further_train
 from fimo.workers.start import Start
-from torch import Tensor
 
 BASELINE_ROW, FLOOR_ROW = -1, -2
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fimo.workers.errors import DivergedError
+from torch import Tensor
+
+from fimo.workers.errors import DivergedError, WorkloadError
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.forward import Forward, observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, check
+from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.stacking.probe import independent
 from fimo.workers.stacking.replay import Graphs
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ def start_from(
     check(model, train.batch(range(size)), size, ["loss"])
     blocks = tuple(batch for _, batch in evals.batches(block))
     check(model, blocks[0], min(len(evals), block), ["measure"])
+    at_final = _at_final(model, blocks)
     with torch.no_grad(), model.mode("eval"):
-        at_final = torch.cat([model.measure(model.params, b) for b in blocks]).double().cpu()
         # A dataset may be long to read, so that of its examples only the first batch is looked at.
         looked_at = train.batches(1024, range(len(train) if train.tensors is not None else size))
         losses = torch.cat([model.loss(model.params, b) for _, b in looked_at])
@@ -97,6 +99,32 @@ def start_from(
     traces = engine.replay and train.tensors is not None and not (forward.random or forward.mutable)
     graphs: Graphs | None = {} if traces else None
     return Start(model, train, blocks, at_final, settings, forward, engine, folds, graphs)
+
+
+def _at_final(model: FunctionalModel, blocks: tuple[Batch, ...]) -> Tensor:
+    """g(z, θᶠ), float64 (m,); refused if it is another number the next time (WorkloadError).
+
+    No seed reaches an evaluation, so that its random numbers would pass for effects.
+    """
+
+    def measured(seed: int, blocks: tuple[Batch, ...]) -> Tensor:
+        seed_all(seed, model.device)
+        return torch.cat([model.measure(model.params, b) for b in blocks]).double().cpu()
+
+    with torch.no_grad(), model.mode("eval"), kept(model.device):
+        seed_all(0, model.device)
+        before = torch_state(model.device), python_state()
+        at_final = measured(0, blocks)
+        drew = not torch.equal(torch_state(model.device), before[0]) or python_state() != before[1]
+        # A forward that drew may have drawn in the last block alone.
+        again = measured(1, blocks if drew else blocks[:1])
+    if not torch.equal(at_final[: len(again)].nan_to_num(), again.nan_to_num()):
+        raise WorkloadError(
+            "the measure gives other numbers for the same parameters and examples: in eval mode the forward draws "
+            "random numbers (functional dropout needs training=self.training), counts its calls, or writes to its "
+            "buffers or to its batch"
+        )
+    return at_final
 
 
 def _refuse_not_finite(values: Tensor, what: str) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor, nn
+
 from fimo.workers.errors import UsageError, WorkloadError, nearest
 from fimo.workers.examples import Batch, Dataset
-from torch import Tensor, nn
 
 _IMPORTS = re.compile(r"^\s*from fimo(\.workers\.workload)? import .*\bWorkload\b", re.MULTILINE)
 

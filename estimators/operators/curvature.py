@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
+from torch.func import grad, vjp
+
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, directional, each_example
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel, Tensors
-from torch import Tensor
-from torch.func import grad, vjp
 
 PASS = 64
 """Examples that go through the model at once: with k tangents their activations are k-fold."""

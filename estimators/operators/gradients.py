@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
-from fimo.workers.examples import Batch, Examples
-from fimo.workers.functional import FunctionalModel, Tensors
-from fimo.workers.stacking.stacked import Stacked
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
+
+from fimo.workers.examples import Batch, Examples
+from fimo.workers.functional import FunctionalModel, Tensors
+from fimo.workers.stacking.stacked import Stacked
 
 STREAM = 2**25
 """Scalars in one block of per-example gradients (128 MiB in float32)."""

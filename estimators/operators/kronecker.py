@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor, nn
+
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
 from fimo.estimators.operators.spaces import linearised
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel
-from torch import Tensor, nn
 
 EXACT = 1024
 """Entries up to which a tensor that no layer type covers gets a dense block."""

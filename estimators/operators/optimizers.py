@@ -8,8 +8,9 @@ optimizers skip and which here see a zero gradient; nothing that is estimated de
 from __future__ import annotations
 
 import torch
-from fimo.workers.settings import Optimizer
 from torch import Tensor
+
+from fimo.workers.settings import Optimizer
 
 State = dict[str, Tensor]
 """The optimizer's own rows (P,) by name."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
+from torch.func import grad
+
 from fimo.estimators.operators import gradients
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel
-from torch import Tensor
-from torch.func import grad
 
 
 def loss_slope(model: FunctionalModel, outputs: Tensor, batch: Batch) -> Tensor:

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from fimo.estimators.operators.output_functions import is_cross_entropy
 from fimo.estimators.operators.spaces import output_hessians
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel
-from torch import Tensor
 
 FEW = 10
 """Outputs an example up to which the exact Fisher is the default."""

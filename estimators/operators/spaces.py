@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
+from torch.func import hessian, jacrev, vjp, vmap
+
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.curvature import GaussNewton, Hessian, Operator
 from fimo.estimators.operators.gradients import Layout, each_example, over_examples, single
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel, Tensors
-from torch import Tensor
-from torch.func import hessian, jacrev, vjp, vmap
 
 LARGEST = 4096
 """Rank up to which compressing pays."""

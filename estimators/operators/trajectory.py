@@ -19,6 +19,9 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.func import grad, vjp, vmap
+
 from fimo.estimators.operators import gradients, optimizers
 from fimo.estimators.operators.gradients import Layout, directional, each_example
 from fimo.estimators.operators.optimizers import State
@@ -30,8 +33,6 @@ from fimo.workers.forward import Forward, observe
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.randomness import seed_all, step_seed
 from fimo.workers.settings import FurtherTraining
-from torch import Tensor
-from torch.func import grad, vjp, vmap
 
 
 @dataclass(frozen=True)

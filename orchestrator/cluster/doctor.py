@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from fimo.orchestrator.cluster import jobs
 from fimo.orchestrator.resolve.identity import tensors_digest
 from fimo.orchestrator.run import pool
@@ -31,7 +33,6 @@ from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.start import start_from
 from fimo.workers.workload import Workload
-from torch import Tensor, nn
 
 CLOCK_S = 60.0
 """A clock that is off by more makes `fimo status` lie; by 15 minutes, S3 refuses every request."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from fimo.orchestrator.resolve.code import Staged, code_files, write_files
 from fimo.orchestrator.spec.spec import Spec, parse
 from fimo.workers.errors import UsageError

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from fimo.orchestrator.commands.app import JsonOption, SweepArgument, app, out, print_json, tell
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
+
 from fimo.orchestrator.commands.app import JobOption, KnownHeadOption, SweepArgument, app
 
 

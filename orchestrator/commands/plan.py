@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from fimo.orchestrator.commands.app import JsonOption, SpecArgument, app, print_json, print_lines
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ def plan(
 
 def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
     import torch
-    from fimo.orchestrator.report.show import label
 
     from fimo import estimators
+    from fimo.orchestrator.report.show import label
 
     manifest, spec = resolved.manifest, resolved.spec
     kronecker = any(name.startswith("ekfac") for name, _ in manifest.estimators)

@@ -6,6 +6,7 @@ import time
 from typing import Annotated, Any
 
 import typer
+
 from fimo.orchestrator.commands.app import (
     JsonOption,
     SweepArgument,
@@ -40,12 +41,13 @@ def status(
 
 def _watch(uri: str) -> dict[str, Any]:
     """Show a sweep's status on stderr until it is complete or interrupted; wait for a store that does not answer."""
+    from rich.live import Live
+    from rich.text import Text
+
     from fimo.orchestrator.report.show import status_lines
     from fimo.orchestrator.run.status import sweep_status
     from fimo.orchestrator.sweep.sweep import open_sweep
     from fimo.workers.errors import StoreError
-    from rich.live import Live
-    from rich.text import Text
 
     values = sweep_status(open_sweep(uri))
     with Live(console=talk, transient=True, auto_refresh=False) as live:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from fimo.orchestrator.commands.app import (
     HeadOption,
     JsonOption,

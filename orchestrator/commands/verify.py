@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from fimo.orchestrator.commands.app import JsonOption, SweepArgument, app, exit_with, print_json, print_lines
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from fimo.orchestrator.report.show import task_label
 from fimo.orchestrator.run.driver import Listener
 from fimo.orchestrator.run.plan import Plan, Shard, Task
 from fimo.orchestrator.run.schedule import Failed, Lost, Result, error_line
 from fimo.orchestrator.run.tasks import Receipt
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG_EVERY_S = 10.0
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-from fimo.orchestrator.run.plan import EstimateTask, Task, task_name
 from rich.table import Table
 
 from fimo import estimators
+from fimo.orchestrator.run.plan import EstimateTask, Task, task_name
 
 COLUMNS = 6
 """Amounts shown in the score table; all of them are in ``scores.parquet``."""

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, digest
 from fimo.orchestrator.spec.training import FurtherTraining
 from fimo.workers.examples import Examples
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 
 def tensors_digest(named: Iterable[tuple[str, Tensor]]) -> str:

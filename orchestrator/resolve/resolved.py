@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fimo import estimators
 from fimo.orchestrator.resolve import identity
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.spec.canonical import canonical
@@ -29,9 +32,6 @@ from fimo.workers.forward import observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, check
 from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.workload import Workload, load_workload
-from torch import Tensor
-
-from fimo import estimators
 
 
 @dataclass(frozen=True)

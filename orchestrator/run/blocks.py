@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
 from fimo.orchestrator.run.estimating import estimate_identity
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import Entry
@@ -14,7 +16,6 @@ from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import StoreError
-from numpy.typing import NDArray
 
 Named = tuple[str, str]
 """An estimator's name and its canonical params."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+
+from fimo import estimators
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.spec import Spec
 from fimo.workers.displacement import mean_displacement
-
-from fimo import estimators
 
 
 def estimate_identity(result_digest: str, at_final_digest: str, spec: Spec, estimator: str, params: str) -> str:
@@ -32,8 +32,12 @@ def estimate(
     params: str,
     removals: Sequence[Sequence[int]],
     evals: tuple[int, int],
+    say: Callable[[str], None] | None = None,
 ) -> estimators.Estimate:
     """An estimator's values for some removals and a span (first, count) of evaluation examples.
+
+    Args:
+        say: told what the estimator says on the way.
 
     Raises:
         FimoError: in one line, if the estimator does not apply or its values are not finite.
@@ -51,5 +55,6 @@ def estimate(
         further_training=prepared.spec.further_training.settings(),
         seeds=list(prepared.spec.seeds),
         displacement=displacement,
+        progress=say,
     )
     return named.estimate(problem)

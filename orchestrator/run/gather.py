@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.blocks import assemble, listed_blocks, value_digest
 from fimo.orchestrator.run.owed import is_complete

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.plan import Plan, size_of_shards
 from fimo.workers.device import deterministic, pick_device

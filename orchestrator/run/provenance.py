@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.workers.device import device_name
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.plan import size_of_shards
 from fimo.orchestrator.run.provenance import versions

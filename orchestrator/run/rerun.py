@@ -18,6 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_again
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.store import NotFound
@@ -32,8 +35,6 @@ from fimo.workers.errors import UsageError
 from fimo.workers.shard import run_shard
 from fimo.workers.start import Start
 from fimo.workers.trial import RELATIVE, SLACK, moved_state
-from numpy.typing import NDArray
-from torch import Tensor
 
 FLOORS = 10.0
 """Noise floors that an effect may differ by if bits cannot be expected to agree."""

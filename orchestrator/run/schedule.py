@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
 from fimo.orchestrator.run.plan import EstimateTask, Task
 from fimo.orchestrator.run.tasks import CannotEstimateError, ConflictError, Receipt, run_task
 from fimo.orchestrator.sweep.manifest import Manifest

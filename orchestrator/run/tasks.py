@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
 from fimo.orchestrator.run import estimating
 from fimo.orchestrator.run.blocks import value_digest
@@ -184,8 +185,8 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
     prefix = keys.estimates(sweep.name, digest, task.estimator, task.params)
     key = keys.block(prefix, task.removals, task.first, task.count)
 
-    def receipt(written: bool) -> Receipt:
-        return Receipt(key, written, 0, 0, time.monotonic() - started, device_name(device))
+    def receipt(written: bool, lines: tuple[str, ...] = ()) -> Receipt:
+        return Receipt(key, written, 0, 0, time.monotonic() - started, device_name(device), lines)
 
     # As with parts: a block that does not verify is the reduction's to set aside.
     with contextlib.suppress(NotFound):
@@ -193,10 +194,10 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
             sweep.read_block(key, digest, task.estimator, task.params)
         return receipt(False)
     _reset_peak(device)
-    removals, span = [r.indices for r in task.removals], (task.first, task.count)
+    removals, span, said = [r.indices for r in task.removals], (task.first, task.count), list[str]()
     try:
         with deterministic(device) as flags:
-            estimate = estimating.estimate(resolved, device, task.estimator, task.params, removals, span)
+            estimate = estimating.estimate(resolved, device, task.estimator, task.params, removals, span, said.append)
     except (DivergedError, UsageError, WorkloadError) as error:
         raise CannotEstimateError(str(error)) from error
     about = {
@@ -215,7 +216,8 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
         values=estimate.values.numpy(),
         provenance=about,
     )
-    return receipt(sweep.store.create(key, estimates.encode_block(block)[0]))
+    warned = tuple(line for line in said if line.startswith("warning"))
+    return receipt(sweep.store.create(key, estimates.encode_block(block)[0]), warned)
 
 
 def _reset_peak(device: torch.device) -> None:

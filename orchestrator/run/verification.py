@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.blocks import assemble, listed_blocks, value_digest
 from fimo.orchestrator.run.rerun import Array, Rerun, train_again
@@ -20,7 +22,6 @@ from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError, Part
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
-from numpy.typing import NDArray
 
 
 @dataclass

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
+
 from fimo.orchestrator.run.blocks import listed_blocks
 from fimo.orchestrator.spec.canonical import canonical, digest
 from fimo.orchestrator.sweep import keys

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from fimo.orchestrator.spec.spec import RemovalsSection
 from fimo.orchestrator.spec.yaml import read_yaml
 from fimo.workers.errors import UsageError

@@ -9,12 +9,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
 from fimo.orchestrator.spec.section import Count, Index, Section
 from fimo.orchestrator.spec.shipped import SHIPPED
 from fimo.orchestrator.spec.training import SGD, Adam, AdamW, Evaluate, FurtherTraining, NonNegative
 from fimo.orchestrator.spec.yaml import MAX_BYTES, read_yaml
 from fimo.workers.errors import UsageError, nearest
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
+from pydantic import Field, model_validator
+
 from fimo.orchestrator.spec.section import Count, Section
 from fimo.workers import settings
 from fimo.workers.errors import UsageError
-from pydantic import Field, model_validator
 
 Rate = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import yaml
+
 from fimo.workers.errors import UsageError
 
 MAX_BYTES = 32 * 1024 * 1024

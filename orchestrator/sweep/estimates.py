@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
 from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, rows_digest
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import METADATA_KEY, BadPartError
-from numpy.typing import NDArray
 
 SCHEMA = pa.schema(
     [

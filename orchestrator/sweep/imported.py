@@ -13,17 +13,17 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from fimo import estimators
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block, encode_block
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import UsageError
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
-
-from fimo import estimators
 
 PARAMS = '{"imported":true}'
 Matrix = NDArray[np.float64]

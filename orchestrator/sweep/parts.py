@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
 from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, rows_digest
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.errors import FimoError
 from fimo.workers.shard import BASELINE_ROW, FLOOR_ROW, ShardResult
-from numpy.typing import NDArray
 
 SCHEMA = pa.schema(
     [

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
+
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.tables import schemas as tables
 from fimo.orchestrator.tables.sanity import exploded
-from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from fimo.orchestrator.tables.agreement import undefined
 from numpy.typing import NDArray
+
+from fimo.orchestrator.tables.agreement import undefined
 
 Array = NDArray[np.float64]
 

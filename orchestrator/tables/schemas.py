@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
+
 from fimo.workers.errors import StoreError
 
 _INT, _REAL, _TEXT = pa.int32(), pa.float64(), pa.string()

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
+
 from fimo.orchestrator.tables import schemas as tables
 from fimo.orchestrator.tables.agreement import adjusted, cosine, mean_and_sem, norm, ranks, undefined
 from fimo.orchestrator.tables.reduce import Reduction, SeedBlock
 from fimo.orchestrator.tables.sanity import exploded
-from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 METRICS = ("cosine", "spearman")

@@ -11,11 +11,11 @@ import boto3
 import botocore.validate
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store.base import PROBE_PREFIX
 from fimo.orchestrator.sweep import keys
-from ray.autoscaler._private.util import prepare_config, validate_config
-
 from tests.deploy.manifests import DEPLOY, filled, json_document
 
 IDENTITY_POLICIES = ["aws/iam-policy.json", "aws/iam-policy-driver.json", "aws/iam-policy-autoscaler.json"]

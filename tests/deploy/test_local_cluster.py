@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
 from fimo.orchestrator.store import open_store
 from fimo.workers.errors import StoreError
-
 from tests.deploy.manifests import DEPLOY
 from tests.support.seaweed import set_environment
 

@@ -7,12 +7,13 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from fimo.estimators import Problem
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.workload import Workload
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def outputs_x(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+
 from fimo.estimators import parse
 from fimo.estimators.operators import gradients
 from fimo.workers.workload import Workload
-from torch import nn
-
 from tests.estimators import problems
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fimo.estimators import parse
-from fimo.workers.workload import Workload
 from torch import nn
 
+from fimo.estimators import parse
+from fimo.workers.workload import Workload
 from tests.estimators import problems
 from tests.estimators.operators.test_kronecker import basis_of, matrix_of
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fimo.estimators import parse
 from fimo.estimators.ekfac_matched import spectral_filter
 from fimo.workers.errors import UsageError
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
-
 from tests.estimators import problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from fimo.estimators import REGISTRY, parse
 from fimo.workers.errors import UsageError
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fimo.estimators import parse
 from fimo.estimators.operators import gradients
 from fimo.workers.examples import Examples
-
 from tests.estimators import problems
 
 KINDS = [problems.classification, problems.regression]

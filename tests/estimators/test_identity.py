@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from fimo.estimators import REGISTRY, parse
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
-
 from tests.estimators import problems
 
 SETTINGS = FurtherTraining(Optimizer("sgd", 0.05), 10, steps=4, evaluate=Evaluate(at_steps=(2, 4)), precision="float64")

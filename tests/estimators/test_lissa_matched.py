@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fimo.estimators import parse
 from fimo.estimators.ekfac_matched import spectral_filter
 from fimo.estimators.operators import gradients
 from fimo.workers.errors import DivergedError, UsageError
 from fimo.workers.settings import FurtherTraining, Optimizer
-
 from tests.estimators import problems
 from tests.estimators.test_ekfac_matched import estimate, training
 

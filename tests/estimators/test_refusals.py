@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from fimo.estimators import DEFAULTS, REGISTRY, defaults, left_out, parse
-from fimo.workers.errors import UsageError
-from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
-from fimo.workers.workload import Workload
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fimo.estimators import DEFAULTS, REGISTRY, defaults, left_out, parse
+from fimo.workers.errors import UsageError
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.workload import Workload
 from tests.estimators import problems
 
 SETTINGS = FurtherTraining(Optimizer("sgd", 0.05), 10, steps=2, evaluate=Evaluate(at_steps=(2,)), precision="float64")

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+
 from fimo.estimators import DEFAULTS, REGISTRY, defaults, parse
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.start import start_from
 from fimo.workers.workload import Workload
-from torch import nn
-
 from tests.estimators import problems
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fimo.estimators import parse, trak
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.output_functions import is_cross_entropy, log_odds
 from fimo.workers.errors import UsageError
 from fimo.workers.workload import Workload
-
 from tests.estimators import problems
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from fimo.estimators import REGISTRY, parse
 from fimo.estimators.base import estimating
 from fimo.estimators.operators.curvature import Hessian
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.workload import Workload
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from tests.estimators import problems
 
 transformers = pytest.importorskip("transformers")

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+
 from fimo.estimators import parse
 from fimo.workers.errors import UsageError
 from fimo.workers.examples import Examples
@@ -14,8 +16,6 @@ from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.start import start_from
 from fimo.workers.workload import Workload
-from torch import nn
-
 from tests.estimators import problems
 
 OPTIMIZERS = {

@@ -6,6 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
+
 from fimo.estimators import REGISTRY, parse
 from fimo.estimators.base import estimating
 from fimo.estimators.operators import gradients
@@ -13,10 +17,6 @@ from fimo.estimators.operators.plain import PlainOperations
 from fimo.workers.errors import FimoError
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.workload import Workload
-from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm, weight_norm
-from torch.utils.checkpoint import checkpoint
-
 from tests.estimators import problems
 
 
@@ -271,6 +271,6 @@ class Opaque(Wrapped):
 @pytest.mark.parametrize("how", ["own derivative", "writes a buffer", "leaves torch", "packs a sequence"])
 def test_what_no_transform_can_enter_is_one_line(how, name):
     p = unusual(lambda: Opaque(how))
-    with pytest.raises(FimoError, match="derivative that torch lacks|writes to its buffer") as error:
+    with pytest.raises(FimoError, match=r"derivative that torch lacks|writes to its buffer") as error:
         estimate(p, {"name": name, **OPTIONS.get(name, {})})
     assert "\n" not in str(error.value)

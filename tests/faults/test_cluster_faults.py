@@ -20,8 +20,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from fimo.orchestrator.store import MemoryStore, S3Store
 
+from fimo.orchestrator.store import MemoryStore, S3Store
 from tests.faults import sweeps
 from tests.faults.processes import FIMO, busy_workers, environment, kill, wait_until
 from tests.support.seaweed import BUCKET, Seaweed, set_environment

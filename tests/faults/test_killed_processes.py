@@ -9,9 +9,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
+
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.store import MemoryStore
-
 from tests.faults import sweeps
 from tests.faults.faulty import die_after, die_at_commit, forked, in_fork
 

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
+
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run import tasks
 from fimo.orchestrator.run.plan import Shard
@@ -21,7 +22,6 @@ from fimo.orchestrator.store import MemoryStore, Store
 from fimo.orchestrator.sweep import keys
 from fimo.workers.errors import FimoError, StoreError
 from fimo.workers.shard import ShardResult, run_shard
-
 from tests.faults import sweeps
 from tests.faults.faulty import KINDS, FaultyStore, Killed
 

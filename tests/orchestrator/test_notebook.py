@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
+import fimo
 from fimo.orchestrator.run.written import read_table
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import UsageError, WorkloadError
-
-import fimo
 from tests.support.small_sweep import SPEC, make_spec, run_here
 
 TABLES = (

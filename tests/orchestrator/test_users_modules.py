@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from fimo.orchestrator.cluster import staging
 from fimo.orchestrator.spec.spec import parse
 from fimo.orchestrator.store import open_store
-
 from tests.support.small_sweep import OWN, SPEC, run_here, table_bytes
 
 FILES = {

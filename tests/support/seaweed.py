@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
 from fimo.orchestrator.store import S3Store
 from fimo.workers.errors import StoreError
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import driver as runs
 from fimo.orchestrator.run.driver import Listener, Report

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.start import Start, start_from
 from fimo.workers.workload import Workload
-from torch import Tensor, nn
 
 N = 23
 SGD = Optimizer("sgd", lr=0.05)

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fimo.workers.batches import amounts, orders
 from fimo.workers.definition import train_cell
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.workload import Workload
-
 from tests.workers.problems import classification, every_step, make, regression, sentences, settings
 
 MODES = ["drop", "mask", "reweight"]

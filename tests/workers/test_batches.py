@@ -6,14 +6,14 @@ from itertools import islice
 
 import pytest
 import torch
-from fimo.workers.batches import amounts, first_difference, orders, schedule, steps_recorded
-from fimo.workers.settings import Evaluate
-from fimo.workers.stacking.folding import folded
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, RandomSampler
 
+from fimo.workers.batches import amounts, first_difference, orders, schedule, steps_recorded
+from fimo.workers.settings import Evaluate
+from fimo.workers.stacking.folding import folded
 from tests.workers.problems import settings
 
 MODES = ["drop", "mask", "reweight"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, Optimizer
 from fimo.workers.workload import Workload
-from torch import nn
-
 from tests.workers.problems import Sentences, cross_entropy, make, settings
 from tests.workers.test_against_definition import hold
 

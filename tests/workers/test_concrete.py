@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
-from fimo.workers.workloads import tabular
 from safetensors.torch import load_file
 from torch import nn
 
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.workloads import tabular
 from tests.workers.test_against_definition import hold
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, prepare_environment
 from fimo.workers.examples import Examples
@@ -12,8 +14,6 @@ from fimo.workers.settings import FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.start import Start, start_from
-from torch import nn
-
 from tests.workers.problems import Workload, classification, regression, sentences, settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

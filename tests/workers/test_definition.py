@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from fimo.workers.definition import attribution, train_cell
-from fimo.workers.errors import UsageError
-from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from torch import nn
 
 import fimo
+from fimo.workers.definition import attribution, train_cell
+from fimo.workers.errors import UsageError
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from tests.workers.problems import classification, every_step, regression, sentences, settings
 from tests.workers.test_quadratic import RATE, STEPS, N, closed_form, quadratic
 

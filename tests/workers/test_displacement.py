@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
+from torch.utils.data import RandomSampler
+
 from fimo.workers.displacement import mean_displacement
 from fimo.workers.errors import UsageError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.settings import FurtherTraining, Optimizer
 from fimo.workers.start import start_from
-from torch.utils.data import RandomSampler
-
 from tests.support.own.flowers import flowers
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from fimo.workers.errors import WorkloadError
 from fimo.workers.further_training import further_train
 from fimo.workers.randomness import step_seed
 from fimo.workers.settings import Optimizer
 from fimo.workers.shard import run_shard
-from torch import Tensor, nn
-
 from tests.workers.problems import classification, every_step, make, regression, sentences, settings
 from tests.workers.test_against_definition import MODES, hold
 
@@ -119,9 +119,25 @@ def test_buffers_of_the_users_own_are_each_replicas(replicas: int) -> None:
 
 def test_a_buffer_that_changes_only_later_is_refused() -> None:
     """It would be shared between replicas and between runs."""
-    start = make(classification(model=Counts(first_change=8)), settings(removal_mode="drop"))
+
+    class Ragged(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training and len(x) < 5:
+                self.seen.add_(1)
+            return super().forward(x)
+
+    model = Ragged(nn.Linear(4, 3))
+    model.register_buffer("seen", torch.zeros(()))
+    start = make(classification(model=model), settings(removal_mode="drop"))
     with pytest.raises(WorkloadError, match="'seen' changes during training but not in the first forward"):
         run_shard(start, [(1,), (2,)], 0, replicas=4)
+
+
+def test_a_forward_that_counts_its_calls_is_refused_however_late_it_minds() -> None:
+    """All cells of a worker share the count."""
+    for late in (8, 5000):
+        with pytest.raises(WorkloadError, match="counts its calls"):
+            make(classification(model=Counts(first_change=late)), settings(removal_mode="drop"))
 
 
 def test_what_the_training_forward_does_is_found_by_running_it() -> None:

@@ -6,11 +6,11 @@ from collections import UserDict
 
 import pytest
 import torch
+
 from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Examples, as_batch
 from fimo.workers.further_training import further_train
 from fimo.workers.workload import Workload
-
 from tests.workers.problems import Sentences, make, settings
 from tests.workers.test_against_definition import hold
 

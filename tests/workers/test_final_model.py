@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fimo.workers.errors import WorkloadError
-from fimo.workers.final_model import check_fits, read_final_model
-from fimo.workers.functional import FunctionalModel
 from safetensors.torch import save
 from torch import nn
 
+from fimo.workers.errors import WorkloadError
+from fimo.workers.final_model import check_fits, read_final_model
+from fimo.workers.functional import FunctionalModel
 from tests.workers.problems import regression
 
 

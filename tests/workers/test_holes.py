@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 from fimo.workers.definition import train_cell
 from fimo.workers.errors import UsageError, WorkloadError
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.workload import Workload
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
 from tests.workers.problems import classification, cross_entropy, make, regression, settings
 
 MODES = ["drop", "mask", "reweight"]

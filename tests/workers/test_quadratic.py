@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.workload import Workload
-from torch import Tensor, nn
-
 from tests.workers.problems import every_step, make, settings
 
 N, D, STEPS, RATE = 9, 4, 25, 0.1

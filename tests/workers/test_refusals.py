@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+
 from fimo.workers.device import deterministic, pick_device
 from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
 from fimo.workers.further_training import further_train
 from fimo.workers.shard import run_shard
 from fimo.workers.workload import Workload
-
 from tests.workers.problems import classification, make, regression, sentences, settings
 
 
@@ -76,6 +78,90 @@ def test_a_measure_that_is_not_finite_at_the_final_model() -> None:
     with pytest.raises(DivergedError) as error:
         make(workload, settings())
     assert "measure of evaluation example 2 is" in one_line(error)
+
+
+class Middle(torch.nn.Sequential):
+    """Two layers and something done between them by the test."""
+
+    def __init__(self, middle: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
+        self.middle = middle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[1](self.middle(self, self[0](x)))
+
+
+@pytest.mark.parametrize("evals", [6, 129])
+def test_a_measure_that_draws_random_numbers(evals: int) -> None:
+    """No seed reaches it: its noise would be in every effect, and in what a proof grants to rounding."""
+    size = 6 if evals == 6 else 1  # in the last block alone
+    drops = Middle(lambda m, h: torch.nn.functional.dropout(h, 0.3, training=m.training or len(h) == size))
+    with pytest.raises(WorkloadError, match="measure gives other numbers for the same parameters") as error:
+        make(classification(evals=evals, model=drops), settings())
+    assert "training=self.training" in one_line(error)
+
+
+def test_a_measure_that_draws_what_it_does_not_use_is_welcome() -> None:
+    make(classification(model=Middle(lambda m, h: h if torch.rand(()) < 2 else -h)), settings())
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_a_loss_over_large_batches_alone_is_found(random: bool) -> None:
+    large = Middle(
+        lambda m, h: torch.nn.functional.dropout(
+            h - h.mean(0) if m.training and len(h) >= 20 else h, 0.2 if random else 0.0, m.training
+        )
+    )
+    assert make(classification(60, model=large), settings(batch_size=24)).settings.removal_mode == "mask"
+    with pytest.raises(UsageError, match="mixes the examples"):
+        make(classification(60, model=large), settings(batch_size=24, removal_mode="reweight"))
+
+
+@pytest.mark.parametrize("first", [0, 4, 9])
+def test_a_loss_over_pairs_of_a_batch_is_found_wherever_they_are(first: int) -> None:
+    """As of examples of one user, the first and the last of which have no other."""
+    workload = classification(60)
+    user = torch.arange(60)
+    user[first + 6] = first
+
+    def pairs(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        same = batch["user"][:, None] == batch["user"]
+        return ((outputs[:, None] - outputs) ** 2).sum(-1).mul(same).sum(1) + outputs.square().sum(1)
+
+    workload = replace(workload, train={**workload.train, "user": user}, loss=pairs)
+    assert make(workload, settings()).forward.mixes
+    assert not make(replace(workload, train={**workload.train, "user": torch.arange(60)}), settings()).forward.mixes
+
+
+def test_what_a_copy_would_lose() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    model[0].weight.register_hook(lambda grad: 0 * grad)
+    with pytest.raises(WorkloadError, match=r"'0.weight' has a hook on its gradient") as error:
+        make(classification(model=model), settings())
+    one_line(error)
+    for register in (torch.nn.Module.register_parameter, torch.nn.Module.register_buffer):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        register(model, "phase", torch.nn.Parameter(torch.ones(3, dtype=torch.complex64)))
+        with pytest.raises(WorkloadError, match="'phase' is complex"):
+            make(classification(model=model), settings())
+    with pytest.raises(WorkloadError, match="TorchScript"):
+        make(classification(model=torch.jit.script(torch.nn.Linear(4, 3))), settings())
+
+
+def test_a_forward_that_fails_in_train_mode_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+    with pytest.raises(
+        WorkloadError, match="fails in train mode on a batch: ValueError: Expected more than 1"
+    ) as error:
+        make(classification(model=model), settings(batch_size=1, removal_mode="drop"))
+    one_line(error)
+
+
+def test_a_loss_that_grad_cannot_enter() -> None:
+    again = Middle(lambda m, h: checkpoint(torch.sin, h, use_reentrant=True))
+    with pytest.raises(WorkloadError, match="no gradient that can be taken") as error:
+        make(classification(model=again), settings())
+    assert "use_reentrant=False" in one_line(error)
 
 
 def test_a_model_with_nothing_to_train() -> None:

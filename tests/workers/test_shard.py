@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fimo.workers import shard as shards
 from fimo.workers.batches import orders
 from fimo.workers.definition import train_cell
@@ -14,7 +15,6 @@ from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.stacking.size import measure_stack_size
-
 from tests.workers.problems import Workload, classification, every_step, make, regression, sentences, settings
 
 MODES = ["drop", "mask", "reweight"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from fimo.workers.errors import FimoError, UsageError, WorkloadError
 from fimo.workers.workload import Workload, find_module, load_workload
 

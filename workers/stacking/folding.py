@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+
 from fimo.workers import batches
 from fimo.workers.batches import Block, Part, Removal
 from fimo.workers.settings import FurtherTraining

@@ -8,14 +8,15 @@ and gradient are what they are alone. Proven here on a few examples, at θᶠ an
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.forward import SOME, Forward, agree, losses_and_gradient, moved
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.randomness import kept
 from fimo.workers.settings import FurtherTraining
-from torch import Tensor
-from torch.func import vmap
-from torch.utils import _pytree as pytree
 
 
 def independent(model: FunctionalModel, train: Examples, forward: Forward, settings: FurtherTraining) -> bool:

@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from fimo.workers.stacking.simplify import dtype_of, simplify
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from fimo.workers.stacking.simplify import dtype_of, simplify
 
 AFTER = 4
 """Calls of one signature before it is traced: a rare one is not worth a graph."""

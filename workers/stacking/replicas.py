@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
 from fimo.workers.batches import Block
-from fimo.workers.draws import Draws, Order
+from fimo.workers.draws import Draws, Order, order_of
 from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Batch, Examples, shapes, stack
 from fimo.workers.functional import CHANGED_LATE, FunctionalModel, Tensors
 from fimo.workers.stacking.stacked import CannotStackError, Stacked
-from torch import Tensor
-from torch.func import vmap
-from torch.utils import _pytree as pytree
 
 Gradients = dict[str, Tensor | None]
 """Stacked gradients by the parameters' names; None if the loss does not depend on the parameter."""
@@ -116,7 +117,7 @@ def losses(
     count = next(iter(params.values())).shape[0]
     if count == 1:
         with Draws():
-            each, after = one(_first(params), _first(buffers), batch if shared else _first(batch))
+            each, after = one(_alone(params, model.params), _first(buffers), batch if shared else _first(batch))
         return each.unsqueeze(0), {n: t.unsqueeze(0) for n, t in after.items()}
     stacked_one = vmap(one, in_dims=(0, 0, None if shared else 0), randomness="same")
     with Stacked(orders):
@@ -132,7 +133,7 @@ def measures(model: FunctionalModel, params: Tensors, buffers: Tensors, batch: B
 
     count = next(iter(params.values())).shape[0]
     if count == 1:
-        return one(_first(params), _first(buffers)).unsqueeze(0)
+        return one(_alone(params, model.params), _first(buffers)).unsqueeze(0)
     with Stacked():
         out: Tensor = vmap(one, in_dims=(0, 0), randomness="same")(params, buffers)
     return out
@@ -200,6 +201,17 @@ class GradientSum:
             if len(lanes | set(idle)) < self._count:
                 raise CannotStackError(f"only some replicas' losses depend on '{name}' at this step")
         return self._sums
+
+
+def _alone(params: Tensors, like: Tensors) -> Tensors:
+    """The one replica of a stack, its parameters laid out in memory as the model's own: in channels_last, dropout
+    draws in another order."""
+    first = {}
+    for name, p in _first(params).items():
+        axes = order_of(like[name])
+        natural = axes == tuple(range(len(axes)))
+        first[name] = p if natural else p.permute(axes).contiguous().permute([axes.index(i) for i in range(len(axes))])
+    return first
 
 
 def _first(batch: Batch) -> Batch:

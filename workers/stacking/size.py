@@ -7,6 +7,7 @@ import time
 from itertools import pairwise
 
 import torch
+
 from fimo.workers.batches import BASELINE, Removal
 from fimo.workers.errors import FimoError
 from fimo.workers.functional import Tensors

@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from fimo.workers.draws import Order, masked
 from torch import Tensor
 from torch._C import _functorch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from fimo.workers.draws import Order, masked
 
 CONVOLUTIONS = (
     torch.conv1d,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
+
 from fimo.workers.batches import Removal
 from fimo.workers.device import deterministic
 from fimo.workers.examples import Examples
@@ -14,7 +16,6 @@ from fimo.workers.shard import run_shard
 from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.start import Start, start_from
 from fimo.workers.workload import Workload
-from torch import Tensor
 
 
 def start_of(

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fimo.workers.examples import Batch
-from fimo.workers.workload import Workload
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
+
+from fimo.workers.examples import Batch
+from fimo.workers.workload import Workload
 
 DATA = Path(__file__).parent / "data"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from fimo.estimators import parse
 from fimo.estimators.base import estimating
 from fimo.estimators.operators import gradients, kronecker
@@ -11,8 +13,6 @@ from fimo.estimators.operators.curvature import GaussNewton
 from fimo.estimators.operators.kronecker import eigenbasis
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
 from fimo.workers.workload import Workload
-from torch import nn
-
 from tests.estimators import problems
 
 

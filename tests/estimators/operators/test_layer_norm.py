@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+
 from fimo.estimators import parse
 from fimo.estimators.base import estimating
 from fimo.estimators.operators.curvature import GaussNewton, Hessian
 from fimo.estimators.operators.trajectory import Trajectory
 from fimo.workers.settings import Optimizer
 from fimo.workers.workload import Workload
-from torch import nn
-
 from tests.estimators import problems
 from tests.estimators.test_unrolled import gold_standard, settings_for
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+
 from fimo.estimators.operators import trajectory
 from fimo.workers.further_training import further_train
 from fimo.workers.start import start_from
-
 from tests.estimators import problems
 from tests.estimators.test_unrolled import settings_for
 

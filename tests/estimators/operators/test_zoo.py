@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from fimo.estimators.base import estimating
 from fimo.estimators.operators import gradients, spaces
 from fimo.estimators.operators.curvature import GaussNewton, Hessian
 from fimo.estimators.operators.spaces import Compressed
 from fimo.workers.workload import Workload
-from torch import nn
-from torch.nn import functional as F
-
 from tests.estimators import problems
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+
 from fimo.orchestrator.run import tasks
 
 
 def given(monkeypatch: pytest.MonkeyPatch, ids: list[str], visible: str | None) -> int:
     import ray
+
     from fimo.orchestrator.run import pool as driver
 
     context = SimpleNamespace(get_accelerator_ids=lambda: {"GPU": ids})

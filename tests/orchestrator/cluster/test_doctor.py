@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+
 from fimo.orchestrator.cluster import doctor
 from fimo.orchestrator.run.pool import Node
 from fimo.orchestrator.run.provenance import versions

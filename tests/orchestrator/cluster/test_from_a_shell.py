@@ -12,10 +12,10 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import MemoryStore, open_store
 from fimo.orchestrator.sweep.sweep import open_sweep
-
 from tests.faults import sweeps
 from tests.faults.processes import environment, fimo, wait_until
 from tests.support.seaweed import set_environment

@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from fimo.orchestrator.commands.main import main
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import LocalStore
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.sweep import open_sweep
-
 from tests.faults import sweeps
 
 Run = Callable[..., str]

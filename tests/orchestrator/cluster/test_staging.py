@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from fimo.orchestrator.cluster import staging
 from fimo.orchestrator.resolve.code import code_files, local_modules, source_digest
 from fimo.orchestrator.spec.spec import Spec, parse, read
 from fimo.workers.errors import UsageError
-
 from tests.faults import sweeps
 
 

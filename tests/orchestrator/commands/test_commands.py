@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from fimo.orchestrator.store import open_store
 
+from fimo.orchestrator.store import open_store
 from tests.support.small_sweep import SPEC, make_spec, run_here, table_bytes
 
 pytestmark = pytest.mark.ray

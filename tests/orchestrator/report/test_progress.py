@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 
+from rich.console import Console
+
 from fimo.orchestrator.report.progress import ProgressReport
 from fimo.orchestrator.run import owed
 from fimo.orchestrator.run.plan import EstimateTask
-from rich.console import Console
-
 from tests.support.small_sweep import make_spec, run_here
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import save_file
+
 from fimo.orchestrator.resolve.resolved import resolve, resolve_again, resolve_like
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import UsageError, WorkloadError
 from fimo.workers.workload import load_workload
-from safetensors.torch import save_file
-
 from tests.support.small_sweep import make_spec, run_here
 
 DOUBLE = """

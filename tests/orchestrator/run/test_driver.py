@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.utils.data import RandomSampler
+
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import driver as runs
 from fimo.orchestrator.run import tasks
@@ -20,8 +22,6 @@ from fimo.orchestrator.store import MemoryStore, NotFound, open_store
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import StoreError
 from fimo.workers.workload import load_workload
-from torch.utils.data import RandomSampler
-
 from tests.support.small_sweep import make_spec, run_here, table_bytes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+
 from fimo.orchestrator.report.ending import complaints, report_json
 from fimo.orchestrator.report.show import status_lines
 from fimo.orchestrator.run import estimating
@@ -14,7 +15,6 @@ from fimo.orchestrator.run.verification import verify
 from fimo.orchestrator.spec.spec import parse
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import DivergedError
-
 from tests.support.small_sweep import SPEC, make_spec, run_here
 
 WHY = "the recursion grows instead of converging"

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fimo.orchestrator.run.plan import make_plan, shard_size
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.settings import FurtherTraining, Optimizer
-from hypothesis import given
-from hypothesis import strategies as st
 
 SETTINGS = FurtherTraining(Optimizer("sgd", 0.1), 5, epochs=2)
 

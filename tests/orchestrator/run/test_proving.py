@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fimo.orchestrator.report.show import status_lines
 from fimo.orchestrator.run import proving, tasks, verification
 from fimo.orchestrator.run.status import sweep_status
@@ -15,7 +16,6 @@ from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers import further_training
 from fimo.workers.stacking import replicas
-
 from tests.support.small_sweep import make_spec, run_here, table_bytes
 
 
@@ -144,8 +144,9 @@ def test_the_mode_is_settled_by_the_model_and_part_of_the_digest(beside):
 
 
 def test_a_float64_final_model_has_a_digest_of_its_own(beside, tmp_path):
-    from fimo.orchestrator.resolve.resolved import resolve
     from safetensors.torch import save_file
+
+    from fimo.orchestrator.resolve.resolved import resolve
 
     state = resolve(make_spec(), beside).model(torch.device("cpu")).module.state_dict()
     digests = set()

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 import pytest
+
 from fimo.orchestrator.run.plan import EstimateTask, Shard
 from fimo.orchestrator.run.schedule import ATTEMPTS, LOSSES, Failed, Lost, Receipt, drive
 from fimo.orchestrator.run.tasks import ConflictError

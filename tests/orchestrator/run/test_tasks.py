@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+
 from fimo.orchestrator.resolve import resolved as resolving
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import proving
 from fimo.orchestrator.spec.spec import parse
 from fimo.orchestrator.sweep.sweep import Sweep
-
 from tests.support.small_sweep import SPEC, make_spec, run_here
 
 

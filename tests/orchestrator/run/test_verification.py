@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from fimo.orchestrator.report.verified import verification_lines
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run import verification as verify
@@ -16,7 +17,6 @@ from fimo.orchestrator.store import LocalStore
 from fimo.orchestrator.sweep import keys, parts
 from fimo.orchestrator.sweep.sweep import open_sweep
 from fimo.workers.shard import ShardResult
-
 from tests.faults import sweeps
 
 CELLS = 15

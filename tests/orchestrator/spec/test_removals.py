@@ -4,6 +4,7 @@ import io
 
 import pyarrow.parquet as pq
 import pytest
+
 from fimo.orchestrator.spec.removals import number_removals
 from fimo.orchestrator.spec.spec import RemovalsSection
 from fimo.orchestrator.tables.reduce import removals_table

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+
 from fimo.orchestrator.spec.shipped import SHIPPED
 from fimo.orchestrator.spec.spec import parse
 from fimo.workers.errors import UsageError
 from fimo.workers.workload import load_workload
-
 from tests.support.small_sweep import SPEC, make_spec
 
 

@@ -4,12 +4,12 @@ import contextlib
 import copy
 
 import pytest
-from fimo.orchestrator.spec.spec import parse, read
-from fimo.orchestrator.spec.yaml import read_yaml
-from fimo.workers.errors import UsageError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fimo.orchestrator.spec.spec import parse, read
+from fimo.orchestrator.spec.yaml import read_yaml
+from fimo.workers.errors import UsageError
 from tests.support.small_sweep import SPEC
 
 DESIGN_EXAMPLE = """

@@ -4,8 +4,8 @@ import uuid
 from pathlib import Path
 
 import pytest
-from fimo.orchestrator.store import LocalStore, MemoryStore, S3Store, Store
 
+from fimo.orchestrator.store import LocalStore, MemoryStore, S3Store, Store
 from tests.support.seaweed import BUCKET, s3_environment, seaweed  # noqa: F401  (fixtures)
 
 

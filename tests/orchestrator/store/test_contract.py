@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fimo.orchestrator.store import NotFound, S3Store, Store, validate_key
 from fimo.orchestrator.store.base import is_key
 from fimo.workers.errors import StoreError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BAD_KEYS = [
     "",

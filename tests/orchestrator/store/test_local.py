@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from fimo.orchestrator.store import LocalStore, NotFound
 from fimo.orchestrator.store.local import STALE_AFTER_S, UNFINISHED
 from fimo.workers.errors import StoreError

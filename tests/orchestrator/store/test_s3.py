@@ -12,10 +12,10 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
+
 from fimo.orchestrator.store import S3Store, Store, open_store
 from fimo.orchestrator.store.weather import judge, scrub
 from fimo.workers.errors import StoreError
-
 from tests.orchestrator.store.conftest import fresh_s3_store
 from tests.support.seaweed import BUCKET, Seaweed, set_environment
 

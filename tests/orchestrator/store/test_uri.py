@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from fimo.orchestrator.store import LocalStore, S3Store, open_store, split_sweep
 from fimo.workers.errors import UsageError
 

@@ -12,9 +12,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from fimo.orchestrator.store import S3Store
 from fimo.workers.errors import StoreError
-
 from tests.orchestrator.store.conftest import fresh_s3_store
 from tests.support.seaweed import Seaweed, set_environment
 from tests.support.weather_proxy import FAULTS, bad_weather

@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save
+
 from fimo.orchestrator.commands.import_scores import take_scores
 from fimo.orchestrator.commands.pull import pull_tables
 from fimo.orchestrator.run import gather
@@ -14,8 +16,6 @@ from fimo.orchestrator.store import open_store
 from fimo.orchestrator.sweep import imported
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import UsageError
-from safetensors.numpy import save
-
 from tests.support.small_sweep import make_spec, run_here
 
 VALUES = np.random.default_rng(0).normal(size=(5, 7))

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run.blocks import value_digest
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep import estimates, imported, keys
 from fimo.orchestrator.sweep.parts import BadPartError
 from fimo.orchestrator.sweep.sweep import Sweep
-
 from tests.support.small_sweep import make_spec, run_here
 
 ONE = (NamedRemoval(3, "x", (7,)),)

@@ -7,12 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.keys import set_hash
 from fimo.orchestrator.sweep.parts import METADATA_KEY, BadPartError, decode_part, encode_part
 from fimo.workers.shard import ShardResult
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 REMOVALS = (NamedRemoval(0, "a", (3,)), NamedRemoval(4, "pair", (1, 2)))
 

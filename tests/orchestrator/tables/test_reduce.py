@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.tables.reduce import attribution_table, reduce, seed_block, training_only_table

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fimo.orchestrator.tables.sanity import exploded, is_nonsense, warnings
 
+from fimo.orchestrator.tables.sanity import exploded, is_nonsense, warnings
 from tests.support.small_sweep import make_spec, run_here
 
 STEPS = (5, 10, 20)

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
+
 from fimo.orchestrator.tables.agreement import cosine, ranks, undefined
 from fimo.orchestrator.tables.reduce import SeedBlock, reduce
 from fimo.orchestrator.tables.score import EstimateMatrix, Scorer, similarity_table, windows
-from scipy.stats import spearmanr
 
 R, T, M, SEEDS = 6, 2, 3, 7
 STEPS = (4, 9)

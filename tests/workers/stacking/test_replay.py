@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.further_training import further_train
@@ -14,8 +16,6 @@ from fimo.workers.shard import run_shard
 from fimo.workers.stacking import replay
 from fimo.workers.stacking.replay import AFTER, Replayed
 from fimo.workers.start import Engine, start_from
-from torch import Tensor, nn
-
 from tests.workers.problems import Workload, classification, make, regression, sentences, settings
 from tests.workers.stacking.test_stacked import Decides
 from tests.workers.test_dropout_and_norm import batch_norm

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fimo.workers.further_training import further_train
-from fimo.workers.shard import run_shard
-from fimo.workers.stacking.stacked import Stacked
 from torch import Tensor, nn
 from torch.func import vmap
 
+from fimo.workers.further_training import further_train
+from fimo.workers.shard import run_shard
+from fimo.workers.stacking.stacked import Stacked
 from tests.workers.problems import classification, make, settings
 from tests.workers.test_against_definition import hold
 
