@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fimo.workers import further_training
 from fimo.workers.batches import Block, Removal
 from fimo.workers.errors import WorkloadError
-from fimo.workers.proof import LEVELS, UnprovenError, Verdict, prove
+from fimo.workers.proof import UnprovenError, Verdict, prove
 from fimo.workers.settings import FurtherTraining, Optimizer
 from fimo.workers.stacking import replay, replicas
 from fimo.workers.start import Engine
@@ -25,7 +25,8 @@ from fimo.workers.trial import Case
 from fimo.workers.workload import Workload
 from tests.workers.problems import classification, make, regression, settings
 
-TRACED, FOLDED, STACKED, ALONE = (path for _, path in LEVELS)
+TRACED, FOLDED, STACKED = "traced, folded and stacked", "folded and stacked", "stacked"
+ALONE = "one replica at a time"
 REMOVALS = [(3,), (7,), (11, 12), (22,), (0,), (5, 6, 8)]
 PLAIN = Engine(replay=False)
 
@@ -70,8 +71,8 @@ def off_by_a_percent(monkeypatch: pytest.MonkeyPatch, name: str, where: Callable
     """Let ``replicas.<name>`` give 1% more in the lanes ``where(number of lanes, batch)``, None = in none."""
     right = getattr(replicas, name)
 
-    def wrong(model: Any, params: Any, buffers: Any, batch: Any, *more: Any) -> Any:
-        out = right(model, params, buffers, batch, *more)
+    def wrong(model: Any, params: Any, buffers: Any, batch: Any, *more: Any, **options: Any) -> Any:
+        out = right(model, params, buffers, batch, *more, **options)
         lanes = where(len(next(iter(params.values()))), batch)
         if lanes is None:
             return out
