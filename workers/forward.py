@@ -39,7 +39,6 @@ class Forward:
         mutable: buffers that it writes to (batch norm's statistics): each replica owns its own.
         mixes: whether one example's loss, or its gradient, depends on the others in its batch (batch norm).
         random: whether it draws random numbers (dropout).
-        python: whether it draws from Python's or numpy's generators.
         used: parameters that the loss depends on; torch's optimizers skip the others.
         orders: the memory orders in which its dropout layers draw, in the order of their calls.
     """
@@ -47,7 +46,6 @@ class Forward:
     mutable: tuple[str, ...]
     mixes: bool
     random: bool
-    python: bool
     used: tuple[str, ...]
     orders: tuple[Order, ...]
 
@@ -63,7 +61,7 @@ def observe(model: FunctionalModel, train: Examples, settings: FurtherTraining) 
     with kept(model.device), model.mode(settings.mode):
         try:
             with Draws() as draws:
-                losses, mutable, drew_torch, drew_python = _look(model, batch)
+                losses, mutable, random = _look(model, batch)
         except Exception as error:
             line = (str(error).strip().splitlines() or [""])[0]
             raise WorkloadError(
@@ -81,9 +79,9 @@ def observe(model: FunctionalModel, train: Examples, settings: FurtherTraining) 
         mixes = settings.mode == "train" and _has_batch_norm(model)
         # At the size of a real batch too: a loss may take its negatives from a large batch alone.
         for size in sorted({SOME, max(SOME, min(settings.batch_size, len(train)))}):
-            mixes = mixes or _mixes(model, train, drew_torch or drew_python, size)
+            mixes = mixes or _mixes(model, train, random, size)
         used = _used(model, batch)
-    return Forward(mutable, mixes, drew_torch or drew_python, drew_python, used, tuple(draws.orders))
+    return Forward(mutable, mixes, random, used, tuple(draws.orders))
 
 
 def refuse_mixing(forward: Forward, settings: FurtherTraining) -> None:
@@ -100,8 +98,8 @@ def refuse_mixing(forward: Forward, settings: FurtherTraining) -> None:
         )
 
 
-def _look(model: FunctionalModel, batch: Batch) -> tuple[Tensor, tuple[str, ...], bool, bool]:
-    """Losses under seed 0, the buffers that were written to, and whether torch's or Python's generators were drawn."""
+def _look(model: FunctionalModel, batch: Batch) -> tuple[Tensor, tuple[str, ...], bool]:
+    """Losses under seed 0, the buffers that were written to, and whether random numbers were drawn."""
     buffers = {name: tensor.clone() for name, tensor in model.fixed.items()}
     given, versions = dict(buffers), {name: tensor._version for name, tensor in buffers.items()}
     seed_all(0, model.device)
@@ -115,8 +113,8 @@ def _look(model: FunctionalModel, batch: Batch) -> tuple[Tensor, tuple[str, ...]
         if tensor is not given[name] or tensor._version != versions[name] or not torch.equal(tensor, model.fixed[name])
     )
     # A draw that changed nothing this time (stochastic depth) is a draw.
-    drew = not torch.equal(torch_state(model.device), before[0]), python_state() != before[1]
-    return losses, written, *drew
+    drew = not torch.equal(torch_state(model.device), before[0]) or python_state() != before[1]
+    return losses, written, drew
 
 
 def _counts(model: FunctionalModel) -> dict[tuple[nn.Module, str], float]:
@@ -201,8 +199,8 @@ def _leans(model: FunctionalModel, train: Examples, random: bool, size: int) -> 
                 other = _without(train, random, size, rest)
                 if other is not None:
                     batch, places = other
-                    found = _losses(model, batch, wide)[places.to(model.device)]
-                    if not _close(whole[torch.tensor(rest, device=model.device)], found, tolerance, scale):
+                    losses = _losses(model, batch, wide)[places.to(model.device)]
+                    if not _close(whole[torch.tensor(rest, device=model.device)], losses, tolerance, scale):
                         return True
             return False
         except Exception:

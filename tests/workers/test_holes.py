@@ -229,6 +229,13 @@ def test_python_s_and_numpy_s_random_numbers_are_seeded_by_the_step(draw: Any, m
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.rand()), lambda: torch.rand(())])
+def test_random_numbers_that_only_some_batches_draw_are_seeded_too(draw: Any, mode: str) -> None:
+    middle = lambda m, x, h: h * (0.5 + draw()) if m.training and len(x) == 3 else h  # noqa: E731
+    hold(classification(model=Forward(middle)), settings(removal_mode=mode, epochs=7))
+
+
 def test_a_generator_of_the_forward_s_own_is_refused() -> None:
     generator = np.random.default_rng(0)
     middle = lambda m, x, h: h * float(generator.random()) if m.training else h  # noqa: E731

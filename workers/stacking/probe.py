@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.forward import SOME, Forward, agree, losses_and_gradient, moved
 from fimo.workers.functional import FunctionalModel, Tensors
-from fimo.workers.randomness import kept
+from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
 
 
@@ -27,8 +27,10 @@ def independent(model: FunctionalModel, train: Examples, forward: Forward, setti
     # The first example twice: a removed example rides in a batch that may hold it already.
     indices.append(0)
     with kept(model.device), model.mode(settings.mode):
-        return _one_by_one(model, train.batch(indices)) and all(
-            _adds_up(model, params, train, indices) for params in (model.params, moved(model.params, 2))
+        return (
+            _one_by_one(model, train.batch(indices))
+            and _at_every_size(model, train, settings.batch_size)
+            and all(_adds_up(model, params, train, indices) for params in (model.params, moved(model.params, 2)))
         )
 
 
@@ -47,6 +49,25 @@ def _one_by_one(model: FunctionalModel, batch: Batch) -> bool:
         # Whatever the model objects to, the answer is the same: nothing is proven.
         return False
     return torch.allclose(alone, whole, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@torch.no_grad()
+def _at_every_size(model: FunctionalModel, train: Examples, batch_size: int) -> bool:
+    """Whether batches of the sizes that folding makes of whole and ragged ones have one and the same losses.
+
+    A forward may look at the size of its batch, and folding changes it: it appends examples, or fills up with them.
+    """
+    n = len(train)
+    ragged = n % batch_size or batch_size
+    sizes = sorted({size + more for size in (min(batch_size, n), ragged) for more in (-1, 0, 1)} - {0})
+    losses = []
+    for size in sizes:
+        seed_all(0, model.device)
+        before = torch_state(model.device), python_state()
+        losses.append(model.loss(model.params, train.batch([i % n for i in range(size)]), dict(model.fixed)))
+        if not torch.equal(torch_state(model.device), before[0]) or python_state() != before[1]:
+            return False
+    return all(torch.allclose(losses[-1][: len(some)], some, rtol=1e-4, atol=1e-6, equal_nan=True) for some in losses)
 
 
 def _adds_up(model: FunctionalModel, params: Tensors, train: Examples, indices: list[int]) -> bool:

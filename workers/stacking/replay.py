@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fimo.workers.randomness import kept
 from fimo.workers.stacking.simplify import dtype_of, simplify
 
 AFTER = 4
@@ -118,8 +119,11 @@ class _Untraceable(Exception):
 def _trace_or_none(
     function: Callable[..., Any], leaves: list[Any], before: list[Any], structure: Structure
 ) -> Graph | None:
+    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
     try:
-        return _trace(function, leaves, before, structure)
+        # A function that draws only at times is found out here; the call that follows must draw as if it had not been.
+        with kept(device):
+            return _trace(function, leaves, before, structure)
     except Exception as error:
         # Call the function itself, whatever the tracer objects to: that always works.
         log.debug("not replayed: %s: %s", type(error).__name__, error)
