@@ -41,7 +41,7 @@ def default_set(monkeypatch):
     from fimo import estimators
 
     monkeypatch.setattr(
-        estimators, "defaults", lambda problem: estimators.parse("grad_dot") + estimators.parse("grad_cos")
+        estimators, "choose", lambda problem: (estimators.parse("grad_dot") + estimators.parse("grad_cos"), [])
     )
     values = copy.deepcopy(SPEC)
     del values["estimators"]
