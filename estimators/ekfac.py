@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fimo.estimators.base import Hyperparameters, Notes, Problem, flat_loss
 from fimo.estimators.influence import Influence, Preconditioner
-from fimo.estimators.operators.kronecker import Eigenbasis, coverage, factorised
+from fimo.estimators.operators.eigenbasis import Eigenbasis
+from fimo.estimators.operators.kronecker import coverage, factorised
 
 
 @dataclass(frozen=True)

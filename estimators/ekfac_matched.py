@@ -21,8 +21,8 @@ from torch import Tensor
 from fimo.estimators.amounts import SGDMatched
 from fimo.estimators.base import Notes, Pair, Pairing, Problem
 from fimo.estimators.ekfac import Factored
+from fimo.estimators.operators.eigenbasis import Eigenbasis
 from fimo.estimators.operators.gradients import Layout, dot_products
-from fimo.estimators.operators.kronecker import Eigenbasis
 from fimo.estimators.operators.optimizers import Descent
 from fimo.workers.settings import Optimizer
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fimo.estimators.operators import gradients
+from fimo.estimators.operators.eigenbasis import Block, DenseBlock, Eigenbasis, LayerBlock, share_covered
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
 from fimo.estimators.operators.spaces import linearised
@@ -29,120 +30,6 @@ from fimo.workers.functional import FunctionalModel
 
 EXACT = 1024
 """Entries up to which a tensor that no layer type covers gets a dense block."""
-
-
-class Block(Protocol):
-    """A diagonal block of the curvature in its eigenbasis."""
-
-    values: Tensor
-    """Eigenvalues, float64 (m,)."""
-
-    def coordinates(self, rows: Tensor) -> Tensor:
-        """Rows (k, P) -> (k, m), in the eigenbasis."""
-        ...
-
-    def restore(self, coordinates: Tensor, into: Tensor) -> None:
-        """Write (k, m) back into the block's place in rows (k, P)."""
-        ...
-
-
-@dataclass
-class LayerBlock:
-    """A Linear, Conv2d or Conv1D: weight (out, …), of Conv1D (in, out), and, if it is trainable, bias (out,)."""
-
-    module: nn.Module
-    weight: slice
-    bias: slice | None
-    out: int
-    transposed: bool
-    values: Tensor = field(init=False)
-    left: Tensor = field(init=False)
-    right: Tensor = field(init=False)
-
-    def weight_of(self) -> Tensor:
-        """The module's own weight, for its shape, dtype and device."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """The layer's input as rows that meet its weight, (B, T, in [+ 1])."""
-        if isinstance(self.module, nn.Conv2d):
-            m = self.module
-            assert not isinstance(m.padding, str)
-            unfolded = nn.functional.unfold(x, m.kernel_size, m.dilation, m.padding, m.stride)
-            a = unfolded.transpose(1, 2)
-        else:
-            a = x.reshape(len(x), -1, x.shape[-1])
-        return a if self.bias is None else torch.cat([a, torch.ones_like(a[..., :1])], dim=2)
-
-    def outputs(self, g: Tensor) -> Tensor:
-        """A gradient at the layer's output as (B, T, out)."""
-        if isinstance(self.module, nn.Conv2d):
-            return g.flatten(2).transpose(1, 2)
-        return g.reshape(len(g), -1, g.shape[-1])
-
-    def coordinates(self, rows: Tensor) -> Tensor:
-        """See ``Block``."""
-        matrix = rows[:, self.weight]
-        if self.transposed:
-            matrix = matrix.reshape(len(rows), -1, self.out).transpose(1, 2)
-        else:
-            matrix = matrix.reshape(len(rows), self.out, -1)
-        if self.bias is not None:
-            matrix = torch.cat([matrix, rows[:, self.bias, None]], dim=2)
-        return (self.left.T @ matrix @ self.right).flatten(1)
-
-    def restore(self, coordinates: Tensor, into: Tensor) -> None:
-        """See ``Block``."""
-        matrix = self.left @ coordinates.reshape(len(coordinates), self.out, -1) @ self.right.T
-        if self.bias is not None:
-            into[:, self.bias] = matrix[:, :, -1]
-            matrix = matrix[:, :, :-1]
-        into[:, self.weight] = (matrix.transpose(1, 2) if self.transposed else matrix).flatten(1)
-
-
-@dataclass
-class DenseBlock:
-    """A small tensor with its exact block."""
-
-    where: slice
-    values: Tensor
-    vectors: Tensor
-
-    def coordinates(self, rows: Tensor) -> Tensor:
-        """See ``Block``."""
-        return rows[:, self.where] @ self.vectors
-
-    def restore(self, coordinates: Tensor, into: Tensor) -> None:
-        """See ``Block``."""
-        into[:, self.where] = coordinates @ self.vectors.T
-
-
-@dataclass(frozen=True)
-class Eigenbasis:
-    """The whole approximation.
-
-    Attributes:
-        blocks: its diagonal blocks.
-        left_out: names of the parameters that no block covers.
-        fisher: exact or sampled, whichever the pseudo-gradients were.
-    """
-
-    blocks: list[Block]
-    left_out: list[str]
-    fisher: str
-
-    def coverage(self, model: FunctionalModel) -> float:
-        """The share of trainable scalars that a block covers."""
-        return _share(model, self.left_out)
-
-    def apply(self, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """f(G̃) on rows (k, P), f given on eigenvalues; 0 for parameters that are left out."""
-        result = torch.zeros_like(rows)
-        for block in self.blocks:
-            block.restore(block.coordinates(rows) * function(block.values).to(rows), result)
-        return result
 
 
 def factorised(
@@ -264,12 +151,7 @@ def _proven(
 def coverage(model: FunctionalModel) -> float:
     """The share of trainable scalars that the approximation covers, told from the model alone."""
     _, others = _layers(model)
-    return _share(model, [name for name in others if model.params[name].numel() > EXACT])
-
-
-def _share(model: FunctionalModel, left_out: list[str]) -> float:
-    sizes = {name: tensor.numel() for name, tensor in model.params.items()}
-    return 1 - sum(sizes[name] for name in left_out) / sum(sizes.values())
+    return share_covered(model, [name for name in others if model.params[name].numel() > EXACT])
 
 
 Seen = list[tuple[LayerBlock, Tensor, list[Tensor]]]
