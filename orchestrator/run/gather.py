@@ -176,6 +176,9 @@ def _imported(sweep: Sweep, manifest: Manifest, gathered: Gathered) -> list[Esti
 
 def _look(gathered: Gathered, manifest: Manifest, reduction: Reduction) -> None:
     """Note what is nonsense, or says nothing."""
+    if reduction.diverged:
+        count = len(reduction.diverged)
+        gathered.warnings.append(f"{count} results are not finite and in no mean: lower the learning rate, or clip")
     if not reduction.seeds or not reduction.effects.count.any():
         return
     there = np.asarray((reduction.effects.count > 0).all(axis=1))
@@ -183,7 +186,7 @@ def _look(gathered: Gathered, manifest: Manifest, reduction: Reduction) -> None:
     ceilings = gathered.tables["reliability"]["ceiling"].to_pylist()
     effects, floor = reduction.effects.mean[there], reduction.floor / np.sqrt(seeds)
     if len(effects) > 1:
-        gathered.warnings = list(warnings(manifest.steps, effects, floor, beyond, ceilings, seeds))
+        gathered.warnings += warnings(manifest.steps, effects, floor, beyond, ceilings, seeds)
     gathered.nonsense = is_nonsense(beyond)
 
 

@@ -201,6 +201,7 @@ def test_diverged_runs_are_left_out_and_reported_with_exit_1(beside):
     spec = make_spec(further_training={"optimizer": {"name": "sgd", "lr": 1e38, "momentum": 0.9}})
     report, store, _ = run_here(spec, beside)
     assert report.gathered.diverged
+    assert "not finite" in report.gathered.warnings[0]
     assert report.exit_code == 1
     assert np.isfinite(table(store, "attribution")["effect"].to_numpy()).all()
 
