@@ -10,6 +10,7 @@ LONG = (
     "tests/estimators/test_signs_and_limits.py",
     "tests/estimators/test_transformers.py",
     "tests/estimators/test_unrolled.py",
+    "tests/estimators/test_unusual_models.py",
     "tests/faults/",
     "tests/orchestrator/cluster/test_hostile.py",
     "tests/orchestrator/report/test_progress.py",
@@ -25,6 +26,7 @@ LONG = (
     "tests/workers/test_bert.py",
     "tests/workers/test_concrete.py",
     "tests/workers/test_holes.py",
+    "tests/workers/test_proof.py",
     "tests/workers/test_shard.py",
 )
 """How the ids of long tests begin."""
