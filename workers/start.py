@@ -6,7 +6,7 @@ Invariant: a ``Start`` can be trained further. A loss that is not one number an 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,11 @@ class Start:
     engine: Engine
     folds: bool
     graphs: Graphs | None
+
+    def using(self, engine: Engine) -> Start:
+        """The same with no more than ``engine`` allows."""
+        graphs = self.graphs if engine.replay else None
+        return replace(self, engine=engine, folds=self.folds and engine.fold, graphs=graphs)
 
 
 def start_from(

@@ -154,13 +154,9 @@ class Trial:
 
     def _by_engine(self, engine: Engine, stacks: Sequence[int]) -> Iterator[tuple[int, list[int], Tensor]]:
         """(stack size, places among the cells, deltas) for stacks that hold the cells, filled up to their size."""
-        start = replace(
-            self.start,
-            settings=self.settings,
-            engine=engine,
-            folds=self.start.folds and engine.fold,
-            graphs={} if engine.replay and self.start.graphs is not None else None,
-        )
+        start = self.start.using(engine)
+        # Graphs of its own: what is compared is traced here, as in a fresh process.
+        start = replace(start, settings=self.settings, graphs=None if start.graphs is None else {})
         count = len(self.cells)
         for size in stacks:
             for begin in range(0, count, size):

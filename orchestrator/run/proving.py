@@ -81,7 +81,8 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
     # The first to have proven decides for everybody.
     if not sweep.store.create(key, body):
         return _taken(json.loads(sweep.store.get(key)), key, start)
-    return replace(_taken(verdict, key, start), lines=_lines(verdict, device))
+    taken = _taken(verdict, key, start)
+    return replace(taken, lines=tuple(f"{line}: given up on {device}" for line in verdict["lines"]))
 
 
 def _prove(
@@ -110,20 +111,8 @@ def _taken(verdict: Mapping[str, Any], key: str, start: Start) -> Proven:
     if "refused" in verdict:
         raise UnprovenError(str(verdict["refused"]))
     engine = Engine(**{name: bool(verdict["engine"][name]) for name in ("replay", "fold", "stack")})
-    allowed = replace(
-        start,
-        engine=engine,
-        folds=start.folds and engine.fold,
-        graphs=start.graphs if engine.replay else None,
-    )
     record = {"proof": key, "path": str(verdict["path"])}
-    return Proven(allowed, max(1, int(verdict["replicas"])), record)
-
-
-def _lines(verdict: Mapping[str, Any], device: str) -> tuple[str, ...]:
-    if "refused" in verdict:
-        return ()
-    return tuple(f"{line}: given up on {device}" for line in verdict["lines"])
+    return Proven(start.using(engine), max(1, int(verdict["replicas"])), record)
 
 
 def _removals(sweep: Sweep, manifest: Manifest) -> tuple[Removal, ...]:
