@@ -79,11 +79,11 @@ def train_cell(
     examples = Examples(workload.evals, workload.collate, device, dtype)
     examples = examples.first(len(examples) if evals is None else evals)
     if forward is None:
-        forward = observe(FunctionalModel(workload, state, device, dtype), train, settings)
+        forward = observe(FunctionalModel(workload, state, device, dtype, settings.trains), train, settings)
     settings, n = settings.settled(forward.mixes), len(train)
     check(n, removal)
 
-    model = final_copy(workload.model, state, device, dtype)
+    model = final_copy(workload.model, state, device, dtype, settings.trains)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     origin = {name: p.detach().clone() for name, p in params.items()}
     optimizer = settings.optimizer.build(list(params.values()))

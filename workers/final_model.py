@@ -11,6 +11,8 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from fimo.workers.errors import WorkloadError
+from fimo.workers.settings import ALL, Trains
+from fimo.workers.trainable import named, restrict
 
 
 def read_final_model(data: bytes, name: str) -> dict[str, Tensor]:
@@ -54,13 +56,18 @@ def check_fits(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None
 
 
 def final_copy(
-    model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device | str, dtype: torch.dtype
+    model: nn.Module,
+    state: Mapping[str, Tensor] | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    trains: Trains = ALL,
 ) -> nn.Module:
     """A copy of the user's model at θᶠ; the user's own is never touched.
 
     Args:
         state: θᶠ, None = the parameters that the model carries.
         device, dtype: of the copy's floating-point tensors.
+        trains: what further training changes: it alone requires a gradient, adapters are put in.
 
     Raises:
         WorkloadError: the copy would be another model: complex numbers lose their imaginary part in the cast, and
@@ -69,14 +76,17 @@ def final_copy(
     _refuse_what_a_copy_loses(model)
     # weight_norm and spectral_norm leave a computed tensor on their module, which deepcopy does not take.
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed}).to(device=device, dtype=dtype)
+    copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+    # Put adapters in before the cast: a float64 sweep starts from the same ones.
+    restrict(copied, trains)
+    copied.to(device=device, dtype=dtype)
     for module in copied.modules():
         # Ask for dense gradients, the same with their zeros: vmap and most optimizers take no others.
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False
     if state is not None:
         # Load after the cast: a float64 θᶠ must not be rounded through the model's own float32.
-        copied.load_state_dict(dict(state), strict=False)
+        copied.load_state_dict(named(copied, state), strict=False)
     return copied
 
 

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Batch, to
 from fimo.workers.final_model import final_copy
+from fimo.workers.settings import ALL, Trains
 from fimo.workers.workload import Workload
 
 Tensors = dict[str, Tensor]
@@ -52,6 +53,7 @@ class FunctionalModel:
         workload: the model and its functions; the model is deep-copied.
         state: θᶠ as a state dict; None = the parameters the model carries. See ``fimo.workers.final_model``.
         device, dtype: where and in which floating-point type the copy lives.
+        trains: what further training changes (``FurtherTraining.trains``).
     """
 
     def __init__(
@@ -60,11 +62,12 @@ class FunctionalModel:
         state: Mapping[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        trains: Trains = ALL,
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self._loss = workload.loss
         self._measure = workload.measure or workload.loss
-        self._module = _Outputs(final_copy(workload.model, state, self.device, dtype), workload)
+        self._module = _Outputs(final_copy(workload.model, state, self.device, dtype, trains), workload)
         named = {n.removeprefix("model."): p for n, p in self._module.named_parameters()}
         self.params: Tensors = {n: p.detach().clone() for n, p in named.items() if p.requires_grad}
         frozen = {n: p.detach().clone() for n, p in named.items() if not p.requires_grad}

@@ -202,7 +202,7 @@ def _widened(case: Case, start: Start, cells: list[Removal], steps: list[int]) -
             Examples(source, case.workload.collate, case.device, torch.float64)
             for source in (case.workload.train, case.workload.evals)
         )
-        model = FunctionalModel(case.workload, case.state, case.device, torch.float64)
+        model = FunctionalModel(case.workload, case.state, case.device, torch.float64, case.settings.trains)
         settings = replace(start.settings, precision="float64")
         return [Trial(wide, start_from(model, train, evals.first(case.evals), settings, start.engine), cells, steps)]
     except Exception:

@@ -96,12 +96,50 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2021, LoRA, eq. 3) in place of the weights: W x + (alpha / rank) B A x, B = 0 at θᶠ.
+
+    Attributes:
+        targets: the linear layers that get one, by the last parts of their dotted names.
+        alpha: None = the rank, so that the adapter counts as it is.
+
+    Raises:
+        UsageError: a rank below 1, or no target.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.targets:
+            raise UsageError("lora needs a rank of at least 1 and targets: the names of linear layers")
+
+
+@dataclass(frozen=True)
+class Trains:
+    """What further training changes; the rest of the model stays as it is.
+
+    Attributes:
+        parameters: patterns of parameter names (``classifier.*``), or all that require a gradient.
+        lora: adapters; with them, of the model's own parameters only those that ``parameters`` names are trained.
+    """
+
+    parameters: tuple[str, ...] | Literal["all"] = "all"
+    lora: Lora | None = None
+
+
+ALL = Trains()
+
+
+@dataclass(frozen=True)
 class FurtherTraining:
     """How a cell is trained further; exactly one of ``epochs`` and ``steps`` is given.
 
     Attributes:
         removal_mode: None = reweight, or mask if the training forward mixes the examples of a batch
             (``fimo.workers.start`` decides, and writes it down).
+        trainable: patterns of the parameters that are trained, or all; ``lora``: adapters. See ``Trains``.
 
     Raises:
         UsageError: no length or two, a batch size or a length below 1, evaluation beyond the last step.
@@ -116,6 +154,8 @@ class FurtherTraining:
     clip_norm: float | None = None
     mode: Literal["train", "eval"] = "train"
     precision: Literal["float32", "float64"] = "float32"
+    trainable: tuple[str, ...] | Literal["all"] = "all"
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -124,6 +164,11 @@ class FurtherTraining:
             raise UsageError("batch_size, epochs and steps must be at least 1")
         if self.steps is not None and self.evaluate.at_steps and max(self.evaluate.at_steps) > self.steps:
             raise UsageError(f"evaluate.at_steps reaches beyond the {self.steps} steps of further training")
+
+    @property
+    def trains(self) -> Trains:
+        """What is trained."""
+        return Trains(self.trainable, self.lora)
 
     @property
     def eval_batch(self) -> int:

@@ -71,6 +71,14 @@ def result_digest(
     )
 
 
+AT_FINAL = ("precision", "trainable", "lora")
+"""Keys of the further-training section that move what is estimated at θᶠ too."""
+
+_NEWER: dict[str, Any] = {"trainable": "all", "lora": None}
+"""Keys that older sweeps have not got, at their defaults: left out, so that those sweeps keep their parts."""
+
+
 def training_identity(section: FurtherTraining) -> dict[str, Any]:
     """The further-training section as it counts for a result: every value, defaults written out."""
-    return section.model_dump(mode="json")
+    values = section.model_dump(mode="json")
+    return {key: value for key, value in values.items() if key not in _NEWER or value != _NEWER[key]}

@@ -53,7 +53,7 @@ class Resolved:
 
     def model(self, device: torch.device) -> FunctionalModel:
         """The model at θᶠ on a device, in the sweep's precision."""
-        return FunctionalModel(self.workload, self.state, device, _dtype(self.spec))
+        return _model(self.spec, self.workload, self.state, device)
 
     def examples(self, device: torch.device) -> tuple[Examples, Examples]:
         """Training and evaluation examples on a device, in the sweep's precision; the latter cut to the sweep's."""
@@ -83,7 +83,7 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
     train, evals = len(Examples(workload.train, workload.collate)), _count_evals(spec, workload)
     removals = number_removals(spec.removals, train, lambda name: read_beside(name, beside))
     cpu = torch.device("cpu")
-    model, examples = FunctionalModel(workload, state, cpu, _dtype(spec)), _examples(workload, spec, evals, cpu)
+    model, examples = _model(spec, workload, state, cpu), _examples(workload, spec, evals, cpu)
     spec = _settled(spec, model, examples[0])
     settings = spec.further_training.settings()
     if spec.estimators is None:
@@ -196,8 +196,12 @@ def _load(spec: Spec, beside: Path, final_model: bytes | None) -> tuple[Workload
     if spec.evals is not None and spec.evals > len(evals):
         raise UsageError(f"evals asks for {spec.evals} evaluation examples; the workload has {len(evals)}")
     some = min(4, len(train))
-    check(FunctionalModel(workload, state, cpu, dtype), train.batch(range(some)), some)
+    check(_model(spec, workload, state, cpu), train.batch(range(some)), some)
     return workload, state
+
+
+def _model(spec: Spec, workload: Workload, state: Mapping[str, Tensor] | None, device: torch.device) -> FunctionalModel:
+    return FunctionalModel(workload, state, device, _dtype(spec), spec.further_training.settings().trains)
 
 
 def _count_evals(spec: Spec, workload: Workload) -> int:
@@ -228,7 +232,7 @@ def _digests(
         "final_model": identity.tensors_digest(sorted(model.state_dict().items())),
     }
     training = identity.training_identity(spec.further_training)
-    at_final = {"precision": spec.further_training.precision}
+    at_final = {name: training[name] for name in identity.AT_FINAL if name in training}
     return (
         about["source"],
         identity.result_digest(**about, further_training=training),

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from fimo.orchestrator.spec.section import Count, Index, Section
 from fimo.orchestrator.spec.shipped import SHIPPED
-from fimo.orchestrator.spec.training import SGD, Adam, AdamW, Evaluate, FurtherTraining, NonNegative
+from fimo.orchestrator.spec.training import SGD, Adam, AdamW, Evaluate, FurtherTraining, Lora, NonNegative
 from fimo.orchestrator.spec.yaml import MAX_BYTES, read_yaml
 from fimo.workers.errors import UsageError, nearest
 
@@ -219,6 +219,7 @@ def _fields(location: tuple[int | str, ...]) -> list[str]:
         "seeds": Seeds,
         "further_training": FurtherTraining,
         "evaluate": Evaluate,
+        "lora": Lora,
         "resources": Resources,
         "sgd": SGD,
         "adam": Adam,

@@ -68,12 +68,21 @@ class Evaluate(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters on linear layers."""
+
+    rank: Count
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    alpha: Rate | None = None
+
+
 class FurtherTraining(Section):
     """The section that defines the number.
 
     Attributes:
         removal_mode: None = reweight, or mask if the model's training forward mixes the examples of a batch; written
             out when the spec is resolved.
+        trainable: patterns of the parameters that are trained; all, or with ``lora`` none, but its adapters.
     """
 
     optimizer: Annotated[SGD | Adam | AdamW, Field(discriminator="name")]
@@ -85,6 +94,8 @@ class FurtherTraining(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     mode: Literal["train", "eval"] = "train"
     precision: Literal["float32", "float64"] = "float32"
+    trainable: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _rules(self) -> FurtherTraining:
@@ -93,8 +104,10 @@ class FurtherTraining(Section):
 
     def settings(self) -> settings.FurtherTraining:
         """The same as the plain values that ``workers`` takes."""
-        plain = self.model_dump(exclude={"optimizer", "evaluate"})
-        optimizer = settings.Optimizer(**self.optimizer.model_dump())
+        plain = self.model_dump(exclude={"optimizer", "evaluate", "lora"})
         return settings.FurtherTraining(
-            optimizer=optimizer, evaluate=settings.Evaluate(**self.evaluate.model_dump()), **plain
+            optimizer=settings.Optimizer(**self.optimizer.model_dump()),
+            evaluate=settings.Evaluate(**self.evaluate.model_dump()),
+            lora=None if self.lora is None else settings.Lora(**self.lora.model_dump()),
+            **plain,
         )

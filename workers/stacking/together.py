@@ -27,7 +27,7 @@ def start_of(
     """What the cells of a workload share, on a device and in the settings' precision; errors as ``start_from``."""
     dtype = getattr(torch, settings.precision)
     train, evals = (Examples(source, workload.collate, device, dtype) for source in (workload.train, workload.evals))
-    return start_from(FunctionalModel(workload, state, device, dtype), train, evals, settings)
+    return start_from(FunctionalModel(workload, state, device, dtype, settings.trains), train, evals, settings)
 
 
 def train_together(
