@@ -44,11 +44,18 @@ class Block:
         lanes: the replicas' places in the stack.
         indices: training indices, (b,) if all lanes share the batch, else (len(lanes), b).
         weights: what each example's loss is multiplied by, float64, (b,) or (len(lanes), b).
+        rows: places (b,) of the examples in the forwards of the definition, whose random numbers they get: in the
+            step's batch, and beyond it among the removed; None = those of a batch of its own.
+        sizes: examples in those two forwards.
+        length: the examples are cut to it; None = left as they are.
     """
 
     lanes: tuple[int, ...]
     indices: Tensor
     weights: Tensor
+    rows: Tensor | None = None
+    sizes: tuple[int, int] = (0, 0)
+    length: int | None = None
 
 
 def orders(n: int, seed: int) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fimo.workers.draws import Draws, Order
+from fimo.workers.draws import Draw, Draws
 from fimo.workers.errors import UsageError, WorkloadError
 from fimo.workers.examples import Batch, Examples, shapes, to
 from fimo.workers.functional import FunctionalModel, Tensors
@@ -40,14 +40,14 @@ class Forward:
         mixes: whether one example's loss, or its gradient, depends on the others in its batch (batch norm).
         random: whether it draws random numbers (dropout).
         used: parameters that the loss depends on; torch's optimizers skip the others.
-        orders: the memory orders in which its dropout layers draw, in the order of their calls.
+        draws: what its dropout layers draw, in the order of their calls.
     """
 
     mutable: tuple[str, ...]
     mixes: bool
     random: bool
     used: tuple[str, ...]
-    orders: tuple[Order, ...]
+    draws: tuple[Draw, ...]
 
 
 def observe(model: FunctionalModel, train: Examples, settings: FurtherTraining) -> Forward:
@@ -81,7 +81,7 @@ def observe(model: FunctionalModel, train: Examples, settings: FurtherTraining) 
         for size in sorted({SOME, max(SOME, min(settings.batch_size, len(train)))}):
             mixes = mixes or _mixes(model, train, random, size)
         used = _used(model, batch)
-    return Forward(mutable, mixes, random, used, tuple(draws.orders))
+    return Forward(mutable, mixes, random, used, tuple(draws.draws))
 
 
 def refuse_mixing(forward: Forward, settings: FurtherTraining) -> None:

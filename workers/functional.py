@@ -48,6 +48,8 @@ class FunctionalModel:
     Attributes:
         params: the trainable parameters (``requires_grad``) at θᶠ, each once however often it is tied.
         fixed: everything else that the forward reads: frozen parameters and buffers.
+        partial: whether any parameter is frozen, so that replicas share what comes before the trained ones.
+        padding: the workload's name of the tensor that masks padding.
 
     Args:
         workload: the model and its functions; the model is deep-copied.
@@ -73,6 +75,7 @@ class FunctionalModel:
         frozen = {n: p.detach().clone() for n, p in named.items() if not p.requires_grad}
         buffers = {n.removeprefix("model."): b.detach().clone() for n, b in self._module.named_buffers()}
         self.fixed: Tensors = {**frozen, **buffers}
+        self.partial, self.padding = bool(frozen), workload.padding
         for parameter in self._module.parameters():
             parameter.requires_grad_(False)
         if not self.params:

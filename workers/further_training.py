@@ -6,9 +6,12 @@ g(z, θᶠ + Δθ_t) − g(z, θᶠ). It does not average, subtract the baseline
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +23,14 @@ from fimo.workers.functional import Tensors
 from fimo.workers.randomness import kept, seed_all, step_seed
 from fimo.workers.stacking import replicas
 from fimo.workers.stacking.folding import folded
+from fimo.workers.stacking.masks import StepMasks
+from fimo.workers.stacking.parts import in_parts, part_cost
 from fimo.workers.stacking.replay import Replayed
 from fimo.workers.stacking.replicas import Gradients, GradientSum
+from fimo.workers.stacking.stacked import Masks
 from fimo.workers.start import Start
 
-__all__ = ["Deltas", "further_train"]
+__all__ = ["Deltas", "State", "Training", "further_train"]
 
 
 @dataclass(frozen=True)
@@ -60,56 +66,146 @@ def further_train(
         UsageError: a removal is not a set of training indices, or leaves nothing to train on.
         WorkloadError: a buffer changes that did not change in the first forward.
     """
-    settings, n = start.settings, len(start.train)
-    stack = _Stack(start, lanes, seed)
-    # One optimizer over a stack is one optimizer a replica: SGD, Adam and AdamW are elementwise.
-    optimizer = settings.optimizer.build(list(stack.params.values()), foreach=start.model.device.type == "cuda")
-    record = _Record(start, lanes)
-    if start.folds:
-        schedule = folded(n, lanes, settings, seed)
-    else:
-        schedule = batches.schedule(n, lanes, settings, seed, start.forward.mixes)
-    with torch.no_grad(), kept(start.model.device), start.model.mode(settings.mode), start.model.buffers_kept():
-        for step, blocks in enumerate(schedule, start=1):
-            grads = stack.gradients(step, blocks)
-            if settings.clip_norm is not None:
-                grads = replicas.clip(grads, settings.clip_norm)
-            for name, parameter in stack.params.items():
-                parameter.grad = grads.get(name)
-            optimizer.step()
-            record.take(step, stack)
-            if watch is not None:
-                watch(step, stack.params)
-            if record.complete or step == last:
-                break
-    return record.result()
+    training = Training(start, lanes, seed)
+    training.advance(last, watch)
+    return training.result()
+
+
+class Training:
+    """A stack in training, which can be halted after any step, and gone on with.
+
+    Args:
+        origin: where the replicas start instead of at θᶠ: all where one of another stack is (``state_of``).
+    """
+
+    def __init__(self, start: Start, lanes: Sequence[Removal], seed: int, origin: State | None = None) -> None:
+        settings, n = start.settings, len(start.train)
+        self.start, self.step = start, 0 if origin is None else origin.step
+        self._stack = _Stack(start, lanes, seed, origin)
+        # One optimizer over a stack is one optimizer a replica: SGD, Adam and AdamW are elementwise.
+        params = self._stack.params
+        self._optimizer = settings.optimizer.build(list(params.values()), foreach=start.model.device.type == "cuda")
+        if origin is not None:
+            for name, rows in origin.optimizer.items():
+                self._optimizer.state[params[name]] = _spread(rows, params[name])
+        self._record = _Record(start, lanes, self.step)
+        if start.folds:
+            apart = start.model.partial
+            schedule = folded(n, lanes, settings, seed, start.forward.random, apart)
+        else:
+            schedule = batches.schedule(n, lanes, settings, seed, start.forward.mixes)
+        self._schedule = islice(schedule, self.step, None)
+
+    def advance(self, until: int | None = None, watch: Callable[[int, Tensors], None] | None = None) -> None:
+        """Take steps until ``until``, or until all is recorded; errors as ``further_train``."""
+        start, stack = self.start, self._stack
+        model, clip_norm = start.model, start.settings.clip_norm
+        with torch.no_grad(), kept(model.device), model.mode(start.settings.mode), model.buffers_kept():
+            while not self._record.complete and (until is None or self.step < until):
+                self.step += 1
+                grads = stack.gradients(self.step, next(self._schedule))
+                if clip_norm is not None:
+                    grads = replicas.clip(grads, clip_norm)
+                for name, parameter in stack.params.items():
+                    parameter.grad = grads.get(name)
+                self._optimizer.step()
+                self._record.take(self.step, stack)
+                if watch is not None:
+                    watch(self.step, stack.params)
+
+    def state_of(self, lane: int) -> State:
+        """All that the further course of a replica depends on, as it is now; a copy."""
+        params, buffers = self._stack.params, self._stack.buffers
+        rows = {
+            name: {key: _row(value, params[name], lane) for key, value in self._optimizer.state[params[name]].items()}
+            for name in params
+            if params[name] in self._optimizer.state
+        }
+        return State(self.step, _lane(params, lane), _lane(buffers, lane), rows, self._stack.calls())
+
+    def result(self) -> Deltas:
+        """What was recorded so far."""
+        return self._record.result()
+
+
+@dataclass(frozen=True)
+class State:
+    """A replica after ``step`` steps.
+
+    Attributes:
+        optimizer: its state by parameter and by torch's own names.
+        calls: how often each signature was called, which decides what is replayed.
+    """
+
+    step: int
+    params: Tensors
+    buffers: Tensors
+    optimizer: dict[str, dict[str, Any]]
+    calls: tuple[Counter[object], ...]
+
+
+def _lane(tensors: Tensors, lane: int) -> Tensors:
+    return {name: t[lane].detach().clone() for name, t in tensors.items()}
+
+
+def _row(value: Any, parameter: Tensor, lane: int) -> Any:
+    """One replica's row of an optimizer's state; the count of steps is not stacked."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value[lane] if value.shape == parameter.shape else value).clone()
+
+
+def _spread(rows: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """One replica's state for every replica of a stack."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape == parameter.shape[1:]:
+            return value.expand(parameter.shape).clone(memory_format=torch.contiguous_format)
+        return value.clone()
+
+    return {key: one(value) for key, value in rows.items()}
 
 
 class _Stack:
     """Replicas in training: their parameters and buffers (R, …), and the gradients of their losses."""
 
-    def __init__(self, start: Start, lanes: Sequence[Removal], seed: int) -> None:
+    def __init__(self, start: Start, lanes: Sequence[Removal], seed: int, origin: State | None) -> None:
         self.start, self.seed, self.size = start, seed, len(lanes)
         model, self.forward = start.model, start.forward
-        self.params = replicas.stacked(model.params, self.size)
-        self.buffers = replicas.stacked({name: model.fixed[name] for name in self.forward.mutable}, self.size)
+        params, fixed = (model.params, model.fixed) if origin is None else (origin.params, origin.buffers)
+        self.params = replicas.stacked(params, self.size)
+        self.buffers = replicas.stacked({name: fixed[name] for name in self.forward.mutable}, self.size)
         subtracted_apart = start.settings.removal_mode == "reweight" and not start.folds
         self.removed = _removed(start.train, lanes) if subtracted_apart else []
+        self._part_cost = part_cost(sum(p.numel() for p in model.params.values()) * self.size, model.device)
         # Trace only a forward that vmap has accepted, over replicas here or over examples in the probe: vmap rejects
         # data-dependent branches, which a trace would silently freeze.
         graphs = start.graphs if self.size > 1 or start.folds else None
-        gradients = partial(replicas.gradients, model, orders=self.forward.orders)
+        gradients = partial(replicas.gradients, model, orders=[draw.order for draw in self.forward.draws])
         self._batch_gradients = Replayed(gradients, "batch", graphs)
         self._removed_gradients = Replayed(gradients, "removed", graphs)
         self.measures = Replayed(partial(replicas.measures, model), "measures", graphs)
+        for replayed, calls in zip(self._replayed(), origin.calls if origin is not None else (), strict=False):
+            replayed.calls.update(calls)
+
+    def _replayed(self) -> tuple[Replayed, ...]:
+        return self._batch_gradients, self._removed_gradients, self.measures
+
+    def calls(self) -> tuple[Counter[object], ...]:
+        """The calls of each signature so far."""
+        return tuple(replayed.calls.copy() for replayed in self._replayed())
 
     def gradients(self, step: int, blocks: Sequence[batches.Block]) -> Gradients:
         """∇ of each replica's loss: the mean over its batch and, in reweight mode, the weighted loss of the removed."""
         total = GradientSum(self.size)
-        for block in blocks:
-            self._add_batch(total, block, step_seed(self.seed, step, "batch"))
+        seeds = step_seed(self.seed, step, "batch"), step_seed(self.seed, step, "removed")
+        masks = self.start.masks(seeds)
+        for block in in_parts(blocks, self.start.trimming, self._part_cost):
+            self._add_batch(total, block, seeds[0], masks)
         for lanes, batch in self.removed:
-            self._add_removed(total, lanes, batch, step_seed(self.seed, step, "removed"))
+            self._add_removed(total, lanes, batch, seeds[1])
         idle: list[int] = []
         if sum(len(block.lanes) for block in blocks) < self.size:
             idle = sorted(set(range(self.size)).difference(*(block.lanes for block in blocks)))
@@ -118,11 +214,14 @@ class _Stack:
             total.add(zeros, tuple(idle))
         return total.result(idle)
 
-    def _add_batch(self, total: GradientSum, block: batches.Block, seed: int) -> None:
-        for lanes, batch, weights, shared in replicas.fetch(self.start.train, block):
+    def _add_batch(self, total: GradientSum, block: batches.Block, seed: int, masks: StepMasks | None) -> None:
+        own: Masks | None = None
+        if masks is not None and block.rows is not None:
+            own = partial(masks.at, rows=block.rows, sizes=block.sizes)
+        for lanes, batch, weights, shared in replicas.fetch(self.start.train, block, self.start.trimming):
             params, buffers = self.take(lanes)
             seed_all(seed, self.start.model.device)
-            part, after = self._batch_gradients(params, buffers, batch, weights, shared)
+            part, after = self._batch_gradients(params, buffers, batch, weights, shared, own)
             total.add(part, lanes)
             replicas.put_back(self.buffers, after, lanes)
 
@@ -155,14 +254,15 @@ def _removed(train: Examples, lanes: Sequence[Removal]) -> list[tuple[tuple[int,
 class _Record:
     """Evaluates lanes when they are due and keeps the results on the CPU."""
 
-    def __init__(self, start: Start, lanes: Sequence[Removal]) -> None:
+    def __init__(self, start: Start, lanes: Sequence[Removal], after: int = 0) -> None:
         self.start = start
         n, settings = len(start.train), start.settings
         self.steps = batches.steps_recorded(n, settings)
         self.due: dict[int, list[tuple[int, int]]] = {}
         for lane, removal in enumerate(lanes):
             for place, (own_step, _) in enumerate(batches.amounts(n, removal, settings)):
-                self.due.setdefault(own_step, []).append((lane, place))
+                if own_step > after:
+                    self.due.setdefault(own_step, []).append((lane, place))
         shape = (len(lanes), len(self.steps))
         # NaN, not zero: a result that was never written must not pass for a number.
         self.deltas = torch.full((*shape, len(start.at_final)), torch.nan, dtype=torch.float64)
@@ -181,7 +281,8 @@ class _Record:
         lanes = tuple(sorted({lane for lane, _ in due}))
         params, buffers = stack.take(lanes)
         with model.mode("eval"):
-            g = torch.cat([stack.measures(params, buffers, batch) for batch in self.start.evals], dim=1)
+            blocks = [stack.measures(params, buffers, batch) for batch in self.start.evals.blocks]
+            g = self.start.evals.in_order(torch.cat(blocks, dim=1))
         moved = [(p - model.params[n]).reshape(len(p), -1) for n, p in params.items()]
         squares = [torch.linalg.vector_norm(m, dim=1, dtype=torch.float64) ** 2 for m in moved]
         delta, distance = g.cpu() - self.start.at_final, torch.stack(squares).sum(dim=0).sqrt().cpu()

@@ -30,8 +30,9 @@ from fimo.workers.trial import LENIENT, SLACK, Case, Differences, Trial, where
 LEVELS = (
     Engine(),
     Engine(replay=False),
-    Engine(replay=False, fold=False),
-    Engine(replay=False, fold=False, stack=False),
+    Engine(replay=False, trim=False),
+    Engine(replay=False, trim=False, fold=False),
+    Engine(replay=False, trim=False, fold=False, stack=False),
 )
 BUDGET_S = 60.0
 
@@ -124,21 +125,28 @@ def _ways(start: Start) -> Iterator[tuple[Engine, str]]:
     seen = set()
     for engine in LEVELS:
         allowed = Engine(*(a and b for a, b in zip(_flags(engine), _flags(start.engine), strict=True)))
-        kind = (allowed.replay and start.graphs is not None, allowed.fold and start.folds, allowed.stack)
+        cut = start.trimming is not None or start.evals.places is not None
+        kind = (
+            allowed.replay and start.graphs is not None,
+            allowed.trim and cut,
+            allowed.fold and start.folds,
+            allowed.stack,
+        )
         if kind not in seen:
             seen.add(kind)
             yield allowed, _in_words(*kind)
 
 
-def _in_words(traced: bool, folded: bool, stacked: bool) -> str:
+def _in_words(traced: bool, cut: bool, folded: bool, stacked: bool) -> str:
     if not stacked:
         return "one replica at a time"
-    used = [word for word, is_used in (("traced", traced), ("folded", folded), ("stacked", True)) if is_used]
+    words = (("traced", traced), ("trimmed", cut), ("folded", folded), ("stacked", True))
+    used = [word for word, is_used in words if is_used]
     return " and ".join([", ".join(used[:-1]), used[-1]] if len(used) > 1 else used)
 
 
-def _flags(engine: Engine) -> tuple[bool, bool, bool]:
-    return engine.replay, engine.fold, engine.stack
+def _flags(engine: Engine) -> tuple[bool, ...]:
+    return engine.replay, engine.trim, engine.fold, engine.stack, engine.fork
 
 
 # -- what is compared -----------------------------------------------------------------------------------------------

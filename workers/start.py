@@ -6,19 +6,26 @@ Invariant: a ``Start`` can be trained further. A loss that is not one number an 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fimo.workers.errors import DivergedError, WorkloadError
-from fimo.workers.examples import Batch, Examples
-from fimo.workers.forward import Forward, observe, refuse_mixing
+from fimo.workers.examples import Examples
+from fimo.workers.forward import SOME, Forward, observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, check
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
-from fimo.workers.stacking.probe import independent
+from fimo.workers.stacking import probe
+from fimo.workers.stacking.evaluation import Evals, in_blocks
+from fimo.workers.stacking.masks import Calls, StepMasks
 from fimo.workers.stacking.replay import Graphs
+from fimo.workers.stacking.trimming import Trimming, trimming
+
+LOOK_S = 20.0
+"""Seconds that may be spent on looking for training examples whose loss is not finite."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +34,17 @@ class Engine:
 
     Attributes:
         replay: trace the steps of small models.
+        trim: cut batches to their longest example, and into parts of similar length.
         fold: make one block of a step's blocks, if examples are proven independent.
         stack: train replicas together.
+        fork: start a cell where it first differs from the baseline.
     """
 
     replay: bool = True
+    trim: bool = True
     fold: bool = True
     stack: bool = True
+    fork: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,29 +54,50 @@ class Start:
     Attributes:
         model: at θᶠ.
         train: 𝒟, on the model's device and in its dtype.
-        evals: the evaluation examples as batches, in order.
+        examples: the evaluation examples; ``evals``: as batches.
         at_final: g(z, θᶠ), float64 (m,).
         settings: the further-training section, its removal mode settled.
         forward: how the training forward behaves.
         engine: what may be done to be fast.
         folds: a step is one block of all lanes, with weights (``fimo.workers.stacking.folding``).
         graphs: traced steps of the stacks, filled as they train; None = nothing is traced.
+        trimming: how training examples are cut; None = they are not.
+        calls: the forward's calls of dropout, if a folded step gets its masks from them; ``tokens``: of an example that
+            is not cut.
     """
 
     model: FunctionalModel
     train: Examples
-    evals: tuple[Batch, ...]
+    examples: Examples
+    evals: Evals
     at_final: Tensor
     settings: FurtherTraining
     forward: Forward
     engine: Engine
     folds: bool
     graphs: Graphs | None
+    trimming: Trimming | None = None
+    calls: Calls = ()
+    tokens: int = 0
 
     def using(self, engine: Engine) -> Start:
         """The same with no more than ``engine`` allows."""
-        graphs = self.graphs if engine.replay else None
-        return replace(self, engine=engine, folds=self.folds and engine.fold, graphs=graphs)
+        folds = self.folds and engine.fold
+        start = replace(
+            self,
+            engine=engine,
+            folds=folds,
+            graphs=self.graphs if engine.replay else None,
+            trimming=self.trimming if engine.trim and folds else None,
+        )
+        if self.evals.places is None or engine.trim:
+            return start
+        evals = in_blocks(self.examples, self.settings.eval_batch)
+        return replace(start, evals=evals, at_final=_at_final(self.model, evals))
+
+    def masks(self, seeds: tuple[int, int]) -> StepMasks | None:
+        """The dropout masks of a step whose forwards have these seeds; None = each forward draws its own."""
+        return StepMasks(self.model, self.calls, seeds, self.tokens) if self.folds and self.calls else None
 
 
 def start_from(
@@ -85,51 +117,115 @@ def start_from(
         UsageError: a removal mode that this model's training forward does not have.
     """
     engine = engine or Engine()
-    size, block = min(len(train), settings.batch_size), settings.eval_batch
+    size = min(len(train), settings.batch_size)
     check(model, train.batch(range(size)), size, ["loss"])
-    blocks = tuple(batch for _, batch in evals.batches(block))
-    check(model, blocks[0], min(len(evals), block), ["measure"])
-    at_final = _at_final(model, blocks)
-    with torch.no_grad(), model.mode("eval"):
-        # A dataset may be long to read, so that of its examples only the first batch is looked at.
-        looked_at = train.batches(1024, range(len(train) if train.tensors is not None else size))
-        losses = torch.cat([model.loss(model.params, b) for _, b in looked_at])
-    _refuse_not_finite(losses, "loss of training example")
+    check(
+        model,
+        evals.batch(range(min(len(evals), settings.eval_batch))),
+        min(len(evals), settings.eval_batch),
+        ["measure"],
+    )
+    blocks, at_final = _evaluated(model, evals, settings, engine)
+    cuts = trimming(train, model.padding) if engine.trim else None
+    if cuts is not None and not probe.cuts_nothing(model, train, cuts):
+        cuts = None
+    _refuse_not_finite(_losses(model, train, size, cuts), "loss of training example")
     _refuse_not_finite(at_final, "measure of evaluation example")
-    forward = observe(model, train, settings)
+    # What is looked at are the shortest examples: of a large model on text any others take minutes.
+    looked_at = probe.shortest(train, cuts, max(SOME, size) + 2)
+    forward = observe(model, looked_at, settings)
     settings = settings.settled(forward.mixes)
     refuse_mixing(forward, settings)
-    folds = engine.fold and train.tensors is not None and independent(model, train, forward, settings)
-    # Batches of a dataset may differ in shape from step to step, and each shape would be traced.
-    traces = engine.replay and train.tensors is not None and not (forward.random or forward.mutable)
-    graphs: Graphs | None = {} if traces else None
-    return Start(model, train, blocks, at_final, settings, forward, engine, folds, graphs)
+    calls = probe.dropout_calls(model, train, forward, settings)
+    folds = (
+        engine.fold
+        and train.tensors is not None
+        and calls is not None
+        and probe.independent(model, looked_at, forward, settings, len(train))
+        and probe.same_in_parts(model, train, calls, settings, cuts)
+    )
+    # Batches of a dataset, and those that are cut, differ in shape from step to step, and each would be traced.
+    traces = engine.replay and train.tensors is not None and cuts is None and not (forward.random or forward.mutable)
+    tokens = probe.tokens(train, model.padding)
+    return Start(
+        model,
+        train,
+        evals,
+        blocks,
+        at_final,
+        settings,
+        forward,
+        engine,
+        folds,
+        {} if traces else None,
+        cuts if folds else None,
+        calls or (),
+        tokens,
+    )
 
 
-def _at_final(model: FunctionalModel, blocks: tuple[Batch, ...]) -> Tensor:
+def _evaluated(
+    model: FunctionalModel, evals: Examples, settings: FurtherTraining, engine: Engine
+) -> tuple[Evals, Tensor]:
+    """The evaluation examples as batches, cut if that changes nothing at θᶠ, and g(z, θᶠ)."""
+    plain = in_blocks(evals, settings.eval_batch)
+    at_final = _at_final(model, plain)
+    cuts = trimming(evals, model.padding) if engine.trim else None
+    if cuts is None:
+        return plain, at_final
+    try:
+        cut = in_blocks(evals, settings.eval_batch, cuts)
+        again = _at_final(model, cut)
+    except Exception:
+        # Whatever the model objects to, nothing is cut.
+        return plain, at_final
+    tolerance = 1e-9 if model.dtype is torch.float64 else 1e-4
+    scale = float(at_final.abs().nan_to_num(0, 0, 0).max())
+    same = torch.allclose(again, at_final, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    return (cut, again) if same else (plain, at_final)
+
+
+@torch.no_grad()
+def _losses(model: FunctionalModel, train: Examples, size: int, cuts: Trimming | None) -> Tensor:
+    """Losses in eval mode of the first training examples: as many as can be had in ``LOOK_S`` seconds.
+
+    A dataset may be long to read, so that of its examples only the first batch is looked at.
+    """
+    begun, losses = time.monotonic(), []
+    with model.mode("eval"):
+        looked_at = range(len(train) if train.tensors is not None else size)
+        for places, batch in train.batches(1024 if cuts is None else 64, looked_at):
+            cut = batch if cuts is None else cuts.cut(batch, cuts.longest(torch.tensor(places)))
+            losses.append(model.loss(model.params, cut))
+            if time.monotonic() - begun > LOOK_S:
+                break
+    return torch.cat(losses)
+
+
+def _at_final(model: FunctionalModel, evals: Evals) -> Tensor:
     """g(z, θᶠ), float64 (m,); refused if it is another number the next time (WorkloadError).
 
     No seed reaches an evaluation, so that its random numbers would pass for effects.
     """
 
-    def measured(seed: int, blocks: tuple[Batch, ...]) -> Tensor:
+    def measured(seed: int, count: int | None = None) -> Tensor:
         seed_all(seed, model.device)
-        return torch.cat([model.measure(model.params, b) for b in blocks]).double().cpu()
+        return torch.cat([model.measure(model.params, b) for b in evals.blocks[:count]]).double().cpu()
 
     with torch.no_grad(), model.mode("eval"), kept(model.device):
         seed_all(0, model.device)
         before = torch_state(model.device), python_state()
-        at_final = measured(0, blocks)
+        at_final = measured(0)
         drew = not torch.equal(torch_state(model.device), before[0]) or python_state() != before[1]
         # A forward that drew may have drawn in the last block alone.
-        again = measured(1, blocks if drew else blocks[:1])
+        again = measured(1, None if drew else 1)
     if not torch.equal(at_final[: len(again)].nan_to_num(), again.nan_to_num()):
         raise WorkloadError(
             "the measure gives other numbers for the same parameters and examples: in eval mode the forward draws "
             "random numbers (functional dropout needs training=self.training), counts its calls, or writes to its "
             "buffers or to its batch"
         )
-    return at_final
+    return evals.in_order(at_final)
 
 
 def _refuse_not_finite(values: Tensor, what: str) -> None:

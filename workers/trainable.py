@@ -70,9 +70,8 @@ def _adapt(model: nn.Module, lora: Lora) -> None:
                 f"the model has {', '.join(last[:6])}{', …' if len(last) > 6 else ''}"
             )
     kept = {name for name, p in model.named_parameters() if p.requires_grad}
-    config: Any = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.rank if lora.alpha is None else lora.alpha, target_modules=list(lora.targets)
-    )
+    alpha: Any = lora.rank if lora.alpha is None else lora.alpha
+    config: Any = peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         peft.inject_adapter_in_model(config, model, ADAPTER)

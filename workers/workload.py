@@ -38,6 +38,8 @@ class Workload:
         loss: ``loss(outputs, batch) -> Tensor (B,)``, unreduced: the per-example training loss ℓ_i.
         measure: ``measure(outputs, batch) -> Tensor (B,)``, the evaluation function g; default the loss.
         collate: for datasets, list of items -> batch; default the dataset's own ``collate``.
+        padding: of examples kept as tensors, the name of the tensor (n, tokens) that is 0 where there is padding:
+            batches are then cut to their longest example, if that is seen to change nothing.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Workload:
     loss: Callable[[Tensor, Batch], Tensor]
     measure: Callable[[Tensor, Batch], Tensor] | None = None
     collate: Callable[[list[Any]], Any] | None = None
+    padding: str | None = "attention_mask"
 
 
 def find_module(reference: str, beside: Path) -> tuple[str, str, Path | None]:

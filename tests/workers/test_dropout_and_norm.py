@@ -156,7 +156,7 @@ def test_what_the_training_forward_does_is_found_by_running_it() -> None:
     assert set(normed.forward.mutable) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     assert (normed.forward.mixes, normed.folds) == (True, False)
     dropped = started(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)))
-    assert (dropped.forward.mixes, dropped.forward.random, dropped.folds) == (False, True, False)
+    assert (dropped.forward.mixes, dropped.forward.random, dropped.folds) == (False, True, True)
     centred = started(nn.Sequential(nn.Linear(4, 3), Centred()))
     assert (centred.forward.mixes, centred.folds) == (True, False)
 

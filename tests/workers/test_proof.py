@@ -61,7 +61,7 @@ def test_a_sound_engine_is_proven_and_the_verdict_says_on_what(mode: str) -> Non
     assert got.precisions["float64"]["bound"] < 1e-7
     assert got.seconds < 60
     plain = json.loads(json.dumps(got.json(), allow_nan=False))
-    assert plain["engine"] == {"replay": True, "fold": True, "stack": True}
+    assert plain["engine"] == dict.fromkeys(("replay", "trim", "fold", "stack", "fork"), True)
 
 
 # -- faults of gradients and measures -------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_a_fault_of_folding_gives_up_folding(wrong: Any, mode: str, monkeypatch:
 
     monkeypatch.setattr(further_training, "folded", folded)
     got = verdict(regression(), settings(removal_mode=mode))
-    assert (got.path, got.engine) == (STACKED, Engine(replay=False, fold=False))
+    assert (got.path, got.engine) == (STACKED, Engine(replay=False, trim=False, fold=False))
 
 
 # -- models ---------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_what_cannot_be_stacked_falls_back_and_the_line_says_why() -> None:
             return super().forward(x) * (1 + self[0].bias[0].item())
 
     got = verdict(classification(model=Reads(nn.Linear(4, 3))), settings(), engine=Engine())
-    assert (got.path, got.engine) == (ALONE, Engine(replay=False, fold=False, stack=False))
+    assert (got.path, got.engine) == (ALONE, Engine(replay=False, trim=False, fold=False, stack=False))
     assert list(got.stacks) == [1]
     assert ".item()" in got.lines[-1]
 

@@ -2,29 +2,53 @@
 
 A folded step is the same weighted sum of losses as ``fimo.workers.batches.schedule`` gives, arranged otherwise: the
 examples that reweight subtracts ride in the batch, and drop's shorter batches are filled up with weight 0.
-``fimo.workers.stacking.probe`` says for which forwards that may be done.
+``fimo.workers.stacking.probe`` says for which forwards that may be done, ``fimo.workers.stacking.parts`` cuts a block
+by the lengths of its examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fimo.workers import batches
 from fimo.workers.batches import Block, Part, Removal
 from fimo.workers.settings import FurtherTraining
 
 
-def folded(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[list[Block]]:
-    """One block of all lanes for every step, without end; arguments and errors as ``batches.schedule``."""
+def folded(
+    n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int, random: bool = False, apart: bool = False
+) -> Iterator[list[Block]]:
+    """As few blocks as can be for every step, without end; arguments and errors as ``batches.schedule``.
+
+    Args:
+        random: the forward draws dropout masks, which must be those of the definition's own batches: none is filled up.
+        apart: keep removed examples out of a batch that the lanes share: what is frozen is then computed once.
+    """
     for removal in set(lanes):
         batches.check(n, removal)
     if settings.removal_mode == "drop":
-        return ([_filled(parts)] for parts in batches.dropped(n, lanes, settings, seed))
+        if not random:
+            return ([_filled(parts)] for parts in batches.dropped(n, lanes, settings, seed))
+        return (
+            [_in_place(block) for block in batches.joined_by_size(parts)]
+            for parts in batches.dropped(n, lanes, settings, seed)
+        )
     if settings.removal_mode == "reweight" and any(lanes):
-        return _appended(n, lanes, batches.whole(n, lanes, settings, seed))
-    return batches.schedule(n, lanes, settings, seed)
+        whole = batches.whole(n, lanes, settings, seed)
+        sizes = {len(removal) for removal in lanes if removal}
+        if apart or (random and len(sizes) > 1):
+            return _beside(n, lanes, whole)
+        return _appended(n, lanes, whole)
+    return ([_in_place(block) for block in blocks] for blocks in batches.schedule(n, lanes, settings, seed))
+
+
+def _in_place(block: Block) -> Block:
+    count = block.indices.shape[-1]
+    return replace(block, rows=torch.arange(count), sizes=(count, 0))
 
 
 def _appended(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) -> Iterator[list[Block]]:
@@ -32,7 +56,7 @@ def _appended(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) ->
     padded = torch.tensor([[*removal, *[-1] * (most - len(removal))] for removal in lanes], dtype=torch.long)
     present = padded >= 0
     subtracted = present.to(torch.float64) * batches.removed_weight(n)
-    weights: dict[int, torch.Tensor] = {}
+    weights: dict[int, Tensor] = {}
     for (block,) in whole:
         size = len(block.indices)
         if size not in weights:
@@ -40,7 +64,33 @@ def _appended(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) ->
         # Shorter removals are filled up with an example of the batch, of weight 0.
         appended = torch.where(present, padded, block.indices[0])
         indices = torch.cat([block.indices.expand(len(lanes), -1), appended], dim=1)
-        yield [Block(block.lanes, indices, weights[size])]
+        yield [Block(block.lanes, indices, weights[size], torch.arange(size + most), (size, most))]
+
+
+def _beside(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) -> Iterator[list[Block]]:
+    """The batch that all lanes share, and the removed examples of the lanes that remove equally many."""
+    sizes: dict[int, list[int]] = {}
+    for lane, removal in enumerate(lanes):
+        if removal:
+            sizes.setdefault(len(removal), []).append(lane)
+    removed = [
+        (
+            tuple(own),
+            torch.tensor([lanes[i] for i in own]),
+            torch.full((size,), batches.removed_weight(n), dtype=torch.float64),
+        )
+        for size, own in sizes.items()
+    ]
+    for (block,) in whole:
+        batch = _in_place(block)
+        count = len(block.indices)
+        yield [
+            batch,
+            *(
+                Block(own, indices, weights, torch.arange(count, count + len(weights)), (count, len(weights)))
+                for own, indices, weights in removed
+            ),
+        ]
 
 
 def _filled(parts: Sequence[Part]) -> Block:

@@ -1,49 +1,161 @@
-"""May a step be folded: does the training forward treat examples one by one?
+"""May a step be folded, and may its examples be cut: does the training forward treat examples one by one?
 
 Folding gives examples of a batch weights of its own and adds others to it, which is exact only if each example's loss
 and gradient are what they are alone. Proven here on a few examples, at θᶠ and away from it, in losses and in gradients
-(``scale_grad_by_freq`` couples gradients alone). What cannot be proven is not folded.
+(``scale_grad_by_freq`` couples gradients alone). What cannot be proven is not done.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
+from fimo.workers.draws import Draws
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.forward import SOME, Forward, agree, losses_and_gradient, moved
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
+from fimo.workers.stacking.masks import Calls, StepMasks, learn
+from fimo.workers.stacking.stacked import Stacked
+from fimo.workers.stacking.trimming import Trimming, trimming
+
+LARGE = 10_000_000
+"""Parameters from which on fewer examples are looked at."""
 
 
-def independent(model: FunctionalModel, train: Examples, forward: Forward, settings: FurtherTraining) -> bool:
-    """Whether each example's loss and gradient in a batch are proven to be those that it has alone."""
-    if forward.mixes or forward.random or forward.mutable:
+def tokens(train: Examples, padding: str | None) -> int:
+    """Tokens of an example with its padding; 0 if there is nothing like it."""
+    mask = train.tensors.get(padding) if isinstance(train.tensors, dict) and padding is not None else None
+    return int(mask.shape[1]) if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+
+
+def shortest(train: Examples, cuts: Trimming | None, count: int) -> Examples:
+    """The ``count`` shortest examples, cut to the longest of them; all of them if it is not known how to cut."""
+    if cuts is None or train.tensors is None:
+        return train
+    chosen = torch.argsort(cuts.lengths, stable=True)[:count]
+    return Examples(cuts.cut(train.batch(chosen), cuts.longest(chosen)), device=train.device, dtype=train.dtype)
+
+
+def cuts_nothing(model: FunctionalModel, train: Examples, cuts: Trimming) -> bool:
+    """Whether losses and gradients of short examples are the same with and without their padding, in eval mode."""
+    ascending = torch.argsort(cuts.lengths, stable=True)
+    chosen = ascending[torch.tensor([0, 1, len(ascending) // 4, len(ascending) // 2]).clamp(max=len(ascending) - 1)]
+    batch = train.batch(chosen)
+    places = torch.arange(len(chosen))
+    with kept(model.device), model.mode("eval"):
+        for params in (model.params, moved(model.params, 3)):
+            for wide, tolerance in ((True, 1e-6), (False, 1e-4)):
+                try:
+                    cut = cuts.cut(batch, cuts.longest(chosen))
+                    both = [losses_and_gradient(model, params, some, places, wide) for some in (batch, cut)]
+                except Exception:
+                    if wide:
+                        continue  # A forward that fails in float64 is judged in its own precision.
+                    return False
+                if not agree(both[0], both[1], tolerance):
+                    return False
+                break
+    return True
+
+
+def dropout_calls(model: FunctionalModel, train: Examples, forward: Forward, settings: FurtherTraining) -> Calls | None:
+    """The training forward's calls of dropout; none if it draws nothing, None if they cannot be told."""
+    if not forward.random:
+        return ()
+    n, full = len(train), tokens(train, model.padding)
+    if train.tensors is None or n < 7 or forward.mixes or forward.mutable:
+        return None
+    few, more = (train.batch(range(count)) for count in (5, 7))
+    shaped = [(few, 5, full), (more, 7, full)]
+    try:
+        if full > 2:
+            whole = Trimming(torch.full((n,), full), full)
+            shaped.append((whole.cut(few, full - 1), 5, full - 1))
+        return learn(model, settings, shaped)
+    except Exception:
+        return None
+
+
+def same_in_parts(
+    model: FunctionalModel, train: Examples, calls: Calls, settings: FurtherTraining, cuts: Trimming | None
+) -> bool:
+    """Whether a batch that draws has the losses and gradients of its parts with the masks that it would have drawn."""
+    if not calls:
+        return True
+    n = min(6, len(train))
+    indices, full = torch.arange(n), tokens(train, model.padding)
+    shuffled = torch.tensor([4, 1, 5, 0, 3, 2])
+    with kept(model.device), model.mode(settings.mode):
+        try:
+            with Draws():
+                whole = losses_and_gradient(model, model.params, train.batch(indices), indices, wide=False)
+            masks = StepMasks(model, calls, (0, 0), full)
+            got, total = torch.empty_like(whole[0]), {name: torch.zeros_like(g) for name, g in whole[1].items()}
+            for rows in shuffled[shuffled < n].split(3):
+                batch = train.batch(indices[rows])
+                if cuts is not None:
+                    batch = cuts.cut(batch, cuts.longest(indices[rows]))
+                with Stacked((), partial(masks.at, rows=rows, sizes=(n, 0))):
+                    weights = (rows + 1).double()
+                    losses, grads = losses_and_gradient(
+                        model, model.params, batch, torch.arange(len(rows)), False, weights
+                    )
+                got[rows.to(got.device)] = losses
+                total = {name: total[name] + grads[name] for name in total}
+        except Exception:
+            return False
+    return agree(whole, (got, total), 1e-9 if model.dtype is torch.float64 else 1e-4)
+
+
+def independent(model: FunctionalModel, train: Examples, forward: Forward, settings: FurtherTraining, n: int) -> bool:
+    """Whether each example's loss and gradient in a batch are proven to be those that it has alone.
+
+    A forward that draws is looked at in eval mode, without its dropout.
+
+    Args:
+        train: some of the ``n`` training examples.
+    """
+    if forward.mixes or forward.mutable:
         return False
-    indices = list(range(min(SOME, len(train))))
+    large = sum(p.numel() for p in model.params.values()) >= LARGE
+    indices = list(range(min(4 if large else SOME, len(train))))
     # The first example twice: a removed example rides in a batch that may hold it already.
     indices.append(0)
-    with kept(model.device), model.mode(settings.mode):
+    with kept(model.device), model.mode("eval" if forward.random else settings.mode):
         return (
-            _one_by_one(model, train.batch(indices))
-            and _at_every_size(model, train, settings.batch_size)
+            _one_by_one(model, train, indices)
+            and _at_every_size(model, train, settings.batch_size, n, large)
             and all(_adds_up(model, params, train, indices) for params in (model.params, moved(model.params, 2)))
         )
 
 
 @torch.no_grad()
-def _one_by_one(model: FunctionalModel, batch: Batch) -> bool:
-    """Whether vmap over examples gives the batch's losses; it refuses decisions that depend on data."""
+def _one_by_one(model: FunctionalModel, train: Examples, indices: list[int]) -> bool:
+    """Whether vmap over examples gives the batch's losses; it refuses decisions that depend on data.
+
+    Examples without padding share their mask, about which a forward may decide: transformers asks whether it is whole.
+    """
+    batch = _without_padding(model, train, indices)
+    mask = batch.get(model.padding) if trimming(train, model.padding) is not None else None
+    shares = isinstance(mask, Tensor) and bool((mask == mask[:1]).all())
 
     def one(example: Batch) -> Tensor:
-        alone = pytree.tree_map(lambda t: t.unsqueeze(0), example)
+        alone = {
+            name: value[:1] if shares and name == model.padding else pytree.tree_map(lambda t: t.unsqueeze(0), value)
+            for name, value in example.items()
+        }
         return model.loss(model.params, alone, dict(model.fixed))[0]
 
+    dims = {name: None if shares and name == model.padding else 0 for name in batch}
     try:
-        alone: Tensor = vmap(one)(batch)
+        with Stacked(decides=False):
+            alone: Tensor = vmap(one, in_dims=(dims,))(batch)
         whole = model.loss(model.params, batch, dict(model.fixed))
     except Exception:
         # Whatever the model objects to, the answer is the same: nothing is proven.
@@ -51,20 +163,26 @@ def _one_by_one(model: FunctionalModel, batch: Batch) -> bool:
     return torch.allclose(alone, whole, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+def _without_padding(model: FunctionalModel, train: Examples, indices: list[int]) -> Batch:
+    """Examples of a batch cut to the shortest of them, so that there is no padding."""
+    batch, cuts = train.batch(indices), trimming(train, model.padding)
+    return batch if cuts is None else cuts.cut(batch, int(cuts.lengths[indices].min()))
+
+
 @torch.no_grad()
-def _at_every_size(model: FunctionalModel, train: Examples, batch_size: int) -> bool:
+def _at_every_size(model: FunctionalModel, train: Examples, batch_size: int, n: int, large: bool) -> bool:
     """Whether batches of the sizes that folding makes of whole and ragged ones have one and the same losses.
 
     A forward may look at the size of its batch, and folding changes it: it appends examples, or fills up with them.
     """
-    n = len(train)
     ragged = n % batch_size or batch_size
-    sizes = sorted({size + more for size in (min(batch_size, n), ragged) for more in (-1, 0, 1)} - {0})
+    around = (0, 1) if large else (-1, 0, 1)
+    sizes = sorted({size + more for size in (min(batch_size, n), ragged) for more in around} - {0})
     losses = []
     for size in sizes:
         seed_all(0, model.device)
         before = torch_state(model.device), python_state()
-        losses.append(model.loss(model.params, train.batch([i % n for i in range(size)]), dict(model.fixed)))
+        losses.append(model.loss(model.params, train.batch([i % len(train) for i in range(size)]), dict(model.fixed)))
         if not torch.equal(torch_state(model.device), before[0]) or python_state() != before[1]:
             return False
     return all(torch.allclose(losses[-1][: len(some)], some, rtol=1e-4, atol=1e-6, equal_nan=True) for some in losses)

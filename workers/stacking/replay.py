@@ -50,7 +50,7 @@ class Replayed:
 
     def __init__(self, function: Callable[..., Any], name: str, graphs: Graphs | None) -> None:
         self.function, self.name, self.graphs = function, name, graphs
-        self._calls: Counter[object] = Counter()
+        self.calls: Counter[object] = Counter()
         self._before: dict[object, list[Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -59,8 +59,8 @@ class Replayed:
             return self.function(*args)
         leaves, structure = _flatten(args)
         key = (self.name, structure, *map(_signature, leaves))
-        self._calls[key] += 1
-        if self._calls[key] <= AFTER:
+        self.calls[key] += 1
+        if self.calls[key] <= AFTER:
             if key not in self.graphs:
                 # Keep the first call's: blocks of an evaluation take turns, so two calls in a row may be of one block.
                 self._before.setdefault(key, leaves)

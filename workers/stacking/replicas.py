@@ -18,7 +18,8 @@ from fimo.workers.draws import Draws, Order, order_of
 from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Batch, Examples, shapes, stack
 from fimo.workers.functional import CHANGED_LATE, FunctionalModel, Tensors
-from fimo.workers.stacking.stacked import CannotStackError, Stacked
+from fimo.workers.stacking.stacked import CannotStackError, Masks, Stacked
+from fimo.workers.stacking.trimming import Trimming
 
 Gradients = dict[str, Tensor | None]
 """Stacked gradients by the parameters' names; None if the loss does not depend on the parameter."""
@@ -41,12 +42,15 @@ def clip(grads: Gradients, max_norm: float) -> Gradients:
     return {**grads, **{n: g * scale.view(-1, *[1] * (g.ndim - 1)) for n, g in present.items()}}
 
 
-def fetch(train: Examples, block: Block) -> list[tuple[tuple[int, ...], Batch, Tensor, bool]]:
+def fetch(
+    train: Examples, block: Block, trimming: Trimming | None = None
+) -> list[tuple[tuple[int, ...], Batch, Tensor, bool]]:
     """The block's batches: (lanes, batch, weights, shared); lanes whose batches differ in shape come apart."""
-    if block.indices.ndim == 1:
-        return [(block.lanes, train.batch(block.indices), block.weights, True)]
-    if train.tensors is not None:
-        return [(block.lanes, train.batch(block.indices), block.weights, False)]
+    if block.indices.ndim == 1 or train.tensors is not None:
+        batch = train.batch(block.indices)
+        if trimming is not None and block.length is not None:
+            batch = trimming.cut(batch, block.length, block.indices.ndim)
+        return [(block.lanes, batch, block.weights, block.indices.ndim == 1)]
     alike: dict[object, list[tuple[int, Batch, Tensor]]] = {}
     every_weights = block.weights.expand(len(block.lanes), -1)
     for lane, indices, weights in zip(block.lanes, block.indices, every_weights, strict=True):
@@ -65,6 +69,7 @@ def gradients(
     batch: Batch,
     weights: Tensor,
     shared: bool,
+    masks: Masks | None = None,
     orders: Sequence[Order] = (),
 ) -> tuple[Gradients, Tensors]:
     """Each replica's own ∇_θ Σ_j w_j ℓ_j(θ), stacked, and the buffers after its forward.
@@ -75,6 +80,7 @@ def gradients(
         params, buffers: stacked (R, …); left as they are.
         batch: b examples that the replicas share, or stacked (R, b, …).
         weights: w, (b,) or (R, b).
+        masks: of dropout; None = draw them.
         orders: the memory orders in which dropout draws; see ``stacked.Stacked``.
 
     Returns:
@@ -82,7 +88,7 @@ def gradients(
     """
     own = {n: p.detach().requires_grad_() for n, p in params.items()}
     with torch.enable_grad():
-        each, after = losses(model, own, {n: b.clone() for n, b in buffers.items()}, batch, shared, orders)
+        each, after = losses(model, own, {n: b.clone() for n, b in buffers.items()}, batch, shared, masks, orders)
         total = (each * weights.to(each)).sum()
     grads = torch.autograd.grad(total, list(own.values()), allow_unused=True)
     return dict(zip(own, grads, strict=True)), {n: t.detach() for n, t in after.items()}
@@ -94,6 +100,7 @@ def losses(
     buffers: Tensors,
     batch: Batch,
     shared: bool,
+    masks: Masks | None = None,
     orders: Sequence[Order] = (),
 ) -> tuple[Tensor, Tensors]:
     """Per-example losses of stacked replicas, (R, b), and the buffers after the forward.
@@ -116,11 +123,11 @@ def losses(
 
     count = next(iter(params.values())).shape[0]
     if count == 1:
-        with Draws():
+        with Draws() if masks is None else Stacked(orders, masks):
             each, after = one(_alone(params, model.params), _first(buffers), batch if shared else _first(batch))
         return each.unsqueeze(0), {n: t.unsqueeze(0) for n, t in after.items()}
     stacked_one = vmap(one, in_dims=(0, 0, None if shared else 0), randomness="same")
-    with Stacked(orders):
+    with Stacked(orders, masks):
         out: tuple[Tensor, Tensors] = stacked_one(params, buffers, batch)
     return out
 
@@ -165,6 +172,8 @@ class GradientSum:
         self._sums: Gradients = {}
         # Lanes that have a gradient of a parameter; no entry = all of them.
         self._partial: dict[str, set[int]] = {}
+        # Parameters whose sum is a tensor of this object's own.
+        self._own: set[str] = set()
 
     def add(self, part: Mapping[str, Tensor | None], lanes: tuple[int, ...]) -> None:
         """Add gradients (len(lanes), …) of the given lanes; None adds nothing."""
@@ -172,14 +181,24 @@ class GradientSum:
             total = self._sums.get(name)
             if grad is None:
                 self._sums[name] = total
-            elif total is None and lanes == self._everyone:
-                self._sums[name] = grad
+            elif lanes == self._everyone and name not in self._partial:
+                # Add in place only to a sum made here: autograd gives two parameters that are added up one tensor.
+                if name in self._own and total is not None:
+                    total += grad
+                elif total is not None:
+                    self._sums[name] = total + grad
+                    self._own.add(name)
+                else:
+                    self._sums[name] = grad
             else:
                 self._note(name, lanes, total is None)
-                # Copy: autograd gives two parameters that are added up the same tensor.
-                total = grad.new_zeros(self._count, *grad.shape[1:]) if total is None else total.clone()
+                if total is None:
+                    total = grad.new_zeros(self._count, *grad.shape[1:])
+                elif name not in self._own:
+                    total = total.clone()
                 total[_places(lanes)] += grad
                 self._sums[name] = total
+                self._own.add(name)
 
     def _note(self, name: str, lanes: tuple[int, ...], first: bool) -> None:
         if first:

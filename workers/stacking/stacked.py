@@ -3,7 +3,9 @@
 * ``if mask.all():`` asks a stack for one truth value, and ``vmap`` refuses to give one. If all replicas answer alike,
   the answer is sound for each of them (transformers asks in this way whether a batch has any padding). If they do not,
   the refusal stands and the replicas are trained one at a time.
-* Dropout draws its one mask in the memory order in which the model alone draws (``fimo.workers.draws``).
+* Dropout draws its one mask in the memory order in which the model alone draws (``fimo.workers.draws``), or takes the
+  one that it is given (``fimo.workers.stacking.masks``).
+* Attention is written out where torch has no batching rule (``fimo.workers.attention``).
 * ``nn.Embedding(padding_idx=…)`` of stacked weights masks the padding row's gradient in the first replica alone.
 * Convolutions whose weights lie in channels_last have a wrong gradient for a batch of one.
 
@@ -21,7 +23,8 @@ from torch._C import _functorch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fimo.workers.draws import Order, masked
+from fimo.workers.attention import attention
+from fimo.workers.draws import Order, dropout_arguments, dropout_of, masked
 
 CONVOLUTIONS = (
     torch.conv1d,
@@ -37,16 +40,22 @@ class CannotStackError(RuntimeError):
     """The replicas cannot be trained together. They are trained one at a time instead."""
 
 
+Masks = Callable[[int, tuple[int, ...], float], Tensor]
+"""(number of the call, shape, p) -> the mask of a call of dropout: zeros and ones."""
+
+
 class Stacked(TorchFunctionMode):
     """Inside this mode a vmapped forward computes for every replica what the model alone computes.
 
     Args:
         orders: the memory orders in which the model's dropout layers draw, in the order of their calls.
+        masks: None = draw them.
+        decides: give a truth value that all replicas share; else leave it to ``vmap``, which refuses.
     """
 
-    def __init__(self, orders: Sequence[Order] = ()) -> None:
+    def __init__(self, orders: Sequence[Order] = (), masks: Masks | None = None, decides: bool = True) -> None:
         super().__init__()
-        self._orders = tuple(orders)
+        self._orders, self._masks, self._decides = tuple(orders), masks, decides
         self._natural = all(order == tuple(range(len(order))) for order in self._orders)
         self._calls = 0
 
@@ -59,9 +68,12 @@ class Stacked(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.__bool__:
-            return _one_truth(args[0]) if _functorch.is_batchedtensor(args[0]) else func(*args)
+            return _one_truth(args[0]) if self._decides and _functorch.is_batchedtensor(args[0]) else func(*args)
         if func is functional.dropout:
-            return self._dropout(*args, **kwargs)
+            x, p, training, inplace = dropout_arguments(*args, **kwargs)
+            return self._dropout(x, p) if training and 0 < p < 1 else func(x, p, training, inplace)
+        if func is functional.scaled_dot_product_attention and self._writes_out(args, kwargs):
+            return attention(self._dropout, *args, **kwargs)
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
         if func in CONVOLUTIONS and len(args) > 1:
@@ -69,14 +81,19 @@ class Stacked(TorchFunctionMode):
             return func(image.contiguous(), weight.contiguous(), *rest, **kwargs)
         return func(*args, **kwargs)
 
-    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        x = input
-        if not training or not 0 < p < 1:
-            return functional.dropout(x, p, training, inplace)
+    def _writes_out(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        if dropout_of(args, kwargs) > 0:
+            return True
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        return args[0].device.type == "cpu" and any(_functorch.is_batchedtensor(t) for t in tensors)
+
+    def _dropout(self, x: Tensor, p: float) -> Tensor:
         place, self._calls = self._calls, self._calls + 1
+        if self._masks is not None:
+            return x * self._masks(place, tuple(x.shape), p).to(x.dtype).div_(1 - p)
         if self._natural and x.device.type == "cpu":
             # Leave it to vmap, which draws contiguously, as the model alone does here.
-            return functional.dropout(x, p, training)
+            return functional.dropout(x, p, True)
         if place >= len(self._orders) or len(self._orders[place]) != x.dim():
             raise CannotStackError("dropout is called otherwise than in the first forward")
         return masked(x, p, self._orders[place])
