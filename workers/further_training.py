@@ -158,14 +158,15 @@ def _row(value: Any, parameter: Tensor, lane: int) -> Any:
 def _spread(rows: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
     """One replica's state for every replica of a stack."""
 
-    def one(value: Any) -> Any:
+    def one(key: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if value.shape == parameter.shape[1:]:
-            return value.expand(parameter.shape).clone(memory_format=torch.contiguous_format)
-        return value.clone()
+        # A parameter that is one number has the shape of the count of steps.
+        if key == "step" or value.shape != parameter.shape[1:]:
+            return value.clone()
+        return value.expand(parameter.shape).clone(memory_format=torch.contiguous_format)
 
-    return {key: one(value) for key, value in rows.items()}
+    return {key: one(key, value) for key, value in rows.items()}
 
 
 class _Stack:

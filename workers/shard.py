@@ -17,6 +17,7 @@ from torch import Tensor
 from fimo.workers.batches import BASELINE, Removal, amounts, first_difference
 from fimo.workers.errors import FimoError
 from fimo.workers.further_training import Deltas, further_train
+from fimo.workers.stacking.forking import stacks_of, trained
 from fimo.workers.start import Start
 
 BASELINE_ROW, FLOOR_ROW = -1, -2
@@ -70,11 +71,10 @@ def run_shard(
     cells = [BASELINE, *removals]
     results, replicas = _in_stacks(start, cells, seed, replicas, progress)
     floor = _floor(start, seed, replicas)
-    deltas = torch.cat([*(r.deltas for r in results), floor.deltas])
-    distances = torch.cat([*(r.distances for r in results), floor.distances])
     # Removals first, then the baseline, then the second baseline.
-    order = [*range(1, len(cells)), 0, len(cells)]
-    deltas, distances = deltas[order], distances[order]
+    order = [*range(1, len(cells)), 0]
+    deltas = torch.stack([*(results[place][0] for place in order), floor.deltas[0]])
+    distances = torch.stack([*(results[place][1] for place in order), floor.distances[0]])
     _copy_before_first_difference(start, removals, seed, deltas, distances)
     peak = torch.cuda.max_memory_allocated(start.model.device) if start.model.device.type == "cuda" else 0
     scale, seconds = float(start.at_final.square().mean().sqrt()), time.monotonic() - started
@@ -87,27 +87,31 @@ def _in_stacks(
     seed: int,
     replicas: int,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[Deltas], int]:
-    results: list[Deltas] = []
-    done, replicas = 0, replicas if start.engine.stack else 1
-    while done < len(cells):
-        stack = cells[done : done + replicas]
+) -> tuple[dict[int, tuple[Tensor, Tensor]], int]:
+    """Each cell's deltas (T, m) and distances (T,), and the stack size used at the end."""
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+    replicas, fork = replicas if start.engine.stack else 1, start.engine.fork
+    while len(done) < len(cells):
+        stacks = stacks_of(start, cells, [place for place in range(len(cells)) if place not in done], seed, replicas)
         try:
-            results.append(further_train(start, stack, seed))
+            for stack, result in trained(start, stacks, seed, fork):
+                done |= dict(zip(stack.places, zip(result.deltas, result.distances, strict=True), strict=True))
+                if progress is not None:
+                    progress(len(done), len(cells))
         except FimoError:
             raise
         except Exception as error:
-            if len(stack) == 1:
+            size, short = len(stacks[0].lanes), out_of_memory(error)
+            if size == 1 and not (fork and len(stacks) > 1):
                 raise
-            # If memory is not short, vmap may have refused the model: one at a time tells that from a real error.
-            replicas = len(stack) // 2 if out_of_memory(error) else 1
-        else:
-            done += len(stack)
-            if progress is not None:
-                progress(done, len(cells))
-            continue
-        _release()
-    return results, replicas
+            if short and fork and len(stacks) > 1:
+                # A stack that is forked is in memory beside the baseline's.
+                fork = False
+            else:
+                # If memory is not short, vmap may have refused the model: one at a time tells that from a real error.
+                fork, replicas = fork and size > 1, size // 2 if short else 1
+            _release()
+    return done, replicas
 
 
 def _floor(start: Start, seed: int, replicas: int) -> Deltas:

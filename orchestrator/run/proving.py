@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,11 @@ from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.start import Engine, Start
 from fimo.workers.trial import Case
 
-SOFTWARE = ("fimo", "python", "torch", "numpy", "transformers")
+SOFTWARE = ("fimo", "python", "torch", "numpy", "transformers", "peft")
 """Whose change makes a verdict out of date."""
+
+ENGINE = [field.name for field in fields(Engine)]
+"""What a verdict is about: one of an engine that had less is out of date."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
         "software": {name: versions().get(name) for name in SOFTWARE},
         "threads": torch.get_num_threads(),
         "asked": [asked.replicas, asked.replay],
+        "engine": ENGINE,
         "shards": shards,
         "groups": max(map(len, every)) > 1,
     }
@@ -110,7 +114,7 @@ def _prove(
 def _taken(verdict: Mapping[str, Any], key: str, start: Start) -> Proven:
     if "refused" in verdict:
         raise UnprovenError(str(verdict["refused"]))
-    engine = Engine(**{name: bool(verdict["engine"][name]) for name in ("replay", "fold", "stack")})
+    engine = Engine(**{name: bool(verdict["engine"][name]) for name in ENGINE})
     record = {"proof": key, "path": str(verdict["path"])}
     return Proven(start.using(engine), max(1, int(verdict["replicas"])), record)
 
