@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fimo.workers import shard as shards
+from fimo.workers import further_training
 from fimo.workers.batches import orders
 from fimo.workers.definition import train_cell
 from fimo.workers.further_training import further_train
@@ -82,13 +82,15 @@ def test_a_removal_that_is_never_in_a_batch_has_an_effect_of_exactly_0_in_mask_m
 def _out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     tried: list[int] = []
 
-    def limited(start, lanes: Sequence, *more, **options):
+    right = further_training.Training.__init__
+
+    def limited(self, start, lanes: Sequence, *more, **options):
         tried.append(len(lanes))
         if len(lanes) > limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return further_train(start, lanes, *more, **options)
+        right(self, start, lanes, *more, **options)
 
-    monkeypatch.setattr(shards, "further_train", limited)
+    monkeypatch.setattr(further_training.Training, "__init__", limited)
     return tried
 
 
