@@ -68,7 +68,7 @@ class FunctionalModel:
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self._loss = workload.loss
-        self._measure = workload.measure or workload.loss
+        self._measure, self.trains = workload.measure or workload.loss, trains
         self._module = _Outputs(final_copy(workload.model, state, self.device, dtype, trains), workload)
         named = {n.removeprefix("model."): p for n, p in self._module.named_parameters()}
         self.params: Tensors = {n: p.detach().clone() for n, p in named.items() if p.requires_grad}

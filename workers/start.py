@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fimo.workers.errors import DivergedError, WorkloadError
+from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.forward import SOME, Forward, observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, check
@@ -116,6 +116,8 @@ def start_from(
         DivergedError: a loss or a measure at θᶠ is not finite.
         UsageError: a removal mode that this model's training forward does not have.
     """
+    if model.trains != settings.trains:
+        raise UsageError("the model trains other parameters than the settings say: give it settings.trains")
     engine = engine or Engine()
     size = min(len(train), settings.batch_size)
     check(model, train.batch(range(size)), size, ["loss"])

@@ -26,7 +26,7 @@ def settings(
 def make(workload: Workload, chosen: FurtherTraining) -> Start:
     dtype = getattr(torch, chosen.precision)
     train, evals = (Examples(s, workload.collate, dtype=dtype) for s in (workload.train, workload.evals))
-    return start_from(FunctionalModel(workload, dtype=dtype), train, evals, chosen)
+    return start_from(FunctionalModel(workload, dtype=dtype, trains=chosen.trains), train, evals, chosen)
 
 
 def every_step(last: int) -> Evaluate:

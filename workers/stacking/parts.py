@@ -42,6 +42,9 @@ def _cut(block: Block, trimming: Trimming, cost: float) -> list[Block]:
     if lengths.dim() == 2:
         # The lanes' examples of one place go together.
         lengths = lengths.amax(dim=0)
+    if len(block.lanes) > 1 and block.indices.dim() == 2:
+        # Leave all replicas some padding: a forward that asks whether there is any gets one answer.
+        lengths = (lengths + 1).clamp(max=trimming.full)
     order = torch.argsort(lengths, stable=True)
     ascending = lengths[order].tolist()
     parts, begin = [], 0

@@ -111,7 +111,8 @@ def test_the_baseline_is_first_and_a_smaller_stack_shares_nothing() -> None:
     stacks = stacks_of(start, cells, range(len(cells)), 4, 4)
     assert [len(stack.lanes) for stack in stacks] == [4, 2, 4]
     assert sorted(place for stack in stacks for place in stack.places) == list(range(len(cells)))
-    assert stacks[0].lanes[0] == () and stacks[1].shared == 0 < stacks[2].shared
+    assert stacks[0].lanes[0] == ()
+    assert stacks[1].shared == 0 < stacks[2].shared
 
 
 def test_memory_that_lacks_for_two_stacks_is_enough_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
