@@ -4,9 +4,9 @@ Data: the archive's folder ``cifar-10-batches-py`` (https://www.cs.toronto.edu/~
 by an unpickler that makes numpy arrays and nothing else; or a ``.safetensors`` or ``.npz`` file of tensors x, y, x_test
 and y_test, images uint8 as (n, 3, h, w) or (n, h, w, 3) with h and w multiples of 8 from 16 on.
 
-In training mode each image is cropped and mirrored by (seed, step, example) (``fimo.workers.workloads.images``); in eval
-mode (evaluation, estimators, ``mode: eval``) it is as it stands. Pixels are normalised inside the model, so that data
-stays uint8. Batch norm in train mode mixes the examples of a batch: removal modes are mask (the default) and drop.
+In training mode each image is cropped and mirrored by (seed, step, example) (``fimo.workers.workloads.images``); in
+eval mode (evaluation, estimators, ``mode: eval``) it is as it stands. Pixels are normalised inside the model, so that
+data stays uint8. Batch norm in train mode mixes the examples of a batch: removal modes are mask (the default) and drop.
 
 The network is the ResNet-9 of DAWNBench (D. Page 2018), widths 64 to 512, logits times 0.125. Final model: ``RECIPE``,
 its usual training: SGD with Nesterov momentum 0.9, weight decay 0.0005, batches of 512, the rate up to 0.4 over a fifth

@@ -5,13 +5,13 @@ paper's code names. Special codes are treated as the paper's own code does (gith
 fimoda/tabular/FICO_data.py), in this order:
 
 * labels by alphabet (Bad 0, Good 1); rows with −9 in every column are left out (588 of 10,459);
-* ``MSinceMostRecentDelq``: −7 ("condition not met": no delinquency) becomes the largest value plus 1, −8 the mean of
-  the values from 0 on; ``MSinceMostRecentInqexcl7days``: −7 (an inquiry within the last week) becomes 0, −8 (none in two
-  years) the largest value plus 1;
+* ``MSinceMostRecentDelq``: −7 (no delinquency) becomes the largest value plus 1, −8 the mean of the values from 0 on;
+  ``MSinceMostRecentInqexcl7days``: −7 (an inquiry within the last week) becomes 0, −8 (none in two years) the largest
+  value plus 1;
 * ``MaxDelq2PublicRecLast12M`` above 7 becomes 7 ("current and never delinquent");
 * every −8, then every −9 that is left becomes the mean of its column's values from 0 on.
 
-A tenth is held out for evaluation; features are standardised on the training rows. Final model: ``RECIPE``, which is the
+A tenth is held out for evaluation; features are standardised on the training rows. Final model: ``RECIPE``, the
 paper's: SGD at 0.001, batches of 128, 1000 epochs of cross-entropy, seed 0:
 
     python -m fimo.workers.workloads.heloc heloc_dataset_v1.csv --to heloc.safetensors

@@ -24,7 +24,8 @@ def scramble(numbers: Tensor) -> Tensor:
     """splitmix64's finaliser of int64 numbers, which wrap around (Steele, Lea and Flood 2014)."""
     z = (numbers ^ _shift(numbers, 30)) * _FIRST
     z = (z ^ _shift(z, 27)) * _SECOND
-    return z ^ _shift(z, 31)
+    mixed: Tensor = z ^ _shift(z, 31)
+    return mixed
 
 
 def _shift(numbers: Tensor, by: int) -> Tensor:

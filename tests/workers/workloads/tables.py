@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-HELOC = (
+_HELOC = (
     "ExternalRiskEstimate MSinceOldestTradeOpen MSinceMostRecentTradeOpen AverageMInFile NumSatisfactoryTrades "
     "NumTrades60Ever2DerogPubRec NumTrades90Ever2DerogPubRec PercentTradesNeverDelq MSinceMostRecentDelq "
     "MaxDelq2PublicRecLast12M MaxDelqEver NumTotalTrades NumTradesOpeninLast12M PercentInstallTrades "
     "MSinceMostRecentInqexcl7days NumInqLast6M NumInqLast6Mexcl7days NetFractionRevolvingBurden "
     "NetFractionInstallBurden NumRevolvingTradesWBalance NumInstallTradesWBalance "
     "NumBank2NatlTradesWHighUtilization PercentTradesWBalance"
-).split()
+)
+HELOC = _HELOC.split()
 
 
 def write(path: Path, header: list[str], rows: list[list[object]]) -> Path:

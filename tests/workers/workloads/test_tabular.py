@@ -56,7 +56,7 @@ def test_heloc_s_special_codes_become_what_the_paper_makes_of_them(tmp_path: Pat
     pandas: Any = pytest.importorskip("pandas")
     selection, preprocessing = (pytest.importorskip(f"sklearn.{name}") for name in ("model_selection", "preprocessing"))
     path = write_heloc(tmp_path / "h.csv", 400)
-    frame = pandas.read_csv(path).astype({name: float for name in HELOC})
+    frame = pandas.read_csv(path).astype(dict.fromkeys(HELOC, float))
     frame = frame[(frame[HELOC] != -9).any(axis=1)]
     y = (frame.pop("RiskPerformance") == "Good").to_numpy().astype(int)
     delinquent, inquiry = "MSinceMostRecentDelq", "MSinceMostRecentInqexcl7days"
