@@ -2,11 +2,11 @@
 
     python benchmarks/energy.py ENB2012_data.xlsx [--models 5] [--seeds 20] [--store FOLDER]
 
-Each final model is trained by the workload's recipe from its own seed. From each, a sweep of the paper's setting (SGD at
-0.03, batches of 128, the index dropped, 100 removals, all 77 evaluation examples) is run for five epochs, as `fimo run`
-would, and scored by the cosine over removals, averaged over evaluation examples, after epochs 1 and 5. The paper has one
-final model and 100 seeds: its figure is held against the spread of ours (*inside*), or against .1 around their mean
-(*near*).
+Each final model is trained by the workload's recipe from its own seed. From each, a sweep of the paper's setting (SGD
+at 0.03, batches of 128, the index dropped, 100 removals, all 77 evaluation examples) is run for five epochs, as `fimo
+run` would, and scored by the cosine over removals, averaged over evaluation examples, after epochs 1 and 5. The paper
+has one final model and 100 seeds: its figure is held against the spread of ours (*inside*), or against .1 around their
+mean (*near*).
 
 Dampings are the paper's. DataInf and CG are swept there, and the best is shown (github.com/IBM/fimoda: the mean squared
 gradient times .1 … 1000 and 1 … 1000). EK-FAC is not: its one matrix is kronfluence's, whose default damping is 1e-8.

@@ -128,7 +128,7 @@ def test_examples_resolve_or_say_what_is_to_be_brought(example):
     # Neither the data nor the final model is here.
     with pytest.raises(UsageError, match=rf"python -m {spec.workload.partition(':')[0]} --help"):
         resolve(spec, path.parent)
-    with pytest.raises(UsageError, match="; get .*; it holds ") as caught:
+    with pytest.raises(UsageError, match=r"; get .*; it holds ") as caught:
         load_workload(spec.workload, spec.workload_args, path.parent)
     assert "\n" not in str(caught.value)
 

@@ -21,8 +21,7 @@ from fimo.workers import workloads
 from fimo.workers.errors import UsageError
 from fimo.workers.workload import find_module
 
-
-SHIPPED = f"{workloads.__name__}."
+_SHIPPED = f"{workloads.__name__}."
 
 
 def source_digest(reference: str, beside: Path) -> str:
@@ -68,7 +67,7 @@ def _installed(module: str) -> Path | None:
 
 def _shipped(module: str) -> Path | None:
     """A shipped module's file, found without importing it."""
-    path = Path(str(workloads.__file__)).with_name(module.removeprefix(SHIPPED) + ".py")
+    path = Path(str(workloads.__file__)).with_name(module.removeprefix(_SHIPPED) + ".py")
     return path if path.is_file() else None
 
 
@@ -99,7 +98,7 @@ def _collect_packages(module: str, beside: Path, modules: dict[str, Path]) -> No
 def _collect_local(module: str, beside: Path, modules: dict[str, Path]) -> None:
     if module and module not in modules:
         _, _, local = find_module(f"{module}:x", beside)
-        if local is None and module.startswith(SHIPPED):
+        if local is None and module.startswith(_SHIPPED):
             local = _shipped(module)
         if local is not None:
             _collect(module, local, beside, modules)
@@ -139,7 +138,7 @@ def code_files(reference: str, beside: Path) -> list[Staged]:
     """
     if find_module(reference, beside)[2] is None:
         return []
-    files = [path for name, path in local_modules(reference, beside).items() if not name.startswith(SHIPPED)]
+    files = [path for name, path in local_modules(reference, beside).items() if not name.startswith(_SHIPPED)]
     return [Staged(path, path.relative_to(beside).as_posix(), path.stat().st_size) for path in sorted(files)]
 
 

@@ -30,7 +30,8 @@ def scramble(numbers: Tensor) -> Tensor:
 
 def _shift(numbers: Tensor, by: int) -> Tensor:
     # int64's own shift carries the sign in.
-    return (numbers >> by) & (2 ** (64 - by) - 1)
+    shifted: Tensor = (numbers >> by) & (2 ** (64 - by) - 1)
+    return shifted
 
 
 def draws(key: Tensor, index: Tensor, count: int) -> list[Tensor]:

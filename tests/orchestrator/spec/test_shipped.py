@@ -24,7 +24,7 @@ def test_a_shipped_workload_loads_and_has_one_identity(name, tmp_path):
     if name in WITH_DATA:
         assert len(load_workload(short.workload, {}, tmp_path).train) > 0
         return
-    with pytest.raises(UsageError, match="is neither beside the spec nor in .*; get .*; it holds ") as caught:
+    with pytest.raises(UsageError, match=r"is neither beside the spec nor in .*; get .*; it holds ") as caught:
         load_workload(short.workload, {"data": "nowhere"}, tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fimo
+from fimo.orchestrator.spec.spec import parse
+from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.device import deterministic
 from fimo.workers.errors import UsageError
 from fimo.workers.examples import Examples
@@ -27,6 +29,7 @@ from fimo.workers.stacking.together import start_of
 from fimo.workers.workload import Workload
 from fimo.workers.workloads import cifar10, recipe
 from tests.support import real_data
+from tests.support.small_sweep import run_here
 
 TRAINING = FurtherTraining(
     Optimizer("sgd", lr=0.02), 24, epochs=1, removal_mode="drop", evaluate=Evaluate(every_epochs=1), precision="float64"
@@ -203,6 +206,29 @@ def test_pairs_are_worth_it(trained: Workload) -> None:
 
     placed = Workload(workload.model, by_place, workload.evals, shifted, workload.loss)
     assert spread(workload) < spread(placed)
+
+
+def test_a_sweep_proves_its_engine_on_it_and_is_scored(digits: Path, trained: Workload, tmp_path: Path) -> None:
+    recipe.save(trained.model, tmp_path / "digits.safetensors")
+    spec = parse(
+        {
+            "name": "digits",
+            "workload": "cifar10",
+            "workload_args": {"data": str(digits), "width": 4},
+            "final_model": "digits.safetensors",
+            "removals": {"indices": [0, 17, 100]},
+            "seeds": 2,
+            "evals": 20,
+            "further_training": {"optimizer": {"name": "sgd", "lr": 0.02}, "batch_size": 48, "epochs": 1},
+            "estimators": ["grad_dot", "datainf"],
+        }
+    )
+    report, store, heard = run_here(spec, tmp_path)
+    assert report.exit_code == 0, heard.lines
+    assert Sweep(store, "digits").read_manifest().spec.further_training.removal_mode == "mask"
+    scores = report.gathered.tables["scores"].to_pylist()
+    assert {row["estimator"] for row in scores} == {"grad_dot", "datainf"}
+    assert all(-1 <= row["score"] <= 1 for row in scores if row["score"] is not None)
 
 
 def test_estimators_see_images_as_they_stand(trained: Workload) -> None:
