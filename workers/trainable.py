@@ -19,6 +19,9 @@ from fimo.workers.settings import Lora, Trains
 ADAPTER = "default"
 """peft's name of the one adapter."""
 
+BASE = ".base_layer."
+"""peft's name of a layer that has an adapter."""
+
 
 def restrict(model: nn.Module, trains: Trains) -> None:
     """Let the parameters that are trained, and no others, require a gradient; put adapters in. In place.
@@ -35,10 +38,15 @@ def restrict(model: nn.Module, trains: Trains) -> None:
         _adapt(model, trains.lora)
 
 
+def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict by the names that the model's own tensors have where there are no adapters."""
+    return {name.replace(BASE, "."): tensor for name, tensor in state.items()}
+
+
 def named(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of the model without adapters, by the names that its tensors have with them."""
     own = model.state_dict(keep_vars=True)
-    renamed = {name.replace(".base_layer.", "."): name for name in own}
+    renamed = {name.replace(BASE, "."): name for name in own}
     return {name if name in own else renamed.get(name, name): tensor for name, tensor in state.items()}
 
 
@@ -77,5 +85,5 @@ def _adapt(model: nn.Module, lora: Lora) -> None:
         peft.inject_adapter_in_model(config, model, ADAPTER)
     # peft freezes everything else, and names what it wraps anew.
     for name, parameter in model.named_parameters():
-        if name.replace(".base_layer.", ".") in kept:
+        if name.replace(BASE, ".") in kept:
             parameter.requires_grad_(True)

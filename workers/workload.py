@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fimo.workers.errors import UsageError, WorkloadError, nearest
+from fimo.workers.errors import FimoError, UsageError, WorkloadError, nearest
 from fimo.workers.examples import Batch, Dataset
 
 _IMPORTS = re.compile(r"^\s*from fimo(\.workers\.workload)? import .*\bWorkload\b", re.MULTILINE)
@@ -31,7 +31,8 @@ class Workload:
     """A model architecture with its data and its per-example loss and measure.
 
     Attributes:
-        model: any torch module, carrying the final model's parameters unless the spec names a file.
+        model: any torch module, carrying the final model's parameters unless the spec names a file. On torch's meta
+            device it is an architecture alone, and is refused without a file.
         train: training examples 𝒟: a mapping of equally long tensors, or a map-style dataset.
         evals: evaluation examples z, the same kinds.
         outputs: ``outputs(model, batch) -> Tensor (B, …)``.
@@ -86,6 +87,9 @@ def _import(module: str, path: Path | None, beside: Path) -> ModuleType:
 def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) -> Workload:
     """Import ``module:function``, from ``beside`` if the module is there, and call the function.
 
+    An argument that the function annotates as ``Path`` is given as one: of the file in ``beside`` if there is one, else
+    as it stands, which is relative to the working directory.
+
     Raises:
         UsageError: no such module or function, or arguments that it does not take.
         WorkloadError: the function raised, or returned something else than a Workload.
@@ -107,7 +111,9 @@ def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) ->
         raise UsageError(f"workload module '{module}' has no function '{function}'{nearest(function, names)}")
     _refuse_arguments(reference, make, arguments)
     try:
-        workload = make(**arguments)
+        workload = make(**_with_paths(make, arguments, beside))
+    except FimoError:
+        raise  # It is one line already.
     except Exception as error:
         raise WorkloadError(f"workload {reference} failed: {_line(error)}") from error
     if not isinstance(workload, Workload):
@@ -141,6 +147,17 @@ def _refuse_arguments(reference: str, make: Callable[..., Any], arguments: Mappi
         signature.bind(**arguments)
     except TypeError as error:
         raise UsageError(f"workload_args do not fit {reference}{signature}: {error}") from error
+
+
+def _with_paths(make: Callable[..., Any], arguments: Mapping[str, Any], beside: Path) -> dict[str, Any]:
+    """The arguments with those that ``make`` annotates as ``Path`` found beside the spec."""
+    annotated = {name for name, kind in getattr(make, "__annotations__", {}).items() if kind in (Path, "Path")}
+    found = dict(arguments)
+    for name in annotated & set(arguments):
+        if isinstance(arguments[name], str | Path):
+            own = Path(arguments[name]).expanduser()
+            found[name] = beside / own if (beside / own).exists() else own
+    return found
 
 
 def _line(error: BaseException) -> str:

@@ -1,5 +1,8 @@
 """The workload's code: which files it is, its digest, and its copy for machines that have not got it.
 
+Modules of ``fimo.workers.workloads`` that it imports are its code too: how they prepare data moves numbers. The rest of
+fimo is not: its version is told apart by provenance.
+
 The modules are read, never run: a store must not choose what code runs here. What is imported by a name made at run
 time is not seen.
 """
@@ -14,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fimo.orchestrator.spec.canonical import digest
+from fimo.workers import workloads
 from fimo.workers.errors import UsageError
 from fimo.workers.workload import find_module
 
+_SHIPPED = f"{workloads.__name__}."
+
 
 def source_digest(reference: str, beside: Path) -> str:
-    """SHA-256 (hex) of the workload's code: its module and the modules beside the spec that it imports.
+    """SHA-256 (hex) of the workload's code: its module, and the modules beside the spec and shipped that it imports.
 
     Code is compared as parsed, so comments, docstrings and layout do not count. The modules are read, not run.
 
@@ -31,10 +37,11 @@ def source_digest(reference: str, beside: Path) -> str:
 
 
 def local_modules(reference: str, beside: Path) -> dict[str, Path]:
-    """Module name -> file of the workload's module and of every module in ``beside`` that it imports, in turn.
+    """Module name -> file of the workload's module and of every module that it imports, in turn.
 
-    The workload's own module may be an installed one; everything else named here is in ``beside``. Found by reading
-    the import statements: what is imported by a name made at run time is not seen.
+    The workload's own module may be an installed one; everything else named here is in ``beside`` or in
+    ``fimo.workers.workloads``. Found by reading the import statements: what is imported by a name made at run time is
+    not seen.
 
     Raises:
         UsageError: a module is not Python.
@@ -56,6 +63,12 @@ def _installed(module: str) -> Path | None:
     except (ImportError, ValueError):
         return None
     return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _shipped(module: str) -> Path | None:
+    """A shipped module's file, found without importing it."""
+    path = Path(str(workloads.__file__)).with_name(module.removeprefix(_SHIPPED) + ".py")
+    return path if path.is_file() else None
 
 
 def _collect(module: str, path: Path, beside: Path, modules: dict[str, Path]) -> None:
@@ -85,6 +98,8 @@ def _collect_packages(module: str, beside: Path, modules: dict[str, Path]) -> No
 def _collect_local(module: str, beside: Path, modules: dict[str, Path]) -> None:
     if module and module not in modules:
         _, _, local = find_module(f"{module}:x", beside)
+        if local is None and module.startswith(_SHIPPED):
+            local = _shipped(module)
         if local is not None:
             _collect(module, local, beside, modules)
 
@@ -123,7 +138,7 @@ def code_files(reference: str, beside: Path) -> list[Staged]:
     """
     if find_module(reference, beside)[2] is None:
         return []
-    files = local_modules(reference, beside).values()
+    files = [path for name, path in local_modules(reference, beside).items() if not name.startswith(_SHIPPED)]
     return [Staged(path, path.relative_to(beside).as_posix(), path.stat().st_size) for path in sorted(files)]
 
 

@@ -20,6 +20,7 @@ from fimo.orchestrator.resolve import identity
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.removals import number_removals
+from fimo.orchestrator.spec.shipped import SHIPPED
 from fimo.orchestrator.spec.spec import Spec
 from fimo.orchestrator.store import open_store
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -159,7 +160,15 @@ def resolve_again(sweep: Sweep) -> Resolved:
 
 def read_final(spec: Spec, beside: Path) -> bytes | None:
     """The bytes of θᶠ's file; None if the spec names none. Raises UsageError."""
-    return None if spec.final_model is None else read_beside(spec.final_model, beside)
+    if spec.final_model is None:
+        return None
+    try:
+        return read_beside(spec.final_model, beside)
+    except UsageError as error:
+        if spec.workload not in SHIPPED.values():
+            raise
+        module = spec.workload.partition(":")[0]
+        raise UsageError(f"{error}; the workload's recipe trains it: python -m {module} --help") from error
 
 
 def read_beside(name: str, beside: Path) -> bytes:

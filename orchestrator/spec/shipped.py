@@ -2,5 +2,11 @@
 
 from __future__ import annotations
 
-SHIPPED = {"concrete": "fimo.workers.workloads.tabular:concrete"}
+SHIPPED = {
+    "concrete": "fimo.workers.workloads.tabular:concrete",
+    "energy": "fimo.workers.workloads.energy:energy",
+    "heloc": "fimo.workers.workloads.heloc:heloc",
+    "folktables": "fimo.workers.workloads.income:income",
+    "cifar10": "fimo.workers.workloads.cifar10:cifar10",
+}
 """Name -> ``module:function``."""

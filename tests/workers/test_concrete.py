@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
-from fimo.workers.workloads import tabular
+from fimo.workers.workloads import recipe, tabular
 from tests.workers.test_against_definition import hold
 
 
@@ -52,8 +52,8 @@ def test_an_epoch_of_the_papers_setting_against_the_reference(mode: str) -> None
 @pytest.mark.slow
 def test_the_shipped_final_model_is_reproduced_by_its_recipe() -> None:
     """1000 epochs on another CPU may round otherwise; what must agree is the model, not its last bits."""
-    workload = tabular.regression(tabular.read_table(tabular.DATA / "concrete.csv"), tabular.mlp(8, 128, 128, 1))
-    tabular.train_final_model(workload)
+    workload = tabular.concrete(initial=0)
+    recipe.train(workload, tabular.RECIPE, seed=0)
     shipped = load_file(tabular.DATA / "concrete.safetensors")
     for name, tensor in workload.model.state_dict().items():
         torch.testing.assert_close(tensor, shipped[name], rtol=1e-3, atol=1e-3)

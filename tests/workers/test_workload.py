@@ -59,6 +59,28 @@ def test_an_installed_module(tmp_path: Path) -> None:
     assert isinstance(load_workload("fimo.workers.workloads.tabular:concrete", {}, tmp_path), Workload)
 
 
+def test_an_argument_annotated_as_a_path_is_looked_for_beside_the_spec(folder: Path, monkeypatch) -> None:
+    made = MODULE.format(scale=1.0).replace(
+        "def make(width=2, fail=False):", "def make(data: Path, name: str, **more):"
+    )
+    text = made.replace(
+        '    if fail:\n        raise ValueError("first line\\nsecond line")\n', "    GIVEN.update(locals())\n"
+    )
+    text = text.replace("width", "2").replace("import torch", "import torch\nfrom pathlib import Path\nGIVEN = {}", 1)
+    for number, future in enumerate(("", "from __future__ import annotations\n")):
+        (folder / f"paths{number}.py").write_text(future + text)
+        (folder / "here.csv").write_text("")
+        monkeypatch.chdir(folder.parent)
+        for given, found in (
+            ("here.csv", folder / "here.csv"),
+            (str(folder / "here.csv"), folder / "here.csv"),
+            ("there.csv", Path("there.csv")),
+        ):
+            load_workload(f"paths{number}:make", {"data": given, "name": "here.csv"}, folder)
+            kept = sys.modules[f"paths{number}"].GIVEN
+            assert (kept["data"], kept["name"]) == (found, "here.csv")
+
+
 @pytest.mark.parametrize(
     ("reference", "arguments", "kind", "says"),
     [

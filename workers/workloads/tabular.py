@@ -1,31 +1,35 @@
-"""Concrete, prepared as in the paper, with its MLP and a final model trained by a documented recipe.
+"""The paper's tabular models, and Concrete with a final model that ships.
 
-The recipe (``train_final_model``): SGD, learning rate 0.3, batches of 128 in the order of a seeded ``RandomSampler``,
-1000 epochs of mean squared error from torch's default initialisation under seed 0. The result ships beside the data,
-so that every machine starts from the same bytes.
+Concrete's final model is trained by ``RECIPE`` (SGD at 0.3, batches of 128, 1000 epochs of mean squared error, seed 0;
+see ``fimo.workers.workloads.recipe``) and ships beside the data, so that every machine starts from the same bytes:
+``python -m fimo.workers.workloads.tabular --to concrete.safetensors`` trains it again.
 
-The rate is above the 0.03 of the paper's further training on purpose. Trained at 0.03, Concrete's final model ends on
-the edge of stability of that same rate (largest Hessian eigenvalue about 2/0.03): further training then amplifies the
-seed's noise, and one seed's effects agree with another's at a cosine of 0 to 0.4. Trained at 0.3 the eigenvalue is
-about 6.5, one seed agrees with another at 0.93 after one epoch and at 0.87 or more after ten (reweight), and the model
-also fits better (mean squared error 0.011 on the training rows, 0.093 on the evaluation rows).
+The rate is above the 0.03 of the paper's further training, as in the paper's own code. Trained at 0.03, Concrete's
+final model ends on the edge of stability of that same rate (largest Hessian eigenvalue about 2/0.03): further training
+then amplifies the seed's noise, and one seed's effects agree with another's at a cosine of 0 to 0.4. Trained at 0.3 the
+eigenvalue is about 6.5, one seed agrees with another at 0.93 after one epoch and at 0.87 or more after ten (reweight),
+and the model also fits better (mean squared error 0.011 on the training rows, 0.093 on the evaluation rows).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
 
 from fimo.workers.examples import Batch
+from fimo.workers.settings import Optimizer
 from fimo.workers.workload import Workload
+from fimo.workers.workloads.files import split, standardise
+from fimo.workers.workloads.recipe import Recipe, main, network
 
 DATA = Path(__file__).parent / "data"
+RECIPE = Recipe(Optimizer("sgd", lr=0.3), epochs=1000)
 
 
 def mlp(features: int, *widths: int) -> nn.Sequential:
@@ -39,17 +43,14 @@ def mlp(features: int, *widths: int) -> nn.Sequential:
 def prepare(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The paper's preparation of a regression table (rows, columns), the target in the last column.
 
-    Equal to scikit-learn's ``train_test_split(test_size=0.1, random_state=0)`` followed by a
-    ``StandardScaler`` fitted on the training rows over all columns, the target included.
+    A tenth is held out for evaluation (``split``); all columns are standardised on the training rows, the target
+    included.
 
     Returns:
         (train, evals), float64, standardised.
     """
-    order = np.random.RandomState(0).permutation(len(table))
-    held_out = int(np.ceil(0.1 * len(table)))
-    train, evals = table[order[held_out:]], table[order[:held_out]]
-    mean, std = train.mean(axis=0), train.std(axis=0)
-    return (train - mean) / std, (evals - mean) / std
+    train, evals = split(len(table), 0.1)
+    return standardise(table[train], table[evals])
 
 
 def regression_outputs(model: nn.Module, batch: Batch) -> Tensor:
@@ -73,41 +74,47 @@ def regression(table: NDArray[np.float64], model: nn.Module) -> Workload:
     return Workload(model, train=parts[0], evals=parts[1], outputs=regression_outputs, loss=squared_error)
 
 
+def classification(
+    train: tuple[NDArray[np.float64], NDArray[np.int64]],
+    evals: tuple[NDArray[np.float64], NDArray[np.int64]],
+    model: nn.Module,
+) -> Workload:
+    """A classification workload from (features, labels), float64 (rows, columns) and integers (rows,), twice."""
+    parts = [
+        {"x": torch.from_numpy(features).float(), "y": torch.from_numpy(labels).long()}
+        for features, labels in (train, evals)
+    ]
+    return Workload(model, train=parts[0], evals=parts[1], outputs=logits, loss=cross_entropy)
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (B, classes)."""
+    out: Tensor = model(batch["x"])
+    return out
+
+
+def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy per example (B,)."""
+    return nn.functional.cross_entropy(outputs, batch["y"], reduction="none")
+
+
 def read_table(path: Path) -> NDArray[np.float64]:
     """A numeric CSV with one header line, float64 (rows, columns)."""
     return np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float64)
 
 
-def concrete() -> Workload:
-    """UCI Concrete (927 training, 103 evaluation rows) with the MLP 8-128-128-1 at its shipped final model."""
-    model = mlp(8, 128, 128, 1)
-    model.load_state_dict(load_file(DATA / "concrete.safetensors"))
+def concrete(initial: int | None = None) -> Workload:
+    """UCI Concrete (927 training, 103 evaluation rows) with the MLP 8-128-128-1.
+
+    Args:
+        initial: None = at the final model that ships; else torch's default initialisation under this seed, for
+            retraining from scratch.
+    """
+    model = network(partial(mlp, 8, 128, 128, 1), 0 if initial is None else initial)
+    if initial is None:
+        model.load_state_dict(load_file(DATA / "concrete.safetensors"))
     return regression(read_table(DATA / "concrete.csv"), model)
 
 
-def train_final_model(workload: Workload, epochs: int = 1000, lr: float = 0.3, batch_size: int = 128) -> None:
-    """Train ``workload.model`` in place by the recipe of this module's docstring, from seed 0."""
-    torch.manual_seed(0)
-    for module in workload.model.modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()
-    train = dict(workload.train)  # type: ignore[arg-type]
-    sampler = RandomSampler(train["y"], generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.SGD(workload.model.parameters(), lr=lr)
-    for _ in range(epochs):
-        for rows in torch.tensor(list(sampler)).split(batch_size):
-            batch = {name: tensor[rows] for name, tensor in train.items()}
-            optimizer.zero_grad()
-            workload.loss(workload.outputs(workload.model, batch), batch).mean().backward()
-            optimizer.step()
-
-
-def main() -> None:
-    """Train Concrete's final model again: ``python -m fimo.workers.workloads.tabular``."""
-    workload = regression(read_table(DATA / "concrete.csv"), mlp(8, 128, 128, 1))
-    train_final_model(workload)
-    save_file(workload.model.state_dict(), DATA / "concrete.safetensors")
-
-
 if __name__ == "__main__":
-    main()
+    main(concrete, RECIPE, needs_data=False)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 from safetensors.torch import save_file
 
+from fimo.orchestrator.resolve import code
 from fimo.orchestrator.resolve.resolved import resolve, resolve_again, resolve_like
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import UsageError, WorkloadError
 from fimo.workers.workload import load_workload
+from fimo.workers.workloads import recipe
 from tests.support.small_sweep import make_spec, run_here
+from tests.workers.workloads.tables import write_energy
 
 DOUBLE = """
 import flowers
@@ -55,6 +61,46 @@ def test_code_in_a_module_that_the_workload_imports_counts_too(beside):
     before = resolve(make_spec(workload="wrapper:wrapped"), beside).manifest.digest
     (beside / "helper.py").write_text("from flowers import flowers\ndef make():\n    x = 1\n    return flowers()\n")
     assert resolve(make_spec(workload="wrapper:wrapped"), beside).manifest.digest != before
+
+
+def test_code_of_shipped_workloads_that_a_workload_imports_counts_too(beside, monkeypatch, tmp_path):
+    """The preparation, the recipe and the network's module of a shipped one; of a user's what it takes from there."""
+    reference = "fimo.workers.workloads.energy:energy"
+    named = {name.rpartition(".")[2] for name in code.local_modules(reference, beside)}
+    assert named == {"energy", "files", "recipe", "tabular"}
+    (beside / "mine.py").write_text("from fimo.workers.workloads.files import split\ndef make():\n    return split\n")
+    assert {name.rpartition(".")[2] for name in code.local_modules("mine:make", beside)} == {"mine", "files"}
+    assert [file.target for file in code.code_files("mine:make", beside)] == ["mine.py"]
+    assert code.code_files(reference, beside) == []
+    before = [code.source_digest(each, beside) for each in (reference, "mine:make")]
+    copied = tmp_path / "workloads"
+    shutil.copytree(Path(code.workloads.__file__).parent, copied)
+    text = (copied / "files.py").read_text()
+    for change, same in (("# a comment\n" + text, True), (text.replace("np.ceil", "np.floor"), False)):
+        (copied / "files.py").write_text(change)
+        monkeypatch.setattr(code.workloads, "__file__", str(copied / "__init__.py"))
+        after = [code.source_digest(each, beside) for each in (reference, "mine:make")]
+        assert [a == b for a, b in zip(after, before, strict=True)] == [same, same]
+
+
+def test_data_and_final_model_beside_the_spec_are_found_wherever_it_is_run_from(beside, monkeypatch, tmp_path):
+    spec = make_spec(workload="energy", workload_args={"data": "e.csv", "rows": None}, final_model="e.safetensors")
+    write_energy(beside / "e.csv", 60)
+    with pytest.raises(UsageError, match=r"'e.safetensors' cannot be read.*python -m fimo.workers.workloads.energy"):
+        resolve(spec, beside)
+    workload = load_workload(spec.workload, {**spec.workload_args, "initial": 0}, beside)
+    recipe.save(workload.model, beside / "e.safetensors")
+    monkeypatch.chdir(tmp_path)
+    found = resolve(spec, beside)
+    bare = spec.model_copy(update={"final_model": None})
+    with pytest.raises(WorkloadError, match=r"name a final model .*initial: SEED") as caught:
+        resolve(bare, beside)
+    assert "\n" not in str(caught.value)
+    scratch = bare.model_copy(update={"workload_args": {**spec.workload_args, "initial": 0}})
+    # Another start by its name, the same by its numbers.
+    assert resolve(scratch, beside).manifest.digest != found.manifest.digest
+    report, _, _ = run_here(spec, beside)
+    assert report.exit_code == 0
 
 
 @pytest.mark.parametrize(
