@@ -18,6 +18,7 @@ from torch import Tensor
 from fimo import estimators
 from fimo.orchestrator.resolve import identity
 from fimo.orchestrator.resolve.code import source_digest
+from fimo.orchestrator.resolve.columns import read_column
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.removals import number_removals
 from fimo.orchestrator.spec.spec import Spec
@@ -80,8 +81,11 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
     """
     given, unsuited = [e for entry in spec.estimators or () for e in estimators.parse(entry)], list[tuple[str, str]]()
     workload, state = _load(spec, beside, read_final(spec, beside))
-    train, evals = len(Examples(workload.train, workload.collate)), _count_evals(spec, workload)
-    removals = number_removals(spec.removals, train, lambda name: read_beside(name, beside))
+    plain, evals = Examples(workload.train, workload.collate), _count_evals(spec, workload)
+    train = len(plain)
+    removals = number_removals(
+        spec.removals, train, lambda name: read_beside(name, beside), lambda name: read_column(plain, name)
+    )
     cpu = torch.device("cpu")
     model, examples = FunctionalModel(workload, state, cpu, _dtype(spec)), _examples(workload, spec, evals, cpu)
     spec = _settled(spec, model, examples[0])
