@@ -91,7 +91,8 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     listed = listed_parts(sweep, manifest)
     costs: Costs = []
     estimates = _estimates(sweep, manifest, gathered, costs)
-    scorer = Scorer(estimates, manifest.steps, len({part.seed for part in listed}))
+    seeds = len({part.seed for part in listed})
+    scorer = Scorer(estimates, manifest.steps, seeds, manifest.spec.removals.random_groups)
     blocks = _blocks(sweep, manifest, listed, gathered, costs, say)
     blocks, reduction = reduce(blocks, len(manifest.removals), len(manifest.steps), manifest.evals)
     for block in blocks:

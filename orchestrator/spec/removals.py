@@ -16,7 +16,6 @@ from fimo.orchestrator.spec.spec import RemovalsSection
 from fimo.orchestrator.spec.yaml import read_yaml
 from fimo.workers.errors import UsageError
 
-
 Read = Callable[[str], bytes]
 """The bytes of a file by the name that a spec gives it."""
 
@@ -116,7 +115,7 @@ def _by_value(name: str, values: NDArray[np.generic]) -> list[tuple[str, list[in
 
 
 def _shown(value: np.generic) -> str:
-    """A value as a group's name has it: whole floats without a point, the others in the fewest digits that tell them."""
+    """A value as a group's name has it: whole floats without a point, others in the fewest digits that tell them."""
     if value.dtype.kind == "b":
         return str(value).lower()
     return str(value).removesuffix(".0")
