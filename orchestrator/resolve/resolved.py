@@ -93,7 +93,7 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
     if spec.estimators is None:
         left_out = [r.indices for r in removals]
         given, unsuited = estimators.choose(estimators.Problem(model, *examples, left_out, settings, list(spec.seeds)))
-    source, digest, estimate_digest = _digests(spec, beside, workload, state, evals)
+    source, data, digest, estimate_digest = _digests(spec, beside, workload, state, evals)
     manifest = Manifest(
         spec=spec,
         beside=str(beside),
@@ -107,6 +107,8 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
         removals=tuple(removals),
         estimators=_named(given),
         left_out=tuple(unsuited),
+        train_digest=data,
+        eval_digests=identity.each_digest(Examples(workload.evals, workload.collate).first(evals)),
     )
     return Resolved(manifest, workload, state)
 
@@ -135,7 +137,7 @@ def resolve_like(manifest: Manifest, final_model: bytes | None) -> Resolved:
     # If the driver's folder is not on this machine, Ray has put the code into the working directory.
     beside = Path(manifest.beside) if Path(manifest.beside).is_dir() else Path.cwd()
     workload, state = _load(manifest.spec, beside, final_model)
-    _, *ours = _digests(manifest.spec, beside, workload, state, _count_evals(manifest.spec, workload))
+    _, _, *ours = _digests(manifest.spec, beside, workload, state, _count_evals(manifest.spec, workload))
     if ours != [manifest.digest, manifest.estimate_digest]:
         raise WorkloadError(
             f"node {platform.node()} sees other code or data than the driver (another digest): "
@@ -219,8 +221,8 @@ def _examples(workload: Workload, spec: Spec, evals: int, device: torch.device) 
 
 def _digests(
     spec: Spec, beside: Path, workload: Workload, state: Mapping[str, Tensor] | None, evals: int
-) -> tuple[str, str, str]:
-    """Digests of the workload's code, of all that a delta depends on, and of all that an estimate at θᶠ depends on."""
+) -> tuple[str, str, str, str]:
+    """Digests of the workload's code, the training examples, all that a delta and all that an estimate depends on."""
     # In float64, which holds every θᶠ exactly, whatever the model's own precision.
     model = final_copy(workload.model, state, "cpu", torch.float64)
     about: dict[str, Any] = {
@@ -235,6 +237,7 @@ def _digests(
     at_final = {"precision": spec.further_training.precision}
     return (
         about["source"],
+        about["train"],
         identity.result_digest(**about, further_training=training),
         identity.result_digest(**about, further_training=at_final),
     )
