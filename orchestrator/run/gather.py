@@ -93,7 +93,7 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     estimates = _estimates(sweep, manifest, gathered, costs)
     seeds = len({part.seed for part in listed})
     scorer = Scorer(estimates, manifest.steps, seeds, manifest.spec.removals.random_groups)
-    blocks = _blocks(sweep, manifest, listed, gathered, costs, say)
+    blocks = seed_blocks(sweep, manifest, listed, gathered, costs, say)
     blocks, reduction = reduce(blocks, len(manifest.removals), len(manifest.steps), manifest.evals)
     for block in blocks:
         scorer.add(block, reduction.floor)
@@ -106,7 +106,7 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     return gathered
 
 
-def _blocks(
+def seed_blocks(
     sweep: Sweep,
     manifest: Manifest,
     listed: Sequence[Listed],
@@ -114,7 +114,7 @@ def _blocks(
     costs: Costs,
     say: Callable[[str], None],
 ) -> Iterator[SeedBlock]:
-    """One seed after another, from those of its parts that verify."""
+    """One seed after another, from those of its parts that verify; ``gathered`` and ``costs`` note what is met."""
     by_seed: dict[int, list[Listed]] = {}
     for one in listed:
         by_seed.setdefault(one.seed, []).append(one)

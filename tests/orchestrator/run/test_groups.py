@@ -13,6 +13,8 @@ from fimo.workers.definition import attribution
 from tests.support.own.flowers import flowers
 from tests.support.small_sweep import make_spec, run_here
 
+pytestmark = pytest.mark.long
+
 GROUPS = {"none": [], "one": [4], "pair": [0, 9], "many": [1, 2, 3, 5, 8, 13, 21], "most": list(range(20))}
 
 
