@@ -13,6 +13,7 @@ from fimo.orchestrator.run.comparing import Comparison
 SHOWN = 10
 """Pairs of steps shown in a table; all of them are in the file of ``--to`` and in ``--json``."""
 
+SHOWN_METRICS = (("cosine", "baseline"), ("cosine", "mean"), ("spearman", "baseline"))
 TITLES = {"baseline": "effects against the training-only effect", "mean": "effects centred over the removals"}
 
 
@@ -40,13 +41,15 @@ def heading(comparison: Comparison) -> Iterator[str]:
 
 
 def comparison_tables(comparison: Comparison) -> Iterator[Table]:
-    """Agreement by pair of steps: mean ± standard error over evaluation examples, with what it could be at most."""
+    """Agreement by pair of steps: mean ± standard error over evaluation examples, with what it could be at most.
+
+    Spearman's is shown once: an adjustment moves all removals of an evaluation example alike, and no rank.
+    """
     rows = comparison.table.to_pylist()
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        for adjust, about in TITLES.items():
-            chosen = [row for row in rows if (row["metric"], row["adjust"]) == (metric, adjust)]
-            if chosen:
-                yield _table(f"{metric}, {about} (adjust: {adjust}; mean ± SEM over evaluation examples)", chosen)
+    for metric, adjust in SHOWN_METRICS:
+        chosen = [row for row in rows if (row["metric"], row["adjust"]) == (metric, adjust)]
+        if chosen:
+            yield _table(f"{metric}, {TITLES[adjust]} (adjust: {adjust})", chosen)
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -13,8 +13,6 @@ from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.workload import Workload
 from tests.estimators import problems
 
-pytestmark = pytest.mark.long
-
 GROUPS = [[], [3], [5, 11], [0, 2, 4, 6, 8, 26], list(range(13, 27))]
 MEMBERS = [[i] for i in range(27)]
 OPTIONS = {"lissa": {"depth": 30}, "lissa_h": {"depth": 20, "scale": 20}, "trak": {"dimension": 12}}

@@ -14,8 +14,6 @@ from fimo.orchestrator.tables import schemas
 from fimo.workers.errors import UsageError
 from tests.support.small_sweep import make_spec, run_here
 
-pytestmark = pytest.mark.long
-
 REWEIGHT = {"removal_mode": "reweight"}
 
 

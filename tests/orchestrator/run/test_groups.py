@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from fimo.orchestrator.report.show import score_tables
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.tables import schemas
 from fimo.workers.definition import attribution
 from tests.support.own.flowers import flowers
 from tests.support.small_sweep import make_spec, run_here
-
-pytestmark = pytest.mark.long
 
 GROUPS = {"none": [], "one": [4], "pair": [0, 9], "many": [1, 2, 3, 5, 8, 13, 21], "most": list(range(20))}
 
@@ -59,6 +58,8 @@ def test_more_random_groups_compute_only_the_new_ones_and_have_the_lds(beside):
     assert removals["name"].tolist() == [f"random-{i}" for i in range(7)]
     assert {len(x) for x in removals["indices"]} == {9}
     assert set(scores["metric"]) == {"cosine", "spearman", "lds"}
+    shown = score_tables(report.gathered.tables["scores"], report.gathered.tables["costs"])
+    assert [str(t.title).split(" with ")[0] for t in shown] == ["cosine", "LDS (Spearman over random groups)"]
 
     # The same groups by name share every part; over groups of anybody's choice there is no LDS.
     manifest = resolve(make_spec(removals={**random, "count": 7}), beside).manifest
@@ -66,6 +67,23 @@ def test_more_random_groups_compute_only_the_new_ones_and_have_the_lds(beside):
     report, store, heard = run_here(make_spec(removals=named), beside, store)
     assert heard.results == []
     assert set(tables(store, "scores")["metric"]) == {"cosine", "spearman"}
+    assert len(score_tables(report.gathered.tables["scores"], report.gathered.tables["costs"])) == 1
+
+
+def test_reweight_trains_a_group_s_rest_at_a_rate_that_is_lower_by_the_group_s_share(beside):
+    """Weights that sum to 1 − |G|/n: with full batches, drop at (1 − |G|/n) times the rate, exactly."""
+    groups = {"groups": {"some": list(range(6)), "other": list(range(10, 16))}}
+    whole = {"batch_size": 23, "precision": "float64", "epochs": 6, "evaluate": {"every_epochs": 6}}
+
+    def deltas(mode, rate):
+        further = {**whole, "removal_mode": mode, "optimizer": {"name": "sgd", "lr": rate}}
+        _, store, _ = run_here(make_spec(removals=groups, seeds=1, further_training=further, estimators=[]), beside)
+        effects = tables(store, "attribution")["effect"].to_numpy().reshape(2, 7)
+        return effects + tables(store, "training_only")["delta"].to_numpy()
+
+    slower = deltas("drop", 0.5 * (1 - 6 / 23))
+    np.testing.assert_allclose(deltas("reweight", 0.5), slower, rtol=1e-7, atol=1e-10)
+    assert np.abs(deltas("drop", 0.5) - slower).max() > 1e-3
 
 
 def test_renamed_groups_have_their_new_names_in_the_tables(beside):
