@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from fimo.estimators.base import GradientEstimator, Notes, Pairing, Problem
-from fimo.estimators.operators.gradients import cosines
+from fimo.estimators.operators.gradients import dot_products, removal_gradients, units
 
 
 @dataclass(frozen=True)
 class GradCos(GradientEstimator):
-    """Grad-Dot divided by the norms of both gradients (Charpiat et al. 2019, section 2): in [−1, 1].
+    """Grad-Dot divided by the norms of both gradients (Charpiat et al. 2019, section 2): in [−1, 1] for one example.
 
-    A group's norm is that of its summed gradient. A gradient of norm 0 gives 0.
+    The cosine is defined between two examples, so a group's value is the sum of its members' cosines, as an attribution
+    of groups is in the linear datamodeling score. A gradient of norm 0 gives 0.
     """
 
     name: ClassVar[str] = "grad_cos"
+    version: ClassVar[int] = 2
 
     def pairing(self, problem: Problem, notes: Notes) -> Pairing:
-        """Cosines."""
-        return Pairing(lambda right: lambda left: cosines(left, right))
+        """Inner products of gradients of norm 1."""
+
+        def training_side() -> Iterator[tuple[range, Tensor]]:
+            return removal_gradients(problem.model, problem.train, problem.removals, unit=True)
+
+        return Pairing(lambda right: lambda left: dot_products(left, units(right)), training_side)

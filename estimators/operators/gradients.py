@@ -212,10 +212,11 @@ def removal_gradients(
     removals: Sequence[Sequence[int]],
     params: Tensors | None = None,
     along: Tensors | None = None,
+    unit: bool = False,
 ) -> Iterator[tuple[range, Tensor]]:
     """Σ_{i∈removal} ∇ℓ_i for blocks of removals: (which, rows (b, P)).
 
-    An index is differentiated once a block. ``along``: see ``per_example``.
+    An index is differentiated once a block. ``along``: see ``per_example``. ``unit``: each ∇ℓ_i at norm 1.
     """
     layout = Layout.of(model.params)
     size = block_size(layout.size)
@@ -226,7 +227,7 @@ def removal_gradients(
         for indices, gradients in loss_gradients(model, train, unique(groups), params, along=along):
             here = set(indices)
             inside = [[i for i in group if i in here] for group in groups]
-            rows += incidence(inside, indices).to(rows) @ gradients
+            rows += incidence(inside, indices).to(rows) @ (units(gradients) if unit else gradients)
         yield which, rows
 
 
@@ -247,7 +248,7 @@ def dot_products(left: Tensor, right: Tensor) -> Tensor:
     return left @ right.T
 
 
-def cosines(left: Tensor, right: Tensor) -> Tensor:
-    """Cosines of rows (b, P) and (k, P), float64 (b, k); 0 if either row is 0."""
-    norms = left.double().norm(dim=1)[:, None] * right.double().norm(dim=1)
-    return torch.where(norms > 0, dot_products(left, right).double() / norms, 0)
+def units(rows: Tensor) -> Tensor:
+    """Rows (b, P) divided by their norms; a row of 0 stays."""
+    norms = rows.double().norm(dim=1, keepdim=True)
+    return torch.where(norms > 0, rows.double() / norms, 0).to(rows)

@@ -22,26 +22,26 @@ def import_scores(
     as_json: JsonOption = False,
 ) -> None:
     """Score another library's matrix beside fimo's; positive must mean that removing the example raises g."""
-    values, table = take_scores(file, sweep, name, negate)
+    values, tables = take_scores(file, sweep, name, negate)
     if as_json:
         print_json(values)
         return
-    if table is not None:
+    for table in tables:
         out.print(table)
     tell(f"{name}: kept in {values['sweep']}")
 
 
-def take_scores(file: Path, uri: str, name: str, negate: bool) -> tuple[dict[str, Any], Table | None]:
+def take_scores(file: Path, uri: str, name: str, negate: bool) -> tuple[dict[str, Any], list[Table]]:
     """Take a matrix into a sweep and score it.
 
     Returns:
-        Plain values (sweep, name, negated, tables, scores), and the score table; None if there is nothing to score
-        against yet.
+        Plain values (sweep, name, negated, tables, scores), and the score tables; none if there is nothing to
+        score against yet.
 
     Raises:
         UsageError: no such sweep, the file cannot be read, or its matrix does not fit.
     """
-    from fimo.orchestrator.report.show import score_table
+    from fimo.orchestrator.report.show import score_tables
     from fimo.orchestrator.run.gather import gather
     from fimo.orchestrator.run.written import write_tables
     from fimo.orchestrator.sweep import imported
@@ -59,4 +59,4 @@ def take_scores(file: Path, uri: str, name: str, negate: bool) -> tuple[dict[str
     written = write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
     scores = [r for r in gathered.tables["scores"].to_pylist() if r["estimator"] == name]
     values = {"sweep": sweep.uri, "name": name, "negated": negate, "tables": written, "scores": scores}
-    return values, score_table(gathered.tables["scores"], gathered.tables["costs"])
+    return values, score_tables(gathered.tables["scores"], gathered.tables["costs"])

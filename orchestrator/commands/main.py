@@ -11,6 +11,7 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
     resume,
     status,
     pull,
+    compare,
     submit,
     logs,
     cancel,

@@ -54,7 +54,7 @@ def run_resolved(
     """Run a resolved sweep with progress, print how it ended, and exit by it."""
     from fimo.orchestrator.report.ending import complaints, report_json
     from fimo.orchestrator.report.progress import ProgressReport
-    from fimo.orchestrator.report.show import score_table
+    from fimo.orchestrator.report.show import score_tables
     from fimo.orchestrator.run import driver
     from fimo.orchestrator.run.pool import on_ray
 
@@ -65,8 +65,8 @@ def run_resolved(
         print_json(report_json(report))
     else:
         print_lines(report.gathered.warnings)
-        table = score_table(report.gathered.tables["scores"], report.gathered.tables["costs"], report.gathered.coverage)
-        if table is not None:
+        tables = report.gathered.tables
+        for table in score_tables(tables["scores"], tables["costs"], report.gathered.coverage):
             out.print(table)
         print_lines(report.written.values())
     for line in complaints(report):

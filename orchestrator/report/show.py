@@ -16,6 +16,9 @@ COLUMNS = 6
 """Amounts shown in the score table; all of them are in ``scores.parquet``."""
 
 
+METRIC_NAMES = {"lds": "LDS (Spearman over random groups)"}
+
+
 def spread(steps: Sequence[int], count: int = COLUMNS) -> list[int]:
     """At most ``count`` of the steps, the first and the last among them, evenly spaced on a log scale."""
     if len(steps) <= count:
@@ -62,7 +65,8 @@ def score_table(
     rows = [r for r in rows if r["seeds"] == seeds]
     steps = spread(sorted({r["step"] for r in rows}))
     spent = {(c["name"], c["params"]): c["device_seconds"] for c in costs.to_pylist() if c["what"] == "estimator"}
-    title = f"{metric} with further training, {seeds} seeds, by step (mean ± SEM over evaluation examples)"
+    named = METRIC_NAMES.get(metric, metric)
+    title = f"{named} with further training, {seeds} seeds, by step (mean ± SEM over evaluation examples)"
     table = Table(title=title, title_justify="left")
     table.add_column("estimator", no_wrap=True)
     for step in steps:
@@ -76,6 +80,14 @@ def score_table(
         name = label(estimator, params) + (f", covers {share:.0%}" if share < 1 else "")
         table.add_row(name, *cells, f"{cost:.1f}" if cost is not None else "")
     return table
+
+
+def score_tables(
+    scores: pa.Table, costs: pa.Table, coverage: Mapping[tuple[str, str], float] | None = None
+) -> list[Table]:
+    """The score tables that a person is shown: cosines, and the LDS if the removals are random groups."""
+    both = (score_table(scores, costs, coverage, metric) for metric in ("cosine", "lds"))
+    return [table for table in both if table is not None]
 
 
 def _score(row: dict[str, Any] | None) -> str:

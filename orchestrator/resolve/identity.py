@@ -29,21 +29,29 @@ def tensors_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     return sha.hexdigest()
 
 
-def examples_digest(examples: Examples, block: int = 256) -> str:
+def examples_digest(examples: Examples) -> str:
     """SHA-256 (hex) of examples as the workload hands them out, before any cast."""
     if examples.tensors is not None:
         return tensors_digest(sorted(examples.tensors.items()))
     sha = hashlib.sha256(f"{len(examples)};".encode())
-    for start in range(0, len(examples), block):
-        # Collate one example at a time: in a larger batch its padding would depend on its neighbours.
-        for index in range(start, min(start + block, len(examples))):
-            leaves, tree = pytree.tree_flatten(examples.batch([index]))
-            sha.update(str(tree).encode())
-            for place, leaf in enumerate(leaves):
-                sha.update(
-                    tensors_digest([(str(place), leaf)]).encode() if isinstance(leaf, Tensor) else repr(leaf).encode()
-                )
+    for index in range(len(examples)):
+        sha.update(_one(examples, index))
     return sha.hexdigest()
+
+
+def each_digest(examples: Examples) -> tuple[str, ...]:
+    """A digest of every example by itself, 16 hex digits each, in order: equal wherever the example is."""
+    return tuple(hashlib.sha256(_one(examples, index)).hexdigest()[:16] for index in range(len(examples)))
+
+
+def _one(examples: Examples, index: int) -> bytes:
+    # Collate one example at a time: in a larger batch its padding would depend on its neighbours.
+    leaves, tree = pytree.tree_flatten(examples.batch([index]))
+    told = [
+        tensors_digest([(str(place), leaf)]) if isinstance(leaf, Tensor) else repr(leaf)
+        for place, leaf in enumerate(leaves)
+    ]
+    return "".join([str(tree), *told]).encode()
 
 
 def result_digest(

@@ -18,6 +18,7 @@ from torch import Tensor
 from fimo import estimators
 from fimo.orchestrator.resolve import identity
 from fimo.orchestrator.resolve.code import source_digest
+from fimo.orchestrator.resolve.columns import read_column
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.removals import number_removals
 from fimo.orchestrator.spec.shipped import SHIPPED
@@ -81,8 +82,11 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
     """
     given, unsuited = [e for entry in spec.estimators or () for e in estimators.parse(entry)], list[tuple[str, str]]()
     workload, state = _load(spec, beside, read_final(spec, beside))
-    train, evals = len(Examples(workload.train, workload.collate)), _count_evals(spec, workload)
-    removals = number_removals(spec.removals, train, lambda name: read_beside(name, beside))
+    plain, evals = Examples(workload.train, workload.collate), _count_evals(spec, workload)
+    train = len(plain)
+    removals = number_removals(
+        spec.removals, train, lambda name: read_beside(name, beside), lambda name: read_column(plain, name)
+    )
     cpu = torch.device("cpu")
     model, examples = _model(spec, workload, state, cpu), _examples(workload, spec, evals, cpu)
     spec = _settled(spec, model, examples[0])
@@ -90,7 +94,7 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
     if spec.estimators is None:
         left_out = [r.indices for r in removals]
         given, unsuited = estimators.choose(estimators.Problem(model, *examples, left_out, settings, list(spec.seeds)))
-    source, digest, estimate_digest = _digests(spec, beside, workload, state, evals)
+    source, data, digest, estimate_digest = _digests(spec, beside, workload, state, evals)
     manifest = Manifest(
         spec=spec,
         beside=str(beside),
@@ -104,6 +108,8 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
         removals=tuple(removals),
         estimators=_named(given),
         left_out=tuple(unsuited),
+        train_digest=data,
+        eval_digests=identity.each_digest(Examples(workload.evals, workload.collate).first(evals)),
     )
     return Resolved(manifest, workload, state)
 
@@ -132,7 +138,7 @@ def resolve_like(manifest: Manifest, final_model: bytes | None) -> Resolved:
     # If the driver's folder is not on this machine, Ray has put the code into the working directory.
     beside = Path(manifest.beside) if Path(manifest.beside).is_dir() else Path.cwd()
     workload, state = _load(manifest.spec, beside, final_model)
-    _, *ours = _digests(manifest.spec, beside, workload, state, _count_evals(manifest.spec, workload))
+    _, _, *ours = _digests(manifest.spec, beside, workload, state, _count_evals(manifest.spec, workload))
     if ours != [manifest.digest, manifest.estimate_digest]:
         raise WorkloadError(
             f"node {platform.node()} sees other code or data than the driver (another digest): "
@@ -228,8 +234,8 @@ def _examples(workload: Workload, spec: Spec, evals: int, device: torch.device) 
 
 def _digests(
     spec: Spec, beside: Path, workload: Workload, state: Mapping[str, Tensor] | None, evals: int
-) -> tuple[str, str, str]:
-    """Digests of the workload's code, of all that a delta depends on, and of all that an estimate at θᶠ depends on."""
+) -> tuple[str, str, str, str]:
+    """Digests of the workload's code, the training examples, all that a delta and all that an estimate depends on."""
     # In float64, which holds every θᶠ exactly, whatever the model's own precision.
     model = final_copy(workload.model, state, "cpu", torch.float64)
     about: dict[str, Any] = {
@@ -244,6 +250,7 @@ def _digests(
     at_final = {name: training[name] for name in identity.AT_FINAL if name in training}
     return (
         about["source"],
+        about["train"],
         identity.result_digest(**about, further_training=training),
         identity.result_digest(**about, further_training=at_final),
     )

@@ -91,8 +91,9 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     listed = listed_parts(sweep, manifest)
     costs: Costs = []
     estimates = _estimates(sweep, manifest, gathered, costs)
-    scorer = Scorer(estimates, manifest.steps, len({part.seed for part in listed}))
-    blocks = _blocks(sweep, manifest, listed, gathered, costs, say)
+    seeds = len({part.seed for part in listed})
+    scorer = Scorer(estimates, manifest.steps, seeds, manifest.spec.removals.random_groups)
+    blocks = seed_blocks(sweep, manifest, listed, gathered, costs, say)
     blocks, reduction = reduce(blocks, len(manifest.removals), len(manifest.steps), manifest.evals)
     for block in blocks:
         scorer.add(block, reduction.floor)
@@ -105,7 +106,7 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     return gathered
 
 
-def _blocks(
+def seed_blocks(
     sweep: Sweep,
     manifest: Manifest,
     listed: Sequence[Listed],
@@ -113,7 +114,7 @@ def _blocks(
     costs: Costs,
     say: Callable[[str], None],
 ) -> Iterator[SeedBlock]:
-    """One seed after another, from those of its parts that verify."""
+    """One seed after another, from those of its parts that verify; ``gathered`` and ``costs`` note what is met."""
     by_seed: dict[int, list[Listed]] = {}
     for one in listed:
         by_seed.setdefault(one.seed, []).append(one)

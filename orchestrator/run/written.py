@@ -38,7 +38,8 @@ def stamp(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed]) -> str:
     """
     blocks = [entry.key for _, entries in listed_blocks(sweep, manifest) for entry in entries]
     wanted = [manifest.digest, manifest.estimate_digest, [list(e) for e in manifest.estimators]]
-    removals = [list(r.indices) for r in manifest.removals]
+    # The form counts beside the indices: over random groups there is one metric more.
+    removals = [manifest.spec.removals.random_groups, [[r.name, list(r.indices)] for r in manifest.removals]]
     others = [hashlib.sha256(sweep.store.get(key)).hexdigest() for key in imported_keys(sweep)]
     return digest([wanted, removals, manifest.evals, [part.key for part in listed], blocks, others])
 

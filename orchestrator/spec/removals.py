@@ -10,10 +10,20 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from fimo.orchestrator.spec.spec import RemovalsSection
 from fimo.orchestrator.spec.yaml import read_yaml
 from fimo.workers.errors import UsageError
+
+Read = Callable[[str], bytes]
+"""The bytes of a file by the name that a spec gives it."""
+
+Column = Callable[[str], NDArray[np.generic]]
+"""One value for each training example, (n,), by the name that a spec gives it."""
+
+MOST_GROUPS = {"b": 2, "i": 1000, "u": 1000, "f": 100}
+"""Kind of a column's dtype -> the most distinct values for which it is a grouping."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +35,18 @@ class NamedRemoval:
     indices: tuple[int, ...]
 
 
-def number_removals(spec: RemovalsSection, n: int, read: Callable[[str], bytes]) -> list[NamedRemoval]:
+def number_removals(spec: RemovalsSection, n: int, read: Read, column: Column) -> list[NamedRemoval]:
     """Number the removals of a spec against ``n`` training examples.
 
-    ``random`` draws a prefix of one permutation of the seed, so that a larger number keeps a smaller one's examples.
+    ``random`` draws a prefix of one permutation of the seed, and ``fraction`` its groups one after another, so that a
+    larger number keeps a smaller one's removals.
 
     Args:
-        read: the bytes of a file named by ``from``.
+        read: the bytes of a file named by ``from``; ``column``: the values of a training tensor named by ``by``.
 
     Raises:
-        UsageError: an index outside the training set, given twice in one removal, or a removal of everything.
+        UsageError: an index outside the training set, given twice in one removal, a removal of everything, a fraction
+            that is less than one example, or a column that is no grouping.
     """
     if spec.every is not None:
         last = n if spec.count is None else spec.every * spec.count
@@ -46,6 +58,10 @@ def number_removals(spec: RemovalsSection, n: int, read: Callable[[str], bytes])
             raise UsageError(f"removals.random asks for {spec.random} of {n} training examples")
         order = np.random.RandomState(spec.seed or 0).permutation(n)
         named = [(str(i), [int(i)]) for i in order[: spec.random]]
+    elif spec.fraction is not None:
+        named = _random_groups(spec.fraction, spec.count or 0, spec.seed or 0, n)
+    elif spec.by is not None:
+        named = _by_value(spec.by, column(spec.by))
     elif spec.groups is not None:
         named = [(name, list(indices)) for name, indices in spec.groups.items()]
     elif spec.file is not None:
@@ -64,6 +80,45 @@ def _checked(number: int, name: str, indices: list[int], n: int) -> NamedRemoval
     if len(indices) == n:
         raise UsageError(f"removal '{name}' leaves no training example")
     return NamedRemoval(number, name, tuple(sorted(indices)))
+
+
+def _random_groups(fraction: float, count: int, seed: int, n: int) -> list[tuple[str, list[int]]]:
+    """Groups of ``round(fraction · n)`` examples each, drawn without replacement (Ilyas et al. 2022; Park et al. 2023).
+
+    All come from one ``numpy.random.default_rng(seed)``, one ``choice`` after another.
+    """
+    size = round(fraction * n)
+    if not 1 <= size < n:
+        raise UsageError(
+            f"removals.fraction {fraction:g} of {n} training examples is {size} of them: "
+            + ("give a larger fraction" if size < 1 else "a removal must leave some, give a smaller one")
+        )
+    generator = np.random.default_rng(seed)
+    draws = (generator.choice(n, size=size, replace=False) for _ in range(count))
+    return [(f"random-{number}", [int(i) for i in draw]) for number, draw in enumerate(draws)]
+
+
+def _by_value(name: str, values: NDArray[np.generic]) -> list[tuple[str, list[int]]]:
+    """One group for each value of a column, ascending, called ``NAME=VALUE``."""
+    distinct, which = np.unique(values, return_inverse=True)
+    most = MOST_GROUPS[values.dtype.kind]
+    if len(distinct) == 1:
+        raise UsageError(f"removals.by: '{name}' has one value alone, and its group would be every training example")
+    if len(distinct) > most or len(distinct) == len(values):
+        raise UsageError(
+            f"removals.by: '{name}' has {len(distinct)} values in {len(values)} training examples, which is no "
+            f"grouping (at most {most}, some of them shared); list groups by hand, or use fraction"
+        )
+    order = np.argsort(which, kind="stable")
+    groups = np.split(order, np.cumsum(np.bincount(which))[:-1])
+    return [(f"{name}={_shown(v)}", group.tolist()) for v, group in zip(distinct, groups, strict=True)]
+
+
+def _shown(value: np.generic) -> str:
+    """A value as a group's name has it: whole floats without a point, others in the fewest digits that tell them."""
+    if value.dtype.kind == "b":
+        return str(value).lower()
+    return str(value).removesuffix(".0")
 
 
 def _from_file(name: str, data: bytes) -> list[tuple[str, list[int]]]:

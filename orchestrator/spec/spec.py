@@ -21,27 +21,42 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
 class RemovalsSection(Section):
-    """Which examples are left out; exactly one of the forms."""
+    """Which examples are left out; exactly one of the forms.
+
+    Single examples: ``every`` (with ``count``), ``indices``, ``random`` (with ``seed``), ``all``. Groups: ``groups`` by
+    name, ``fraction`` with ``count`` and ``seed`` (random groups of one size), ``by`` (one group for each value of a
+    training tensor). Either: ``from`` a file.
+    """
 
     every: Count | None = None
     count: Count | None = None
     indices: tuple[Index, ...] | None = None
     random: Count | None = None
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: Index | None = None
     groups: dict[str, tuple[Index, ...]] | None = None
+    by: Annotated[str, Field(min_length=1)] | None = None
     file: str | None = Field(default=None, alias="from")
     all: bool | None = None
 
     @model_validator(mode="after")
     def _one_form(self) -> RemovalsSection:
-        forms = [f for f in ("every", "indices", "random", "groups", "file", "all") if getattr(self, f) is not None]
+        names = ("every", "indices", "random", "fraction", "groups", "by", "file", "all")
+        forms = [f for f in names if getattr(self, f) is not None]
         if len(forms) != 1 or self.all is False:
-            raise ValueError("give exactly one of every, indices, random, groups, from, or the word all")
-        if self.count is not None and self.every is None:
-            raise ValueError("count goes with every")
-        if self.seed is not None and self.random is None:
-            raise ValueError("seed goes with random")
+            raise ValueError("give exactly one of every, indices, random, fraction, groups, by, from, or the word all")
+        if self.fraction is not None and self.count is None:
+            raise ValueError("fraction needs count, the number of random groups")
+        if self.count is not None and self.every is None and self.fraction is None:
+            raise ValueError("count goes with every or fraction")
+        if self.seed is not None and self.random is None and self.fraction is None:
+            raise ValueError("seed goes with random or fraction")
         return self
+
+    @property
+    def random_groups(self) -> bool:
+        """Whether the removals are random groups of one size, over which the linear datamodeling score is defined."""
+        return self.fraction is not None
 
 
 class Seeds(Section):

@@ -23,6 +23,8 @@ class Manifest:
         removals: in spec order, numbered from 0.
         estimators: (name, canonical params) in spec order.
         left_out: estimators of the default set that do not suit this model, with the reason.
+        train_digest: of the training examples; ``eval_digests``: one of each evaluation example, in order. By these two
+            sweeps are known to be of the same data; empty in a manifest from before they were recorded.
     """
 
     spec: Spec
@@ -37,6 +39,8 @@ class Manifest:
     removals: tuple[NamedRemoval, ...]
     estimators: tuple[tuple[str, str], ...]
     left_out: tuple[tuple[str, str], ...] = ()
+    train_digest: str = ""
+    eval_digests: tuple[str, ...] = ()
 
     @property
     def cells(self) -> int:
@@ -58,6 +62,8 @@ class Manifest:
             "removals": [[r.name, list(r.indices)] for r in self.removals],
             "estimators": [list(e) for e in self.estimators],
             "left_out": [list(e) for e in self.left_out],
+            "train_digest": self.train_digest,
+            "eval_digests": list(self.eval_digests),
         }
 
 
@@ -82,4 +88,6 @@ def from_json(values: Any) -> Manifest:
         removals=tuple(removals),
         estimators=tuple((str(n), str(p)) for n, p in values["estimators"]),
         left_out=tuple((str(n), str(why)) for n, why in values["left_out"]),
+        train_digest=str(values.get("train_digest", "")),
+        eval_digests=tuple(map(str, values.get("eval_digests", ()))),
     )

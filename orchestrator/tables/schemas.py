@@ -61,6 +61,29 @@ RELIABILITY = pa.schema(
     [("step", _INT), ("seeds", _INT), ("split_half", _REAL), ("ceiling", _REAL), ("noise_floor", _REAL)]
 )
 REMOVALS = pa.schema([("removal", _INT), ("name", _TEXT), ("indices", pa.list_(_INT))])
+COMPARISON = pa.schema(
+    [
+        ("metric", _TEXT),
+        ("adjust", _TEXT),
+        ("step", _INT),
+        ("other_step", _INT),
+        ("score", _REAL),
+        ("sem", _REAL),
+        ("low", _REAL),
+        ("high", _REAL),
+        ("evals", _INT),
+        ("undefined", _INT),
+        ("removals", _INT),
+        ("seeds", _INT),
+        ("other_seeds", _INT),
+        ("ceiling", _REAL),
+        ("other_ceiling", _REAL),
+        ("joint_ceiling", _REAL),
+        ("shared", _REAL),
+        ("normalised", _REAL),
+    ]
+)
+"""What ``fimo compare`` gives of two sweeps; no table of a sweep."""
 COSTS = pa.schema(
     [
         ("what", _TEXT),

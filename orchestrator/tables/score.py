@@ -2,6 +2,15 @@
 
 A score is the mean over evaluation examples of the agreement over removals. For k seeds, the effects of disjoint
 windows of k consecutive seeds are averaged, scored, and the scores of the windows averaged. Pure functions over values.
+
+**lds**, the linear datamodeling score (Ilyas et al. 2022; Park et al., TRAK, 2023, section 2), is the Spearman
+correlation over random groups S_j of training examples, all of one size, between g after training on S_j and the sum
+of the attributions τ_i of its members. Here a removal is a random group G_j, S_j is the rest, and the effect is g
+without G_j less the baseline's, which is the same for every j. Positive means that removing raises g, so τ = −â and
+Σ_{i∈S_j} τ_i = const + Σ_{i∈G_j} â_i. The ranks over j, and so the score, are those of the effect and of the estimate
+summed over the removed group. It is computed as ``spearman`` is, and differs in where it is defined: only if every
+removal is such a random group (``fraction`` in a spec). Estimates of a group are sums over it, but for ``unrolled`` in
+drop and mask, whose value is of the group as a whole, and for imported matrices, which are taken as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +29,7 @@ from fimo.orchestrator.tables.sanity import exploded
 
 Array = NDArray[np.float64]
 METRICS = ("cosine", "spearman")
+LDS = "lds"
 ADJUSTMENTS = ("baseline", "mean")
 
 
@@ -77,10 +87,14 @@ class Scorer:
     Args:
         steps: the sweep's T steps.
         seeds: how many seeds the sweep is expected to have, which fixes the windows.
+        random_groups: the removals are random groups of one size, so that ``lds`` is a metric too.
     """
 
-    def __init__(self, estimates: Sequence[EstimateMatrix], steps: Sequence[int], seeds: int) -> None:
+    def __init__(
+        self, estimates: Sequence[EstimateMatrix], steps: Sequence[int], seeds: int, random_groups: bool = False
+    ) -> None:
         self.estimates, self.steps = list(estimates), list(steps)
+        self.metrics = (*METRICS, LDS) if random_groups else METRICS
         self._aligned = [e.against(steps) for e in self.estimates]
         self._ranked = [ranks(values) for _, values in self._aligned]
         self._norms = [(norm(v), norm(r)) for (_, v), r in zip(self._aligned, self._ranked, strict=True)]
@@ -119,12 +133,14 @@ class Scorer:
                 # Indexing with a list copies, so an estimate of every amount takes the arrays as they are.
                 at = slice(None) if len(places) == len(self.steps) else places
                 plain, by_rank = self._norms[number]
+                spearman = cosine(ranked[:, at], self._ranked[number], ranked_norm[at], by_rank)
                 agreements = {
                     "cosine": cosine(gold[:, at], values, gold_norm[at], plain),
-                    "spearman": cosine(ranked[:, at], self._ranked[number], ranked_norm[at], by_rank),
+                    "spearman": spearman,
+                    LDS: spearman,
                 }
-                for metric, agreement in agreements.items():
-                    result.add((number, metric, adjust), np.where(without[places], np.nan, agreement))
+                for metric in self.metrics:
+                    result.add((number, metric, adjust), np.where(without[places], np.nan, agreements[metric]))
 
     def finish(self, reduction: Reduction) -> None:
         """Score the attribution itself: all seeds, removals without any finite seed left out."""
@@ -134,7 +150,7 @@ class Scorer:
         everywhere = np.asarray((reduction.effects.count > 0).all(axis=1))
         if everywhere.sum() < 2:
             return
-        kept = Scorer([_rows(e, everywhere) for e in self.estimates], self.steps, 0)
+        kept = Scorer([_rows(e, everywhere) for e in self.estimates], self.steps, 0, LDS in self.metrics)
         floor = reduction.floor / np.sqrt(len(reduction.seeds))
         kept._score(result, reduction.effects.mean[everywhere], floor, reduction.exploded)
 
@@ -143,7 +159,7 @@ class Scorer:
         rows: list[tuple[object, ...]] = []
         for number, estimate in enumerate(self.estimates):
             places = self._aligned[number][0]
-            for metric in METRICS:
+            for metric in self.metrics:
                 for adjust in ADJUSTMENTS:
                     for k in sorted(self.results):
                         result = self.results[k]

@@ -26,10 +26,12 @@ def test_grad_dot_is_the_inner_product_of_plain_gradients(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_grad_cos_normalises_a_group_by_the_norm_of_its_sum(kind):
+def test_grad_cos_sums_the_cosines_of_a_group_s_members(kind):
     p = kind()
-    left, right = problems.removal_sums(p), problems.eval_gradients(p)
-    truth = (left @ right.T) / left.norm(dim=1)[:, None] / right.norm(dim=1)
+    train, right = problems.train_gradients(p), problems.eval_gradients(p)
+    cosines = (train @ right.T) / train.norm(dim=1)[:, None] / right.norm(dim=1)
+    truth = torch.stack([cosines[list(removal)].sum(dim=0) for removal in p.removals])
+    assert max(map(len, p.removals)) > 1
     torch.testing.assert_close(estimate("grad_cos", p).values, truth, rtol=1e-10, atol=1e-13)
 
 

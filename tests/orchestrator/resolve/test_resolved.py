@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from fimo.orchestrator.resolve import code
 from fimo.orchestrator.resolve.resolved import resolve, resolve_again, resolve_like
 from fimo.orchestrator.store import MemoryStore
+from fimo.orchestrator.sweep.manifest import from_json
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import UsageError, WorkloadError
 from fimo.workers.workload import load_workload
@@ -178,3 +179,19 @@ def test_a_sweep_resolves_again_only_with_the_code_that_it_was_started_with(besi
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="as it was when the sweep was started"):
         resolve_again(sweep)
+
+
+def test_a_manifest_tells_its_data_by_digests_that_survive_its_json_and_count_each_example(beside):
+    manifest = resolve(make_spec(), beside).manifest
+    assert len(manifest.train_digest) == 64
+    assert len(manifest.eval_digests) == len(set(manifest.eval_digests)) == manifest.evals == 7
+    assert from_json(manifest.json()) == manifest
+    fewer = resolve(make_spec(evals=3), beside).manifest
+    assert fewer.eval_digests == manifest.eval_digests[:3]
+    assert fewer.train_digest == manifest.train_digest
+    words, more = (
+        resolve(make_spec(workload="flowers:sentences", removals={"indices": [0]}, workload_args=a), beside).manifest
+        for a in ({}, {"n": 18})
+    )
+    assert words.eval_digests == more.eval_digests
+    assert words.train_digest != more.train_digest

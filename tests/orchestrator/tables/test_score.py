@@ -162,3 +162,30 @@ def test_the_similarity_matrix_has_every_pair_and_ones_on_its_diagonal():
     }
     assert cosines["grad_dot", "grad_dot", None] == pytest.approx(1.0)
     assert cosines["grad_dot", "unrolled", 11] == pytest.approx(np.mean(cosine(FIXED.values, MOVING.values[1])))
+
+
+def test_the_linear_datamodeling_score_is_that_of_its_definition():
+    """Park et al. 2023: outputs of models trained on the kept halves against sums of τ over the kept, by scipy."""
+    n, groups, m = 20, 12, 4
+    rng = np.random.default_rng(5)
+    removed = [rng.choice(n, size=7, replace=False) for _ in range(groups)]
+    single = rng.normal(size=(n, m))
+    baseline = rng.normal(size=m)
+    outputs = baseline + np.stack([(single[g] ** 3).sum(axis=0) for g in removed]) + 0.5 * rng.normal(size=(groups, m))
+    tau = -single
+    kept = np.stack([tau[np.setdiff1d(np.arange(n), g)].sum(axis=0) for g in removed])
+    expected = [spearmanr(outputs[:, e], kept[:, e]).statistic for e in range(m)]
+
+    estimate = EstimateMatrix("grad_dot", "{}", np.stack([single[g].sum(axis=0) for g in removed]))
+    scorer = Scorer([estimate], [3], 2, random_groups=True)
+    effects = (outputs - baseline)[:, None]
+    seeds = [SeedBlock(s, effects, np.zeros((1, m)), np.full((1, m), 1e-20), 1, ()) for s in range(2)]
+    blocks, reduction = reduce(iter(seeds), groups, 1, m)
+    for one in blocks:
+        scorer.add(one, reduction.floor)
+    scorer.finish(reduction)
+    rows = [r for r in scorer.table().to_pylist() if r["metric"] == "lds"]
+    assert {(r["adjust"], r["seeds"]) for r in rows} == {(a, k) for a in ("baseline", "mean") for k in (1, 2)}
+    for row in rows:
+        assert row["score"] == pytest.approx(np.mean(expected), abs=1e-12)
+        assert 0.3 < row["score"] < 0.99
