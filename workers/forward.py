@@ -27,6 +27,9 @@ SOME = 16
 COUNTED = 1_000_003
 """Calls after which a forward that counts them is looked at again."""
 
+LARGE = 10_000_000
+"""Parameters from which on less is looked at: the sweep's proof sees the rest."""
+
 MOVE = 0.1
 """How far parameters are moved from θᶠ, as a share of each tensor's root mean square."""
 
@@ -151,9 +154,9 @@ def moved(params: Tensors, number: int) -> Tensors:
     generator = torch.Generator().manual_seed(number)
     away = {}
     for name, p in params.items():
-        size = float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0
-        step = torch.randn(p.shape, generator=generator, dtype=torch.float64) * MOVE * (size or 1.0)
-        away[name] = p + step.to(p)
+        size = float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)) / max(1, p.numel()) ** 0.5
+        step = torch.randn(p.shape, generator=generator, dtype=p.dtype).mul_(MOVE * (size or 1.0))
+        away[name] = p + step.to(p.device)
     return away
 
 
@@ -172,11 +175,15 @@ def _mixes(model: FunctionalModel, train: Examples, random: bool, most: int = SO
     if not random and size > 2:
         # Not under dropout, which draws other masks for a smaller batch; and a batch of one proves nothing.
         alike.append((train.batch(range(1, size)), rest - 1))
-    return any(
-        not _same(model, params, (whole, rest), (other, places))
-        for params in (model.params, moved(model.params, 1))
-        for other, places in alike
-    ) or _leans(model, train, random, size)
+    away = moved(model.params, 1)
+    return any(not _same(model, params, (whole, rest), alike) for params in (model.params, away)) or _leans(
+        model, away, train, random, size
+    )
+
+
+def is_large(model: FunctionalModel) -> bool:
+    """Whether looking at it is dear."""
+    return sum(p.numel() for p in model.params.values()) >= LARGE
 
 
 def _halves(size: int) -> list[Sequence[int]]:
@@ -186,20 +193,20 @@ def _halves(size: int) -> list[Sequence[int]]:
 
 
 @torch.no_grad()
-def _leans(model: FunctionalModel, train: Examples, random: bool, size: int) -> bool:
+def _leans(model: FunctionalModel, params: Tensors, train: Examples, random: bool, size: int) -> bool:
     """Whether the losses of half a batch are others without the other half, or with others in its place.
 
     An example may lean on a few of its batch alone: on those of its class, or of its user.
     """
     for wide, tolerance in ((True, 1e-7), (False, 1e-3)):
         try:
-            whole = _losses(model, train.batch(range(size)), wide)
+            whole = _losses(model, params, train.batch(range(size)), wide)
             scale = _largest(whole)
             for rest in _halves(size):
                 other = _without(train, random, size, rest)
                 if other is not None:
                     batch, places = other
-                    losses = _losses(model, batch, wide)[places.to(model.device)]
+                    losses = _losses(model, params, batch, wide)[places.to(model.device)]
                     if not _close(whole[torch.tensor(rest, device=model.device)], losses, tolerance, scale):
                         return True
             return False
@@ -222,18 +229,22 @@ def _without(train: Examples, random: bool, size: int, rest: Sequence[int]) -> t
     return None
 
 
-def _losses(model: FunctionalModel, batch: Batch, wide: bool) -> Tensor:
+def _losses(model: FunctionalModel, params: Tensors, batch: Batch, wide: bool) -> Tensor:
     dtype = torch.float64 if wide else None
-    params = {n: _cast(p, dtype) for n, p in moved(model.params, 1).items()}
+    own = {n: p.to(dtype or p.dtype) for n, p in params.items()}
     seed_all(0, model.device)
-    return model.loss(params, to(batch, dtype=dtype), {n: _cast(b, dtype) for n, b in model.fixed.items()})
+    return model.loss(own, to(batch, dtype=dtype), {n: _cast(b, dtype) for n, b in model.fixed.items()})
 
 
-def _same(model: FunctionalModel, params: Tensors, one: tuple[Batch, Tensor], other: tuple[Batch, Tensor]) -> bool:
+def _same(
+    model: FunctionalModel, params: Tensors, one: tuple[Batch, Tensor], others: Sequence[tuple[Batch, Tensor]]
+) -> bool:
     for wide, tolerance in ((True, 1e-7), (False, 1e-3)):
         try:
-            first, second = (losses_and_gradient(model, params, *side, wide=wide) for side in (one, other))
-            return agree(first, second, tolerance)
+            first = losses_and_gradient(model, params, *one, wide=wide)
+            return all(
+                agree(first, losses_and_gradient(model, params, *other, wide=wide), tolerance) for other in others
+            )
         except Exception:
             # A forward that fails in float64 is judged in its own precision.
             continue

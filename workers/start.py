@@ -24,7 +24,7 @@ from fimo.workers.stacking.masks import Calls, StepMasks
 from fimo.workers.stacking.replay import Graphs
 from fimo.workers.stacking.trimming import Trimming, trimming
 
-LOOK_S = 20.0
+LOOK_S = 10.0
 """Seconds that may be spent on looking for training examples whose loss is not finite."""
 
 

@@ -16,16 +16,13 @@ from torch.utils import _pytree as pytree
 
 from fimo.workers.draws import Draws
 from fimo.workers.examples import Batch, Examples
-from fimo.workers.forward import SOME, Forward, agree, losses_and_gradient, moved
+from fimo.workers.forward import SOME, Forward, agree, is_large, losses_and_gradient, moved
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.stacking.masks import Calls, StepMasks, learn
 from fimo.workers.stacking.stacked import Stacked
 from fimo.workers.stacking.trimming import Trimming, trimming
-
-LARGE = 10_000_000
-"""Parameters from which on fewer examples are looked at."""
 
 
 def tokens(train: Examples, padding: str | None) -> int:
@@ -49,7 +46,7 @@ def cuts_nothing(model: FunctionalModel, train: Examples, cuts: Trimming) -> boo
     batch = train.batch(chosen)
     places = torch.arange(len(chosen))
     with kept(model.device), model.mode("eval"):
-        for params in (model.params, moved(model.params, 3)):
+        for params in (moved(model.params, 3),) if is_large(model) else (model.params, moved(model.params, 3)):
             for wide, tolerance in ((True, 1e-6), (False, 1e-4)):
                 try:
                     cut = cuts.cut(batch, cuts.longest(chosen))
@@ -123,15 +120,16 @@ def independent(model: FunctionalModel, train: Examples, forward: Forward, setti
     """
     if forward.mixes or forward.mutable:
         return False
-    large = sum(p.numel() for p in model.params.values()) >= LARGE
-    indices = list(range(min(4 if large else SOME, len(train))))
+    large = is_large(model)
+    indices = list(range(min(2 if large else SOME, len(train))))
     # The first example twice: a removed example rides in a batch that may hold it already.
     indices.append(0)
     with kept(model.device), model.mode("eval" if forward.random else settings.mode):
         return (
             _one_by_one(model, train, indices)
             and _at_every_size(model, train, settings.batch_size, n, large)
-            and all(_adds_up(model, params, train, indices) for params in (model.params, moved(model.params, 2)))
+            and (large or _adds_up(model, model.params, train, indices))
+            and _adds_up(model, moved(model.params, 2), train, indices)
         )
 
 
@@ -142,8 +140,8 @@ def _one_by_one(model: FunctionalModel, train: Examples, indices: list[int]) -> 
     Examples without padding share their mask, about which a forward may decide: transformers asks whether it is whole.
     """
     batch = _without_padding(model, train, indices)
-    mask = batch.get(model.padding) if trimming(train, model.padding) is not None else None
-    shares = isinstance(mask, Tensor) and bool((mask == mask[:1]).all())
+    mask = batch.get(model.padding)
+    shares = isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == mask[:1]).all())
 
     def one(example: Batch) -> Tensor:
         alone = {
@@ -194,14 +192,13 @@ def _adds_up(model: FunctionalModel, params: Tensors, train: Examples, indices: 
     for wide, tolerance in ((True, 1e-6), (False, 1e-4)):
         try:
             whole = losses_and_gradient(model, params, train.batch(indices), torch.arange(len(indices)), wide, weights)
-            one = torch.zeros(1, dtype=torch.long)
-            alone = [
-                losses_and_gradient(model, params, train.batch([i]), one, wide, w.reshape(1))
-                for i, w in zip(indices, weights, strict=True)
-            ]
+            one, losses, total = torch.zeros(1, dtype=torch.long), [], dict[str, Tensor]()
+            for i, w in zip(indices, weights, strict=True):
+                loss, grads = losses_and_gradient(model, params, train.batch([i]), one, wide, w.reshape(1))
+                losses.append(loss)
+                # One sum, not a gradient for each example: a large model's do not fit.
+                total = {name: total[name].add_(g) if total else g.clone() for name, g in grads.items()}
         except Exception:
             continue
-        losses = torch.cat([losses for losses, _ in alone])
-        total = {name: torch.stack([grads[name] for _, grads in alone]).sum(dim=0) for name in whole[1]}
-        return agree(whole, (losses, total), tolerance)
+        return agree(whole, (torch.cat(losses), total), tolerance)
     return False
