@@ -19,6 +19,9 @@ from fimo.workers.settings import Lora, Trains
 ADAPTER = "default"
 """peft's name of the one adapter."""
 
+SOME = 8
+"""Names in an error."""
+
 BASE = ".base_layer."
 """peft's name of a layer that has an adapter."""
 
@@ -56,12 +59,15 @@ def _matched(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
-            raise UsageError(
-                f"further_training.trainable: no parameter is called '{pattern}'{nearest(pattern, names)}; "
-                f"the model has {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
-            )
+            raise UsageError(f"further_training.trainable: no parameter is called '{pattern}'{_among(pattern, names)}")
         chosen.update(matched)
     return chosen
+
+
+def _among(name: str, known: list[str]) -> str:
+    """The nearest of the known names, or some of them: a large model has hundreds."""
+    hint = nearest(name, known)
+    return hint if "mean" in hint or len(known) <= SOME else f" (the model has {', '.join(known[:SOME])}, …)"
 
 
 def _adapt(model: nn.Module, lora: Lora) -> None:
@@ -74,8 +80,7 @@ def _adapt(model: nn.Module, lora: Lora) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             last = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
             raise UsageError(
-                f"further_training.lora.targets: no linear layer is called '{target}'{nearest(target, last)}; "
-                f"the model has {', '.join(last[:6])}{', …' if len(last) > 6 else ''}"
+                f"further_training.lora.targets: no linear layer is called '{target}'{_among(target, last)}"
             )
     kept = {name for name, p in model.named_parameters() if p.requires_grad}
     alpha: Any = lora.rank if lora.alpha is None else lora.alpha
