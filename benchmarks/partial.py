@@ -11,8 +11,8 @@ of 10 to 40 tokens. Memory is what is added to the process once the model and th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -56,7 +56,8 @@ def sentences(count: int, seed: int) -> dict[str, Tensor]:
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def one(way: str, folder: str, replicas: int, steps: int) -> dict[str, float]:
@@ -80,8 +81,7 @@ def one(way: str, folder: str, replicas: int, steps: int) -> dict[str, float]:
     # Not measured: what a sweep looks at before its first cell.
     with deterministic(torch.device("cpu")):
         start = start_of(workload, settings)
-        reset_peak()
-        before = peak()
+        before = reset_peak()
         training = Training(start, [(), *((7 * i,) for i in range(1, replicas))], 0)
         begun = time.perf_counter()
         training.advance()
@@ -91,10 +91,12 @@ def one(way: str, folder: str, replicas: int, steps: int) -> dict[str, float]:
     return {"seconds": seconds / replicas, "bytes": peak() - before, "scalars": stacked + state}
 
 
-def reset_peak() -> None:
-    """Let the kernel's peak of resident memory start anew (Linux)."""
+def reset_peak() -> int:
+    """Give back what the allocator keeps, let the kernel's peak start anew (Linux, glibc), and return it in bytes."""
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+    return peak()
 
 
 def main() -> None:
@@ -115,12 +117,12 @@ def main() -> None:
         replicas = 1 if way == "full" else given.replicas
         command = [sys.executable, __file__, "--model", given.model, "--way", way]
         command += ["--replicas", str(replicas), "--steps", str(given.steps)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         results[way] = json.loads(out.splitlines()[-1])
         mine, full = results[way], results["full"]
         print(
             f"{way:12} {replicas:3} replicas  {full['seconds'] / mine['seconds']:6.2f}x the cells a second   "
-            f"{mine['bytes'] / full['bytes']:5.2f}x the memory   parameters and optimizer state "
+            f"{mine['bytes'] / full['bytes']:5.2f}x the memory ({mine['bytes'] / 2**20:.0f} MiB)   parameters and optimizer state "
             f"{100 * mine['scalars'] / full['scalars']:6.2f}%",
             flush=True,
         )

@@ -38,20 +38,39 @@ def in_parts(blocks: Sequence[Block], trimming: Trimming | None, cost: float) ->
 
 
 def _cut(block: Block, trimming: Trimming, cost: float) -> list[Block]:
-    lengths = trimming.lengths[block.indices]
-    if lengths.dim() == 2:
-        # The lanes' examples of one place go together.
-        lengths = lengths.amax(dim=0)
-    if len(block.lanes) > 1 and block.indices.dim() == 2:
+    each = own = trimming.lengths[block.indices]
+    own_batches = block.indices.dim() == 2 and len(block.lanes) > 1
+    if own_batches:
         # Leave all replicas some padding: a forward that asks whether there is any gets one answer.
-        lengths = (lengths + 1).clamp(max=trimming.full)
+        each = (each + 1).clamp(max=trimming.full)
+    # The lanes' examples of one place go together.
+    lengths = each.amax(dim=0) if each.dim() == 2 else each
     order = torch.argsort(lengths, stable=True)
     ascending = lengths[order].tolist()
     parts, begin = [], 0
     for end in _ends(ascending, cost):
-        parts.append(_columns(block, order[begin:end].sort().values, int(ascending[end - 1])))
-        begin = end
+        columns = order[begin:end].sort().values
+        part, begin = _columns(block, columns, int(ascending[end - 1])), end
+        parts += _by_padding(part, own[:, columns] == trimming.full) if own_batches else [part]
     return parts
+
+
+def _by_padding(part: Block, full: Tensor) -> list[Block]:
+    """Apart the replicas, if there are any, all of whose examples are too long to have been left any padding.
+
+    Args:
+        full: (replicas, examples), whether an example has none.
+    """
+    without = full.all(dim=1)
+    if bool(without.all()) or not bool(without.any()):
+        return [part]
+    return [_lanes(part, chosen.nonzero().flatten()) for chosen in (without, ~without)]
+
+
+def _lanes(block: Block, places: Tensor) -> Block:
+    weights = block.weights[places] if block.weights.dim() == 2 else block.weights
+    lanes = tuple(block.lanes[i] for i in places.tolist())
+    return replace(block, lanes=lanes, indices=block.indices[places], weights=weights)
 
 
 def _columns(block: Block, columns: Tensor, length: int) -> Block:

@@ -112,6 +112,22 @@ def test_what_is_frozen_is_computed_once_for_all_replicas(
     hold(start, workload, training, LANES, 1e-11)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("trainable", ["all", ("classifier.*",)])
+def test_replicas_of_which_some_have_no_padding_are_stacked(
+    trainable: object, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks each replica's batch whether it has any."""
+    cheap_parts(monkeypatch)
+    workload, training = text(bert(attention="sdpa", dropout=0.2)), chosen(mode, trainable=trainable)
+    for name in ("tokens", "attention_mask"):
+        workload.train[name][[2, 3, 9]] = 1
+        workload.train[name][17, : FULL - 1] = 1
+    start = make(workload, training)
+    assert start.trimming is not None
+    hold(start, workload, training, [(), (3,), (17,), (9,)], 1e-11)
+
+
 class Unmasked(nn.Module):
     """Averages over all tokens, those of the padding too."""
 
