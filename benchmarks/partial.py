@@ -122,7 +122,8 @@ def main() -> None:
         mine, full = results[way], results["full"]
         print(
             f"{way:12} {replicas:3} replicas  {full['seconds'] / mine['seconds']:6.2f}x the cells a second   "
-            f"{mine['bytes'] / full['bytes']:5.2f}x the memory ({mine['bytes'] / 2**20:.0f} MiB)   parameters and optimizer state "
+            f"{mine['bytes'] / full['bytes']:5.2f}x the memory ({mine['bytes'] / 2**20:.0f} MiB)   "
+            f"parameters and optimizer state "
             f"{100 * mine['scalars'] / full['scalars']:6.2f}%",
             flush=True,
         )
