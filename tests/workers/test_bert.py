@@ -16,7 +16,9 @@ transformers = pytest.importorskip("transformers")
 ADAMW = Optimizer("adamw", lr=1e-3, weight_decay=0.1)
 
 
-def bert(kind: str = "BertForSequenceClassification", attention: str = "eager", dropout: float = 0.0) -> nn.Module:
+def bert(
+    kind: str = "BertForSequenceClassification", attention: str = "eager", dropout: float = 0.0, positions: int = 16
+) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=20,
@@ -24,7 +26,7 @@ def bert(kind: str = "BertForSequenceClassification", attention: str = "eager", 
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=48,
-        max_position_embeddings=16,
+        max_position_embeddings=positions,
         num_labels=3,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,

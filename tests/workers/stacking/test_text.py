@@ -222,3 +222,43 @@ def test_where_parts_end_is_the_least_of_all_ways() -> None:
             )
             best = min(total(lengths, way, cost) for way in ways)
             assert total(lengths, tuple(_ends(lengths, cost)), cost) == pytest.approx(best)
+
+
+def test_the_papers_own_loop_at_a_fixed_length_without_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out here: all batches padded to 64 tokens, the removed example's loss over n subtracted, clipped."""
+    cheap_parts(monkeypatch)
+    model = bert(attention="eager", positions=64)
+    workload, lr, n = text(model), 2e-4, 23
+    training = chosen("reweight", precision="float32", steps=8, evaluate=Evaluate(at_steps=(6,)))
+    training = replace(training, optimizer=Optimizer("adamw", lr=lr, weight_decay=0.0))
+    got = further_train(make(workload, training), [(), (3,), (17,)], 4).deltas
+    fixed, evals = (
+        {name: nn.functional.pad(t, (0, 64 - FULL)) if t.dim() == 2 else t for name, t in data.items()}
+        for data in (workload.train, workload.evals)
+    )
+
+    def losses(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = net(input_ids=batch["tokens"], attention_mask=batch["attention_mask"]).logits
+        return nn.functional.cross_entropy(logits, batch["label"], reduction="none")
+
+    for lane, removed in enumerate([None, 3, 17]):
+        net = bert(attention="eager", positions=64)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0)
+        sampler = torch.utils.data.RandomSampler(range(n), generator=torch.Generator().manual_seed(4))
+        loader = [i for _ in range(3) for i in torch.utils.data.BatchSampler(sampler, 8, drop_last=False)]
+        before, after = losses(net.eval(), evals).double(), []
+        for step, indices in enumerate(loader[:8], start=1):
+            net.train()
+            optimizer.zero_grad()
+            total = losses(net, {name: t[indices] for name, t in fixed.items()}).mean()
+            if removed is not None:
+                total = total - losses(net, {name: t[[removed]] for name, t in fixed.items()}).sum() / n
+            total.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            if step in (6, 8):
+                with torch.no_grad():
+                    after.append(losses(net.eval(), evals).double() - before)
+        expected = torch.stack(after).detach()
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(got[lane], expected, rtol=0, atol=1e-5)
