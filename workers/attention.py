@@ -7,10 +7,14 @@ one by one, and none for second derivatives; on CUDA they draw dropout as no oth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 Dropout = Callable[[Tensor, float], Tensor]
 
@@ -59,3 +63,23 @@ def attention(
 def weights_shape(query: Tensor, key: Tensor) -> tuple[int, ...]:
     """The shape of the weights, which dropout masks."""
     return (*query.shape[:-1], key.shape[-2])
+
+
+def multi_head(mode: TorchFunctionMode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """``multi_head_attention_forward`` (``nn.MultiheadAttention``) whose own attention and dropout the mode sees.
+
+    torch hands a mode this function whole, and what it calls no more.
+    """
+    with mode, _not_handed_over():
+        return functional.multi_head_attention_forward(*args, **kwargs)
+
+
+@contextmanager
+def _not_handed_over() -> Iterator[None]:
+    module: Any = functional
+    right = module.has_torch_function
+    module.has_torch_function = lambda *_: False
+    try:
+        yield
+    finally:
+        module.has_torch_function = right

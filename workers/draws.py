@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fimo.workers.attention import attention, weights_shape
+from fimo.workers.attention import attention, multi_head, weights_shape
 
 Order = tuple[int, ...]
 """The dimensions of a tensor from the outermost to the innermost in memory."""
@@ -54,6 +54,8 @@ class Draws(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.nn.functional.multi_head_attention_forward:
+            return multi_head(self, args, kwargs)
         if func is torch.nn.functional.dropout:
             x, p, training, _ = dropout_arguments(*args, **kwargs)
             if training and 0 < p < 1:

@@ -23,7 +23,7 @@ from torch._C import _functorch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fimo.workers.attention import attention
+from fimo.workers.attention import attention, multi_head
 from fimo.workers.draws import Order, dropout_arguments, dropout_of, masked
 
 CONVOLUTIONS = (
@@ -34,6 +34,7 @@ CONVOLUTIONS = (
     torch.conv_transpose2d,
     torch.conv_transpose3d,
 )
+ATTENTION = (functional.multi_head_attention_forward, functional.scaled_dot_product_attention)
 
 
 class CannotStackError(RuntimeError):
@@ -72,14 +73,19 @@ class Stacked(TorchFunctionMode):
         if func is functional.dropout:
             x, p, training, inplace = dropout_arguments(*args, **kwargs)
             return self._dropout(x, p) if training and 0 < p < 1 else func(x, p, training, inplace)
-        if func is functional.scaled_dot_product_attention and self._writes_out(args, kwargs):
-            return attention(self._dropout, *args, **kwargs)
+        if func in ATTENTION:
+            return self._attention(func, args, kwargs)
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
         if func in CONVOLUTIONS and len(args) > 1:
             image, weight, *rest = args
             return func(image.contiguous(), weight.contiguous(), *rest, **kwargs)
         return func(*args, **kwargs)
+
+    def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func is functional.multi_head_attention_forward:
+            return multi_head(self, args, kwargs)
+        return attention(self._dropout, *args, **kwargs) if self._writes_out(args, kwargs) else func(*args, **kwargs)
 
     def _writes_out(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         if dropout_of(args, kwargs) > 0:

@@ -198,6 +198,33 @@ def test_padding_at_the_front_or_under_another_name_is_left_alone() -> None:
     assert make(renamed, training).trimming is not None
 
 
+class Encoder(nn.Module):
+    """torch's own encoder layer, with its key padding mask."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.classes = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout, batch_first=True)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> object:
+        hidden = self.layer(self.words(input_ids), src_key_padding_mask=attention_mask == 0)
+        return type("Out", (), {"logits": self.classes(hidden[:, 0])})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_torchs_own_multi_head_attention(dropout: float, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap_parts(monkeypatch)
+    workload, training = text(Encoder(dropout)), chosen(mode)
+    start = make(workload, training)
+    assert start.folds
+    assert start.trimming is not None
+    assert len(start.calls) == (4 if dropout else 0)
+    hold(start, workload, training, LANES, 1e-11)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_attention_is_not_taken_replica_by_replica(dropout: float) -> None:
     """torch warns when vmap falls back to a loop over replicas."""
