@@ -20,7 +20,6 @@ from fimo.orchestrator.spec.spec import parse, read
 from fimo.workers.errors import UsageError, WorkloadError
 from fimo.workers.final_model import check_fits
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
-from fimo.workers.workload import Workload
 from fimo.workers.workloads import recipe, sst2, text
 from tests.support import real_data
 from tests.support.small_sweep import run_here
@@ -259,21 +258,18 @@ def test_the_paper_s_setting() -> None:
     assert at == expected
 
 
-def accuracy(workload: Workload) -> float:
-    """On the evaluation sentences."""
-    held_out = Workload(workload.model, workload.evals, workload.evals, workload.outputs, workload.loss)
-    return recipe.quality(held_out)["evals accuracy"]
-
-
 @pytest.mark.long
-def test_a_real_encoder_learns_from_some_real_sentences(tmp_path: Path) -> None:
-    folder = real_data.write_sentences(tmp_path / "movies", 1280, held_out=0.2)
-    made = sst2.sst2(folder, initial=0, model=real_data.encoder(), max_length=32)
-    assert accuracy(made) < 0.6
-    short = recipe.Recipe(Optimizer("adamw", lr=1e-4, weight_decay=0.0), epochs=1, batch_size=32, clip_norm=1.0)
+def test_a_real_encoder_learns_some_real_sentences(tmp_path: Path) -> None:
+    """Those that it is trained on; what it makes of others takes minutes, see below."""
+    folder = real_data.write_sentences(tmp_path / "movies", 160, held_out=0.2)
+    made = sst2.sst2(folder, initial=0, model=real_data.encoder(), max_length=24)
+    before = recipe.quality(made)
+    short = recipe.Recipe(Optimizer("adamw", lr=2e-4, weight_decay=0.0), epochs=5, batch_size=32, clip_norm=1.0)
     recipe.train(made, short, 0)
-    # Of 256 sentences; 0.7 is usual, and chance passes once in ten thousand times.
-    assert accuracy(made) > 0.62
+    after = recipe.quality(made)
+    assert before["train accuracy"] < 0.65
+    assert after["train accuracy"] > 0.8
+    assert after["train loss"] < before["train loss"] - 0.2
 
 
 @pytest.mark.slow
