@@ -13,18 +13,30 @@ if TYPE_CHECKING:
     from fimo.orchestrator.notebook import load_spec as load_spec
     from fimo.orchestrator.notebook import open_sweep as open_sweep
     from fimo.orchestrator.notebook import run as run
+    from fimo.workers.converters import from_kronfluence as from_kronfluence
+    from fimo.workers.converters import from_torch_influence as from_torch_influence
     from fimo.workers.definition import attribution as attribution
     from fimo.workers.workload import Workload as Workload
 
 _WHERE = {
     "Workload": "fimo.workers.workload",
     "attribution": "fimo.workers.definition",
+    "from_kronfluence": "fimo.workers.converters",
+    "from_torch_influence": "fimo.workers.converters",
     "load_spec": "fimo.orchestrator.notebook",
     "open_sweep": "fimo.orchestrator.notebook",
     "run": "fimo.orchestrator.notebook",
 }
 
-__all__ = ["Workload", "attribution", "load_spec", "open_sweep", "run"]
+__all__ = [
+    "Workload",
+    "attribution",
+    "from_kronfluence",
+    "from_torch_influence",
+    "load_spec",
+    "open_sweep",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
 ALLOWED = {"torch", "numpy", "safetensors"}
 """What ``workers`` and ``estimators`` need beside the standard library and fimo."""
 
-OPTIONAL = {"pandas", "openpyxl", "folktables", "transformers", "tokenizers", "datasets"}
+OPTIONAL = {"pandas", "openpyxl", "folktables", "transformers", "huggingface_hub", "pyarrow"}
 """What shipped workloads may import besides, inside functions alone: extras of pyproject.toml."""
 
 

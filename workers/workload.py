@@ -151,7 +151,11 @@ def _refuse_arguments(reference: str, make: Callable[..., Any], arguments: Mappi
 
 def _with_paths(make: Callable[..., Any], arguments: Mapping[str, Any], beside: Path) -> dict[str, Any]:
     """The arguments with those that ``make`` annotates as ``Path`` found beside the spec."""
-    annotated = {name for name, kind in getattr(make, "__annotations__", {}).items() if kind in (Path, "Path")}
+    annotated = {
+        name
+        for name, kind in getattr(make, "__annotations__", {}).items()
+        if kind in (Path, "Path", Path | None, "Path | None")
+    }
     found = dict(arguments)
     for name in annotated & set(arguments):
         if isinstance(arguments[name], str | Path):

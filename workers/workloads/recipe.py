@@ -12,6 +12,7 @@ Not further training: what a number is, is ``fimo.workers.definition``. A final 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from fimo.workers.errors import FimoError, UsageError
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.randomness import kept, seed_all, step_seed
 from fimo.workers.settings import Optimizer
+from fimo.workers.stacking.trimming import trimming
 from fimo.workers.workload import Workload
 
 
@@ -38,12 +40,14 @@ class Recipe:
     Attributes:
         peak: None = a constant learning rate; else it rises linearly from 0 to ``optimizer.lr`` over this share of the
             steps, and falls linearly to 0.
+        clip_norm: clips the norm of a batch's gradient; None = it is not.
     """
 
     optimizer: Optimizer
     epochs: int
     batch_size: int = 128
     peak: float | None = None
+    clip_norm: float | None = None
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate at ``step`` of 0 … ``steps`` − 1, as a share of the optimizer's."""
@@ -75,6 +79,8 @@ def train(
 ) -> None:
     """Train ``workload.model`` in place, from the numbers that it has, and leave it on the CPU in eval mode.
 
+    Batches of text are cut to their longest example, as ``Workload.padding`` says where that ends.
+
     Args:
         seed: of the batches' order and of what the forward draws.
         say: hears ten lines of progress.
@@ -82,23 +88,28 @@ def train(
     device = torch.device(device)
     model, examples = workload.model.to(device).train(), Examples(workload.train, workload.collate, device)
     sampler = RandomSampler(range(len(examples)), generator=torch.Generator().manual_seed(seed))
-    optimizer = recipe.optimizer.build([p for p in model.parameters() if p.requires_grad])
+    params, cuts = [p for p in model.parameters() if p.requires_grad], trimming(examples, workload.padding)
+    optimizer = recipe.optimizer.build(params)
     steps, step = recipe.epochs * -(-len(examples) // recipe.batch_size), 0
     with kept(device):
         for epoch in range(1, recipe.epochs + 1):
-            order, total = torch.tensor(list(sampler)), torch.zeros((), device=device)
+            order, total, seen = torch.tensor(list(sampler)), torch.zeros((), device=device), 0
             for rows in order.split(recipe.batch_size):
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.optimizer.lr * recipe.rate(step, steps)
                 step += 1
                 seed_all(step_seed(seed, step, "batch"), device)
-                losses = _losses(workload, examples.batch(rows))
+                batch = examples.batch(rows)
+                losses = _losses(workload, batch if cuts is None else cuts.cut(batch, cuts.longest(rows)))
                 optimizer.zero_grad()
                 losses.mean().backward()
+                if recipe.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(params, recipe.clip_norm)
                 optimizer.step()
-                total += losses.detach().sum()
-            if epoch % max(1, recipe.epochs // 10) == 0:
-                say(f"epoch {epoch}/{recipe.epochs}: mean loss {float(total) / len(examples):.4g}")
+                total, seen = total + losses.detach().sum(), seen + len(rows)
+                if step % max(1, steps // 10) == 0 or step == steps:
+                    mean = float(total) / seen
+                    say(f"epoch {epoch}/{recipe.epochs}, step {step}/{steps}: mean loss {mean:.4g} in this epoch")
     model.to("cpu").eval()
 
 
@@ -113,11 +124,15 @@ def quality(workload: Workload) -> dict[str, float]:
     found: dict[str, float] = {}
     workload.model.eval()
     for name, source in (("train", workload.train), ("evals", workload.evals)):
-        losses, right = [], []
-        for _, batch in Examples(source, workload.collate).batches(256):
+        losses, right, examples = [], [], Examples(source, workload.collate)
+        cuts = trimming(examples, workload.padding)
+        # Of text in order of length, so that little of what is computed is padding.
+        order = None if cuts is None else torch.argsort(cuts.lengths, stable=True).tolist()
+        for rows, whole in examples.batches(256 if cuts is None else 64, order):
+            batch = whole if cuts is None else cuts.cut(whole, cuts.longest(torch.tensor(rows)))
             outputs = workload.outputs(workload.model, batch)
             losses.append(workload.loss(outputs, batch))
-            labels = batch.get("y") if isinstance(batch, dict) else None
+            labels = batch.get("y", batch.get("label")) if isinstance(batch, dict) else None
             if outputs.dim() == 2 and isinstance(labels, Tensor) and not labels.is_floating_point():
                 right.append(outputs.argmax(dim=1) == labels)
         found[f"{name} loss"] = float(torch.cat(losses).mean())
@@ -157,13 +172,21 @@ def main(make: Callable[..., Workload], recipe: Recipe, needs_data: bool = True)
     command.add_argument("--to", type=Path, required=True, metavar="FILE.safetensors")
     command.add_argument("--seed", type=int, default=0, help="of the initialisation and of the order (default 0)")
     command.add_argument("--epochs", type=int, default=recipe.epochs, help=f"(default {recipe.epochs})")
+    command.add_argument("--lr", type=float, default=recipe.optimizer.lr, help=f"(default {recipe.optimizer.lr})")
+    command.add_argument("--batch-size", type=int, default=recipe.batch_size, help=f"(default {recipe.batch_size})")
+    if "model" in inspect.signature(make).parameters:
+        command.add_argument("--model", help="the model's folder, or its name on the hub")
     command.add_argument("--arguments", type=json.loads, default={}, metavar="JSON", help="as workload_args in a spec")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked = command.parse_args()
     given: dict[str, Any] = {**asked.arguments, "initial": asked.seed}
+    if getattr(asked, "model", None) is not None:
+        given["model"] = Path(asked.model)
+    optimizer = replace(recipe.optimizer, lr=asked.lr)
+    recipe = replace(recipe, optimizer=optimizer, epochs=asked.epochs, batch_size=asked.batch_size)
     try:
         workload = make(asked.data, **given) if needs_data else make(**given)
-        train(workload, replace(recipe, epochs=asked.epochs), asked.seed, asked.device, _to_stderr)
+        train(workload, recipe, asked.seed, asked.device, _to_stderr)
         save(workload.model, asked.to)
     except FimoError as error:
         sys.exit(_failed(error))

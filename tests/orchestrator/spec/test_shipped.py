@@ -40,7 +40,7 @@ def test_every_shipped_workload_can_start_from_scratch_under_a_seed():
     ("given", "said"),
     [
         ("concret", "did you mean 'concrete'"),
-        ("nothing", "known: cifar10, concrete"),
+        ("nothing", "known: causal_lm, cifar10, concrete"),
         ("a b", "module:function, or the name of a shipped workload"),
         ("a:b:c", "module:function"),
         ("x:", "module:function"),
