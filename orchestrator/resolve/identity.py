@@ -7,11 +7,12 @@ a change of anything that moves a delta (data, θᶠ, the workload's code, the f
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, digest
@@ -54,6 +55,25 @@ def _one(examples: Examples, index: int) -> bytes:
     return "".join([str(tree), *told]).encode()
 
 
+_PLACES = ("_name_or_path", "transformers_version")
+"""Keys of a configuration that say where it came from, not what it is."""
+
+
+def architecture(model: nn.Module) -> str:
+    """SHA-256 (hex) of what a model is beside its tensors and its code: its modules with their settings, as printed,
+    and the configurations that transformers keeps.
+
+    A dropout probability may come from a file that no tensor and no code shows.
+    """
+    printed = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
+    owners: list[Any] = [m for m in model.modules() if hasattr(getattr(m, "config", None), "to_dict")]
+    kept = {id(owner.config): owner.config.to_dict() for owner in owners}
+    configurations = [
+        {key: str(value) for key, value in sorted(config.items()) if key not in _PLACES} for config in kept.values()
+    ]
+    return digest({"modules": printed, "configurations": configurations})
+
+
 def result_digest(
     *,
     workload: str,
@@ -61,6 +81,7 @@ def result_digest(
     source: str,
     train: str,
     evals: str,
+    architecture: str,
     final_model: str,
     further_training: Mapping[str, Any] | None,
 ) -> str:
@@ -73,6 +94,7 @@ def result_digest(
             "source": source,
             "train": train,
             "evals": evals,
+            "architecture": architecture,
             "final_model": final_model,
             "further_training": further_training,
         }

@@ -244,6 +244,7 @@ def _digests(
         "source": source_digest(spec.workload, beside),
         "train": identity.examples_digest(Examples(workload.train, workload.collate)),
         "evals": identity.examples_digest(Examples(workload.evals, workload.collate).first(evals)),
+        "architecture": identity.architecture(workload.model),
         "final_model": identity.tensors_digest(sorted(model.state_dict().items())),
     }
     training = identity.training_identity(spec.further_training)

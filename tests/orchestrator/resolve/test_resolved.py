@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from fimo.orchestrator.resolve import code
+from fimo.orchestrator.resolve import code, identity
 from fimo.orchestrator.resolve.resolved import resolve, resolve_again, resolve_like
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.manifest import from_json
@@ -28,6 +28,43 @@ def as_numpy_gives_it():
     model = w.model.double()
     return flowers.Workload(model, cast(w.train), cast(w.evals), w.outputs, w.loss)
 """
+
+
+DROPOUT = """
+from pathlib import Path
+
+import flowers
+from torch import nn
+
+def dropped():
+    w = flowers.flowers()
+    p = float((Path(__file__).parent / "dropout.txt").read_text())
+    return flowers.Workload(nn.Sequential(w.model, nn.Dropout(p)), w.train, w.evals, w.outputs, w.loss)
+"""
+
+
+def test_what_a_model_reads_from_a_file_gives_other_parts(beside):
+    """No tensor, no code and no argument shows a dropout probability."""
+    (beside / "drops.py").write_text(DROPOUT)
+    found = []
+    for p in (0.1, 0.2, 0.1):
+        (beside / "dropout.txt").write_text(str(p))
+        found.append(resolve(make_spec(workload="drops:dropped"), beside).manifest.digest)
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_configuration_counts_for_what_it_says_and_not_for_where_it_lies():
+    transformers = pytest.importorskip("transformers")
+
+    def digest(**more):
+        config = transformers.LlamaConfig(
+            vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, **more
+        )
+        return identity.architecture(transformers.LlamaForCausalLM(config))
+
+    base = digest(attention_dropout=0.1)
+    assert digest(attention_dropout=0.1, name_or_path="elsewhere") == base
+    assert digest(attention_dropout=0.2) != base
 
 
 def test_any_change_of_what_a_delta_depends_on_gives_other_parts(beside):
