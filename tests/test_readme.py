@@ -12,11 +12,12 @@ import pytest
 
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.spec.removals import number_removals
-from fimo.orchestrator.spec.spec import read
+from fimo.orchestrator.spec.spec import parse, read
+from fimo.orchestrator.spec.yaml import read_yaml
 from fimo.orchestrator.store import open_store
 from fimo.workers.errors import UsageError
 from fimo.workers.workload import load_workload
-from tests.support.small_sweep import run_here
+from tests.support.small_sweep import SPEC, run_here
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,7 +93,9 @@ def ways(about: str) -> set[str]:
 
 
 def test_the_own_sweep_is_thirty_lines_and_runs_and_so_does_the_notebook(tmp_path):
-    (module, notebook), [spec] = blocks("python"), blocks("yaml")
+    (module, notebook), (spec, part) = blocks("python"), blocks("yaml")
+    training = {**SPEC["further_training"], **read_yaml(part, "README")["further_training"]}
+    assert parse({**SPEC, "further_training": training}).further_training.lora.rank == 8
     assert len((module + spec).strip().splitlines()) <= 32
     (tmp_path / "mine.py").write_text(module)
     (tmp_path / "mine.yaml").write_text(spec)
@@ -147,8 +150,9 @@ def test_what_an_example_removes_is_in_its_data(example):
         "causal_lm": 1000,
     }
     module = spec.workload.partition(":")[0].rpartition(".")[2]
-    removed = number_removals(spec.removals, sizes[module], lambda name: b"")
-    assert len(removed) == (50 if example == "sst2-paper.yaml" else 100 if "paper" in example else 30)
+    removed = number_removals(spec.removals, sizes[module], lambda name: b"", lambda name: [])
+    counts = {"sst2-paper.yaml": 50, "concrete-groups.yaml": 60}
+    assert len(removed) == counts.get(example, 100 if "paper" in example else 30)
 
 
 def test_the_paper_s_setting_is_the_paper_s():
