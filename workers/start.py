@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
-from fimo.workers.forward import SOME, Forward, observe, refuse_mixing
+from fimo.workers.forward import Forward, observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, check
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
@@ -119,22 +119,14 @@ def start_from(
     if model.trains != settings.trains:
         raise UsageError("the model trains other parameters than the settings say: give it settings.trains")
     engine = engine or Engine()
-    size = min(len(train), settings.batch_size)
+    size, some = min(len(train), settings.batch_size), min(len(evals), settings.eval_batch)
     check(model, train.batch(range(size)), size, ["loss"])
-    check(
-        model,
-        evals.batch(range(min(len(evals), settings.eval_batch))),
-        min(len(evals), settings.eval_batch),
-        ["measure"],
-    )
+    check(model, evals.batch(range(some)), some, ["measure"])
     blocks, at_final = _evaluated(model, evals, settings, engine)
-    cuts = trimming(train, model.padding) if engine.trim else None
-    if cuts is not None and not probe.cuts_nothing(model, train, cuts):
-        cuts = None
+    cuts = probe.proven_cuts(model, train) if engine.trim else None
     _refuse_not_finite(_losses(model, train, size, cuts), "loss of training example")
     _refuse_not_finite(at_final, "measure of evaluation example")
-    # What is looked at are the shortest examples: of a large model on text any others take minutes.
-    looked_at = probe.shortest(train, cuts, max(SOME, size) + 2)
+    looked_at = probe.shortest(train, cuts, settings)
     forward = observe(model, looked_at, settings)
     settings = settings.settled(forward.mixes)
     refuse_mixing(forward, settings)

@@ -32,6 +32,7 @@ from fimo.workers.examples import Examples
 from fimo.workers.final_model import check_fits, final_copy, read_final_model
 from fimo.workers.forward import observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, check
+from fimo.workers.stacking import probe
 from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.workload import Workload, load_workload
 
@@ -119,7 +120,8 @@ def _settled(spec: Spec, model: FunctionalModel, train: Examples) -> Spec:
     section = spec.further_training
     if section.removal_mode in ("drop", "mask"):
         return spec
-    forward = observe(model, train, section.settings())
+    looked_at = probe.shortest(train, probe.proven_cuts(model, train), section.settings())
+    forward = observe(model, looked_at, section.settings())
     settings = section.settings().settled(forward.mixes)
     refuse_mixing(forward, settings)
     mode = {"removal_mode": settings.removal_mode}

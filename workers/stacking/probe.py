@@ -31,11 +31,20 @@ def tokens(train: Examples, padding: str | None) -> int:
     return int(mask.shape[1]) if isinstance(mask, Tensor) and mask.dim() == 2 else 0
 
 
-def shortest(train: Examples, cuts: Trimming | None, count: int) -> Examples:
-    """The ``count`` shortest examples, cut to the longest of them; all of them if it is not known how to cut."""
+def proven_cuts(model: FunctionalModel, train: Examples) -> Trimming | None:
+    """How training examples are cut, if it is known how and seen to change nothing."""
+    cuts = trimming(train, model.padding)
+    return cuts if cuts is not None and cuts_nothing(model, train, cuts) else None
+
+
+def shortest(train: Examples, cuts: Trimming | None, settings: FurtherTraining) -> Examples:
+    """What is looked at: the shortest examples, cut to the longest of them; all if it is not known how to cut.
+
+    Of a large model on text any others take minutes.
+    """
     if cuts is None or train.tensors is None:
         return train
-    chosen = torch.argsort(cuts.lengths, stable=True)[:count]
+    chosen = torch.argsort(cuts.lengths, stable=True)[: max(SOME, settings.batch_size) + 2]
     return Examples(cuts.cut(train.batch(chosen), cuts.longest(chosen)), device=train.device, dtype=train.dtype)
 
 
