@@ -40,7 +40,7 @@ def peak_host_bytes() -> int:
 def versions() -> dict[str, str]:
     """The versions that a part records of the software that made it."""
     known = {"python": platform.python_version()}
-    for package in ("fimo", "torch", "numpy", "pyarrow", "ray", "transformers"):
+    for package in ("fimo", "torch", "numpy", "pyarrow", "ray", "transformers", "peft"):
         with contextlib.suppress(PackageNotFoundError):
             known[package] = version(package)
     return known
