@@ -47,7 +47,10 @@ def attention(
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         allowed = attn_mask if allowed is None else allowed & attn_mask
     elif attn_mask is not None:
-        scores = scores + attn_mask
+        # −∞ forbids in a mask of numbers what False does in one of truths.
+        permitted = attn_mask != -torch.inf
+        scores = scores + torch.where(permitted, attn_mask, 0.0)
+        allowed = permitted if allowed is None else allowed & permitted
     if allowed is None:
         weights = scores.softmax(-1)
     else:

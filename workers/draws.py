@@ -57,12 +57,13 @@ class Draws(TorchFunctionMode):
         if func is torch.nn.functional.multi_head_attention_forward:
             return multi_head(self, args, kwargs)
         if func is torch.nn.functional.dropout:
-            x, p, training, _ = dropout_arguments(*args, **kwargs)
+            x, p, training, inplace = dropout_arguments(*args, **kwargs)
             if training and 0 < p < 1:
                 self.draws.append(Draw(order_of(torch.empty_like(x)), tuple(x.shape), p))
                 if x.device.type == "cuda":
                     # Avoid the fused kernel: it draws another sequence than the plain one, which replicas can share.
-                    return masked(x, p, self.draws[-1].order)
+                    out = masked(x, p, self.draws[-1].order)
+                    return x.copy_(out) if inplace else out
         if func is torch.nn.functional.scaled_dot_product_attention and dropout_of(args, kwargs) > 0:
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)

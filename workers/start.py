@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
-from fimo.workers.forward import Forward, observe, refuse_mixing
+from fimo.workers.forward import Forward, moved, observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, check
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
@@ -169,14 +170,25 @@ def _evaluated(
         return plain, at_final
     try:
         cut = in_blocks(evals, settings.eval_batch, cuts)
-        again = _at_final(model, cut)
+        again, tolerance = _at_final(model, cut), 1e-9 if model.dtype is torch.float64 else 1e-4
+        away = _same_away(model, evals, cut, cuts, tolerance)
     except Exception:
         # Whatever the model objects to, nothing is cut.
         return plain, at_final
-    tolerance = 1e-9 if model.dtype is torch.float64 else 1e-4
     scale = float(at_final.abs().nan_to_num(0, 0, 0).max())
     same = torch.allclose(again, at_final, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-    return (cut, again) if same else (plain, at_final)
+    return (cut, again) if same and away else (plain, at_final)
+
+
+@torch.no_grad()
+def _same_away(model: FunctionalModel, evals: Examples, cut: Evals, cuts: Trimming, tolerance: float) -> bool:
+    """Whether the shortest examples have the same g cut and whole away from θᶠ, where gates are open."""
+    chosen = torch.argsort(cuts.lengths, stable=True)[: len(pytree.tree_leaves(cut.blocks[0])[0])]
+    away = moved(model.params, 3)
+    with model.mode("eval"), kept(model.device):
+        whole, short = (model.measure(away, batch) for batch in (evals.batch(chosen), cut.blocks[0]))
+    scale = float(whole.abs().nan_to_num(0, 0, 0).max())
+    return torch.allclose(short, whole, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 @torch.no_grad()

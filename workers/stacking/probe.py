@@ -24,6 +24,9 @@ from fimo.workers.stacking.masks import Calls, StepMasks, learn
 from fimo.workers.stacking.stacked import Stacked
 from fimo.workers.stacking.trimming import Trimming, trimming
 
+SEVERAL = 4
+"""Lengths of the examples that are looked at, if there are so many."""
+
 
 def tokens(train: Examples, padding: str | None) -> int:
     """Tokens of an example with its padding; 0 if there is nothing like it."""
@@ -38,36 +41,62 @@ def proven_cuts(model: FunctionalModel, train: Examples) -> Trimming | None:
 
 
 def shortest(train: Examples, cuts: Trimming | None, settings: FurtherTraining) -> Examples:
-    """What is looked at: the shortest examples, cut to the longest of them; all if it is not known how to cut.
+    """What is looked at: short examples of several lengths, cut to the longest of them; all if none can be cut.
 
-    Of a large model on text any others take minutes.
+    Of a large model on text any others take minutes. Of one length alone, a loss that is divided by the tokens of its
+    batch would look like one that mixes nothing.
     """
     if cuts is None or train.tensors is None:
         return train
-    chosen = torch.argsort(cuts.lengths, stable=True)[: max(SOME, settings.batch_size) + 2]
+    count = max(SOME, settings.batch_size) + 2
+    ascending = torch.argsort(cuts.lengths, stable=True)
+    chosen = ascending[:count]
+    longer = ascending[cuts.lengths[ascending] > cuts.lengths[chosen[-1]]]
+    if int(cuts.lengths[chosen].unique().numel()) < SEVERAL and len(longer):
+        # One of each of the next lengths, last: who looks for mixing puts the last in the place of the first.
+        lengths = cuts.lengths[longer]
+        firsts = torch.cat([torch.ones(1, dtype=torch.bool), lengths[1:] != lengths[:-1]])
+        others = longer[firsts][: SEVERAL - 1]
+        chosen = torch.cat([chosen[: count - len(others)], others])
     return Examples(cuts.cut(train.batch(chosen), cuts.longest(chosen)), device=train.device, dtype=train.dtype)
 
 
 def cuts_nothing(model: FunctionalModel, train: Examples, cuts: Trimming) -> bool:
     """Whether losses and gradients of short examples are the same with and without their padding, in eval mode."""
     ascending = torch.argsort(cuts.lengths, stable=True)
-    chosen = ascending[torch.tensor([0, 1, len(ascending) // 4, len(ascending) // 2]).clamp(max=len(ascending) - 1)]
+    # Not of those without padding, which are often most of them: nothing of theirs is cut.
+    count = int((cuts.lengths < cuts.full).sum())
+    chosen = ascending[torch.tensor([0, count // 4, count // 2, count - 1])]
     batch = train.batch(chosen)
     places = torch.arange(len(chosen))
     with kept(model.device), model.mode("eval"):
         for params in (moved(model.params, 3),) if is_large(model) else (model.params, moved(model.params, 3)):
             for wide, tolerance in ((True, 1e-6), (False, 1e-4)):
                 try:
-                    cut = cuts.cut(batch, cuts.longest(chosen))
-                    both = [losses_and_gradient(model, params, some, places, wide) for some in (batch, cut)]
+                    whole = losses_and_gradient(model, params, batch, places, wide)
+                    cut = _each_cut(model, params, train, cuts, chosen, wide)
                 except Exception:
                     if wide:
                         continue  # A forward that fails in float64 is judged in its own precision.
                     return False
-                if not agree(both[0], both[1], tolerance):
+                if not agree(whole, cut, tolerance):
                     return False
                 break
     return True
+
+
+def _each_cut(
+    model: FunctionalModel, params: Tensors, train: Examples, cuts: Trimming, chosen: Tensor, wide: bool
+) -> tuple[Tensor, Tensors]:
+    """Losses and the gradient of their sum with weights 1, 2, …, each example cut to its own length."""
+    one, losses, total = torch.zeros(1, dtype=torch.long), [], dict[str, Tensor]()
+    for place, index in enumerate(chosen):
+        alone = cuts.cut(train.batch(index.reshape(1)), int(cuts.lengths[index]))
+        weight = torch.tensor([place + 1.0], dtype=torch.float64)
+        loss, grads = losses_and_gradient(model, params, alone, one, wide, weight)
+        losses.append(loss)
+        total = {name: total[name].add_(g) if total else g.clone() for name, g in grads.items()}
+    return torch.cat(losses), total
 
 
 def dropout_calls(model: FunctionalModel, train: Examples, forward: Forward, settings: FurtherTraining) -> Calls | None:
@@ -96,11 +125,15 @@ def same_in_parts(
         return True
     n = min(6, len(train))
     indices, full = torch.arange(n), tokens(train, model.padding)
-    shuffled = torch.tensor([4, 1, 5, 0, 3, 2])
+    if cuts is not None:
+        # Short ones in the first part and long ones in the second: parts that are not cut show nothing of cutting.
+        ascending = torch.argsort(cuts.lengths, stable=True)
+        indices = ascending[torch.tensor([0, len(train) // 2, 1, -1, 2, -2])] if n == 6 else indices
+    shuffled = torch.tensor([4, 2, 0, 1, 5, 3])
     with kept(model.device), model.mode(settings.mode):
         try:
             with Draws():
-                whole = losses_and_gradient(model, model.params, train.batch(indices), indices, wide=False)
+                whole = losses_and_gradient(model, model.params, train.batch(indices), torch.arange(n), wide=False)
             masks = StepMasks(model, calls, (0, 0), full)
             got, total = torch.empty_like(whole[0]), {name: torch.zeros_like(g) for name, g in whole[1].items()}
             for rows in shuffled[shuffled < n].split(3):

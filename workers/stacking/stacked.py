@@ -72,7 +72,7 @@ class Stacked(TorchFunctionMode):
             return _one_truth(args[0]) if self._decides and _functorch.is_batchedtensor(args[0]) else func(*args)
         if func is functional.dropout:
             x, p, training, inplace = dropout_arguments(*args, **kwargs)
-            return self._dropout(x, p) if training and 0 < p < 1 else func(x, p, training, inplace)
+            return self._dropout(x, p, inplace) if training and 0 < p < 1 else func(x, p, training, inplace)
         if func in ATTENTION:
             return self._attention(func, args, kwargs)
         if func is functional.embedding:
@@ -93,7 +93,11 @@ class Stacked(TorchFunctionMode):
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         return args[0].device.type == "cpu" and any(_functorch.is_batchedtensor(t) for t in tensors)
 
-    def _dropout(self, x: Tensor, p: float) -> Tensor:
+    def _dropout(self, x: Tensor, p: float, inplace: bool = False) -> Tensor:
+        # The forward may go on with what it gave, rather than with what it got back.
+        return x.copy_(self._dropped(x, p)) if inplace else self._dropped(x, p)
+
+    def _dropped(self, x: Tensor, p: float) -> Tensor:
         place, self._calls = self._calls, self._calls + 1
         if self._masks is not None:
             return x * self._masks(place, tuple(x.shape), p).to(x.dtype).div_(1 - p)
