@@ -123,12 +123,17 @@ def losses(
 
     count = next(iter(params.values())).shape[0]
     if count == 1:
-        with Draws() if masks is None else Stacked(orders, masks):
+        mode = Draws() if masks is None else Stacked(orders, masks)
+        with mode:
             each, after = one(_alone(params, model.params), _first(buffers), batch if shared else _first(batch))
+        if isinstance(mode, Stacked):
+            mode.check_all_called()
         return each.unsqueeze(0), {n: t.unsqueeze(0) for n, t in after.items()}
     stacked_one = vmap(one, in_dims=(0, 0, None if shared else 0), randomness="same")
-    with Stacked(orders, masks):
+    together = Stacked(orders, masks)
+    with together:
         out: tuple[Tensor, Tensors] = stacked_one(params, buffers, batch)
+    together.check_all_called()
     return out
 
 

@@ -82,6 +82,11 @@ class Stacked(TorchFunctionMode):
             return func(image.contiguous(), weight.contiguous(), *rest, **kwargs)
         return func(*args, **kwargs)
 
+    def check_all_called(self) -> None:
+        """Refuse a forward that took fewer of its masks than were learnt: a part of a batch would draw otherwise."""
+        if self._masks is not None and self._calls != len(self._orders):
+            raise CannotStackError("dropout is called less often than in the first forward")
+
     def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func is functional.multi_head_attention_forward:
             return multi_head(self, args, kwargs)

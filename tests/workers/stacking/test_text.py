@@ -15,6 +15,7 @@ from fimo.workers.definition import train_cell
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.stacking.parts import MOST, _ends
+from fimo.workers.stacking.stacked import CannotStackError, Stacked
 from fimo.workers.start import Engine, Start
 from fimo.workers.workload import Workload
 from tests.workers.problems import cross_entropy, make, settings
@@ -168,6 +169,16 @@ class OwnNoise(Flat):
         each = self.words(input_ids) * attention_mask[..., None]
         each = each + 0.1 * torch.randn_like(each) if self.training else each
         return type("Out", (), {"logits": self.classes(each.sum(1))})
+
+
+def test_a_part_that_draws_less_often_than_its_batch_is_refused() -> None:
+    """Seen where it happens: what was looked at drew as often as it should."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3))
+    mode = Stacked(orders=[(0, 1), (0, 1)], masks=lambda place, shape, p: torch.ones(shape, dtype=torch.bool))
+    with mode:
+        model(torch.ones(2, 4))
+    with pytest.raises(CannotStackError, match="less often"):
+        mode.check_all_called()
 
 
 @pytest.mark.parametrize("model", [Flat, OwnNoise])
