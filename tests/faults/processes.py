@@ -68,7 +68,7 @@ def kill(pid: int) -> bool:
     return True
 
 
-def wait_until(what: Callable[[], object], timeout_s: float = 90, every_s: float = 0.1) -> None:
+def wait_until(what: Callable[[], object], timeout_s: float = 240, every_s: float = 0.1) -> None:
     """Poll until ``what()`` is true; fails the test after the time-out."""
     deadline = time.monotonic() + timeout_s
     while not what():
