@@ -162,7 +162,7 @@ def _index(value: object) -> int:
 
 def _from_parquet(name: str, data: bytes) -> list[tuple[str, list[int]]]:
     try:
-        table = pq.read_table(io.BytesIO(data), columns=["name", "indices"])
+        table = pq.read_table(io.BytesIO(data), use_threads=False, columns=["name", "indices"])
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UsageError(f"removals from '{name}': not a Parquet file with columns name and indices") from error
     pairs = zip(table["name"].to_pylist(), table["indices"].to_pylist(), strict=True)

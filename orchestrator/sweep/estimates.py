@@ -91,7 +91,7 @@ def decode_block(data: bytes, name: str) -> EstimateBlock:
         BadPartError: torn, foreign or altered.
     """
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.read_table(io.BytesIO(data), use_threads=False)
         table.validate(full=True)
         about = json.loads((table.schema.metadata or {})[METADATA_KEY])
         removals = tuple(NamedRemoval(int(n), str(label), tuple(map(int, i))) for n, label, i in about["removals"])

@@ -75,7 +75,7 @@ def _from_safetensors(data: bytes, name: str) -> Matrix:
 
 def _from_parquet(data: bytes, name: str, shape: tuple[int, int]) -> tuple[Matrix, tuple[int, ...] | None]:
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.read_table(io.BytesIO(data), use_threads=False)
         if not {"removal", "eval", "value"} <= set(table.column_names):
             columns = [table.column(i).to_numpy().astype(np.float64) for i in range(table.num_columns)]
             return np.stack(columns, axis=1) if columns else np.zeros((0, 0)), None

@@ -161,7 +161,7 @@ def _rows(
 
 def _read(data: bytes, key: str) -> pa.Table:
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.read_table(io.BytesIO(data), use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise BadPartError(f"part {key}: torn, or not Parquet") from error

@@ -132,7 +132,7 @@ def decode_table(data: bytes, name: str) -> pa.Table:
         StoreError: the object is not the table that it should be.
     """
     try:
-        value = pq.read_table(io.BytesIO(data))
+        value = pq.read_table(io.BytesIO(data), use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StoreError(f"table {name} is torn or foreign; run the sweep again to write it anew") from error
     if not value.schema.equals(SCHEMAS[name]):
