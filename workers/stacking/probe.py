@@ -7,6 +7,7 @@ and gradient are what they are alone. Proven here on a few examples, at θᶠ an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -74,7 +75,8 @@ def cuts_nothing(model: FunctionalModel, train: Examples, cuts: Trimming) -> boo
             for wide, tolerance in ((True, 1e-6), (False, 1e-4)):
                 try:
                     whole = losses_and_gradient(model, params, batch, places, wide)
-                    cut = _each_cut(model, params, train, cuts, chosen, wide)
+                    alone = (cuts.cut(train.batch(i.reshape(1)), int(cuts.lengths[i])) for i in chosen)
+                    cut = _one_by_one_gradient(model, params, alone, (places + 1).double(), wide)
                 except Exception:
                     if wide:
                         continue  # A forward that fails in float64 is judged in its own precision.
@@ -85,16 +87,15 @@ def cuts_nothing(model: FunctionalModel, train: Examples, cuts: Trimming) -> boo
     return True
 
 
-def _each_cut(
-    model: FunctionalModel, params: Tensors, train: Examples, cuts: Trimming, chosen: Tensor, wide: bool
+def _one_by_one_gradient(
+    model: FunctionalModel, params: Tensors, alone: Iterable[Batch], weights: Tensor, wide: bool
 ) -> tuple[Tensor, Tensors]:
-    """Losses and the gradient of their sum with weights 1, 2, …, each example cut to its own length."""
-    one, losses, total = torch.zeros(1, dtype=torch.long), [], dict[str, Tensor]()
-    for place, index in enumerate(chosen):
-        alone = cuts.cut(train.batch(index.reshape(1)), int(cuts.lengths[index]))
-        weight = torch.tensor([place + 1.0], dtype=torch.float64)
-        loss, grads = losses_and_gradient(model, params, alone, one, wide, weight)
+    """Losses of batches of one, and the gradient of their sum with ``weights``."""
+    first, losses, total = torch.zeros(1, dtype=torch.long), [], dict[str, Tensor]()
+    for batch, weight in zip(alone, weights, strict=True):
+        loss, grads = losses_and_gradient(model, params, batch, first, wide, weight.reshape(1))
         losses.append(loss)
+        # One sum, not a gradient for each example: a large model's do not fit.
         total = {name: total[name].add_(g) if total else g.clone() for name, g in grads.items()}
     return torch.cat(losses), total
 
@@ -234,13 +235,8 @@ def _adds_up(model: FunctionalModel, params: Tensors, train: Examples, indices: 
     for wide, tolerance in ((True, 1e-6), (False, 1e-4)):
         try:
             whole = losses_and_gradient(model, params, train.batch(indices), torch.arange(len(indices)), wide, weights)
-            one, losses, total = torch.zeros(1, dtype=torch.long), [], dict[str, Tensor]()
-            for i, w in zip(indices, weights, strict=True):
-                loss, grads = losses_and_gradient(model, params, train.batch([i]), one, wide, w.reshape(1))
-                losses.append(loss)
-                # One sum, not a gradient for each example: a large model's do not fit.
-                total = {name: total[name].add_(g) if total else g.clone() for name, g in grads.items()}
+            alone = _one_by_one_gradient(model, params, (train.batch([i]) for i in indices), weights, wide)
         except Exception:
             continue
-        return agree(whole, (torch.cat(losses), total), tolerance)
+        return agree(whole, alone, tolerance)
     return False
