@@ -18,7 +18,7 @@ from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.workloads import causal_lm, recipe
 from tests.support import real_data
 from tests.support.small_sweep import run_here
-from tests.workers.workloads.tiny import TEXTS, tiny_gpt2
+from tests.workers.workloads.tiny import TEXTS, stacks_give_the_definition_s_effects, tiny_gpt2
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -164,19 +164,7 @@ def test_another_start_is_the_architecture_under_a_seed(model: Path, lines: Path
 @pytest.mark.parametrize("mode", ["reweight", "drop"])
 def test_stacks_give_the_definition_s_effects_of_tied_weights_with_dropout(mode: Any, model: Path, lines: Path) -> None:
     made = causal_lm.causal_lm(lines, model=model, lines=True)
-    training = FurtherTraining(
-        Optimizer("adamw", lr=1e-3, weight_decay=0.0),
-        4,
-        steps=3,
-        evaluate=Evaluate(at_steps=(2,)),
-        clip_norm=1.0,
-        removal_mode=mode,
-        precision="float64",
-    )
-    plain = fimo.attribution(made, training, [[0], [3, 5]], [0, 1])
-    stacked = fimo.attribution(made, training, [[0], [3, 5]], [0, 1], stacked=True)
-    assert float(plain.effects.abs().max()) > 1e-6
-    torch.testing.assert_close(stacked.effects, plain.effects, rtol=1e-5, atol=1e-10)
+    stacks_give_the_definition_s_effects(made, Optimizer("adamw", lr=1e-3, weight_decay=0.0), mode)
 
 
 def test_a_sweep_of_log_probabilities_with_estimators(model: Path, lines: Path, tmp_path: Path) -> None:

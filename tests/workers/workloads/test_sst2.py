@@ -23,7 +23,7 @@ from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.workloads import recipe, sst2, text
 from tests.support import real_data
 from tests.support.small_sweep import run_here
-from tests.workers.workloads.tiny import SENTENCES, tiny_bert, write_glue
+from tests.workers.workloads.tiny import SENTENCES, stacks_give_the_definition_s_effects, tiny_bert, write_glue
 
 transformers: Any = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[3]
@@ -201,19 +201,7 @@ def test_the_bare_architecture_takes_its_final_model_and_nothing_less(model: Pat
 @pytest.mark.parametrize("mode", ["reweight", "drop"])
 def test_stacks_give_the_definition_s_effects_with_dropout(mode: Any, model: Path, data: Path) -> None:
     made = sst2.sst2(data, initial=0, model=model)
-    training = FurtherTraining(
-        TRAINING.optimizer,
-        4,
-        steps=3,
-        evaluate=Evaluate(at_steps=(2,)),
-        clip_norm=1.0,
-        removal_mode=mode,
-        precision="float64",
-    )
-    plain = fimo.attribution(made, training, [[0], [3, 5]], [0, 1])
-    stacked = fimo.attribution(made, training, [[0], [3, 5]], [0, 1], stacked=True)
-    assert float(plain.effects.abs().max()) > 1e-6
-    torch.testing.assert_close(stacked.effects, plain.effects, rtol=1e-5, atol=1e-10)
+    stacks_give_the_definition_s_effects(made, TRAINING.optimizer, mode)
 
 
 def test_a_sweep_by_bare_name_removes_by_label_and_estimates(model: Path, data: Path, tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+import fimo
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.workload import Workload
+
 SENTENCES = [
     ("a good film and a fine cast", 1),
     ("bad", 0),
@@ -90,3 +94,19 @@ def write_glue(folder: Path, evals: int = 3) -> Path:
         lines = ["sentence\tlabel", *(f"{text} \t{label}" for text, label in rows)]
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def stacks_give_the_definition_s_effects(made: Workload, optimizer: Optimizer, mode: Any) -> None:
+    training = FurtherTraining(
+        optimizer,
+        4,
+        steps=3,
+        evaluate=Evaluate(at_steps=(2,)),
+        clip_norm=1.0,
+        removal_mode=mode,
+        precision="float64",
+    )
+    plain = fimo.attribution(made, training, [[0], [3, 5]], [0, 1])
+    stacked = fimo.attribution(made, training, [[0], [3, 5]], [0, 1], stacked=True)
+    assert float(plain.effects.abs().max()) > 1e-6
+    torch.testing.assert_close(stacked.effects, plain.effects, rtol=1e-5, atol=1e-10)
