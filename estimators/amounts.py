@@ -24,8 +24,18 @@ def settings_of(estimator: Hyperparameters, problem: Problem) -> FurtherTraining
 
 
 def recorded_steps(problem: Problem, settings: FurtherTraining) -> tuple[int, ...]:
-    """The steps at which the sweep evaluates g, ascending."""
-    return tuple(batches.steps_recorded(len(problem.train), settings))
+    """The steps at which the sweep evaluates g, ascending: all, or those that the problem asks for.
+
+    Raises:
+        UsageError: it asks for none of them.
+    """
+    every = tuple(batches.steps_recorded(len(problem.train), settings))
+    if problem.at is None:
+        return every
+    wanted = tuple(step for step in every if step in set(problem.at))
+    if not wanted:
+        raise UsageError(f"none of the steps {list(problem.at)[:10]} is recorded; the sweep has {list(every)[:10]}")
+    return wanted
 
 
 def linear(optimizer: Optimizer) -> bool:

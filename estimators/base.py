@@ -49,7 +49,8 @@ class Problem:
         train, evals: training examples 𝒟 (n) and evaluation examples (E), on the model's device and in its dtype.
         removals: training indices of each removal (R); the training-side gradient of a group is the sum over it.
         further_training: the sweep's section, for estimators that depend on the amount of further training.
-        seeds: the sweep's seeds, for ``unrolled``, which averages over them.
+        seeds: what ``unrolled`` and ``mirrored`` train with, and average over; never the sweep's own, but in a check.
+        at: the recorded steps that are wanted of an estimate by amounts; None = all.
         displacement: step -> Δθ̂(𝒟), the baseline's mean displacement over seeds, for ``training_gradient``.
         progress: called with one line now and then.
     """
@@ -60,6 +61,7 @@ class Problem:
     removals: Sequence[Sequence[int]]
     further_training: FurtherTraining | None = None
     seeds: Sequence[int] = ()
+    at: Sequence[int] | None = None
     displacement: Mapping[int, Tensors] | None = None
     progress: Callable[[str], None] | None = None
 
@@ -102,6 +104,10 @@ class Estimator(Protocol):
         """Those of the sweep's seeds that the values depend on."""
         ...
 
+    def runs(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """The seeds that the estimator itself trains with, given the sweep's: its values are the mean over them."""
+        ...
+
     def refuses(self, problem: Problem) -> str | None:
         """Why the estimator means nothing for the problem (model, data and settings), in a line; None = it does."""
         ...
@@ -137,6 +143,10 @@ class Hyperparameters:
 
     def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
         """Those of the sweep's seeds that the values depend on."""
+        return ()
+
+    def runs(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """The seeds that the estimator itself trains with, given the sweep's: its values are the mean over them."""
         return ()
 
     def unsuited(self, problem: Problem) -> str | None:
