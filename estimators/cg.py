@@ -1,21 +1,25 @@
 """Influence by conjugate gradients: P = (C + λI)⁻¹, C the Gauss-Newton matrix or the Hessian of the mean loss.
 
 Source: Martens, Deep learning via Hessian-free optimization (2010), for CG on curvature products; Koh and
-Liang (2017), section 3, for influence.
+Liang (2017), section 3, for influence. Several λ share one Krylov space: see ``operators.krylov``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypedDict, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from fimo.estimators.base import JSON, Notes, Problem, flat_loss
+from fimo.estimators.ekfac import as_inverse
 from fimo.estimators.influence import Influence, Preconditioner
-from fimo.estimators.operators.spaces import Space, make_curvature
-from fimo.workers.errors import DivergedError
+from fimo.estimators.matching import Shift
+from fimo.estimators.operators.kronecker import coverage
+from fimo.estimators.operators.krylov import Solved, conjugate_gradients, preconditioned
+from fimo.estimators.operators.spaces import Curvature, Space, make_curvature
 
 UNSOLVED = 1000
 """How many times the tolerance a true residual may be before the reader is warned."""
@@ -26,7 +30,7 @@ MAGNIFIED = 1.0
 
 @dataclass(frozen=True)
 class CG(Influence):
-    """(C + λI)⁻¹ ∇g by conjugate gradients, all evaluation examples of a block together.
+    """(C + λD)⁻¹ ∇g by conjugate gradients, all evaluation examples of a block together.
 
     Iterates, inner products and residuals are float64 whatever the model's dtype, because a small damping magnifies
     their rounding. A true residual far above the tolerance is in the notes as a warning.
@@ -35,15 +39,21 @@ class CG(Influence):
         curvature: ``gauss_newton`` (positive semidefinite for convex losses) or ``hessian`` (may be
             indefinite; CG then still solves the system, but without its guarantee: look at the residuals in
             the notes).
+        preconditioner: ``ekfac``: iterate with M⁻¹ from EK-FAC (see ``operators.nystrom``), each λ by itself from the
+            solution before. The values are the same, the iterations fewer where the damping is small.
         tolerance: a right-hand side stops at ‖v − (C + λI)x‖ ≤ tolerance·‖v‖.
         max_iterations: and at the latest after so many.
 
-    Cost: an iteration is a product with C for every right-hand side; see ``spaces`` for when that is cheap.
+    Cost: an iteration is a product with C for every right-hand side, however many recorded steps there are; see
+    ``spaces`` for when that is cheap. Preconditioned, every recorded step has iterations of its own.
     """
 
     name: ClassVar[str] = "cg"
+    version: ClassVar[int] = 2
+    matches: ClassVar[bool] = True
 
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
+    preconditioner: Literal["ekfac"] | None = None
     tolerance: float = 1e-8
     max_iterations: int = 1000
 
@@ -53,31 +63,62 @@ class CG(Influence):
         self.require(self.max_iterations >= 1, "max_iterations must be at least 1")
 
     def unsuited(self, problem: Problem) -> str | None:
-        """The Gauss-Newton matrix is 0."""
+        """The Gauss-Newton matrix is 0, or EK-FAC covers nothing."""
+        if self.preconditioner == "ekfac" and coverage(problem.model) == 0:
+            return "EK-FAC covers no trainable parameter of the model; leave the preconditioner out"
         return super().unsuited(problem) or (flat_loss(problem) if self.curvature == "gauss_newton" else None)
 
-    def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
-        """(C + λI)⁻¹, solved anew at each call."""
-        damping = self.resolve_damping(problem)
-        curvature = make_curvature(problem.model, problem.train, self.curvature)
-        notes["damping"] = damping
+    def rows_kept(self, systems: int) -> int:
+        """A solution and a direction for every λ, in float64."""
+        return systems if systems == 1 else 4 * systems
+
+    def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
+        """(C + λD)⁻¹, solved anew at each call."""
+        shift = self.shift(problem)
+        curvature = make_curvature(problem.model, problem.train, self.curvature, shift.scale)
+        inverse = as_inverse(problem, shift, notes) if self.preconditioner == "ekfac" else None
+        shift.note(notes)
         solves: list[JSON] = []
         notes["solves"] = solves
 
         def apply(rows: Tensor) -> Tensor:
-            space = curvature.around(rows)
-            x, solved = conjugate_gradients(space, damping, self.tolerance, self.max_iterations)
-            solves.append(cast(JSON, solved))
-            problem.say(f"{self.name}: {solved['converged']} of {len(rows)} right-hand sides converged")
-            self._warn(problem, notes, solved)
-            return space.rows(x)
+            if inverse is None:
+                space = curvature.around(rows)
+                x, solved = conjugate_gradients(space, shift.values, self.tolerance, self.max_iterations)
+                solves.append(cast(JSON, solved))
+                self._warn(problem, notes, solved, min(shift.values))
+            else:
+                space, x = self._one_by_one(problem, notes, curvature, rows, shift, inverse, solves)
+            problem.say(f"{self.name}: {len(rows)} right-hand sides, {len(shift.values)} dampings")
+            solutions = space.rows(x)
+            return solutions if shift.steps is not None else solutions[0]
 
         return apply
 
-    def _warn(self, problem: Problem, notes: Notes, solved: Solved) -> None:
+    def _one_by_one(
+        self,
+        problem: Problem,
+        notes: Notes,
+        curvature: Curvature,
+        rows: Tensor,
+        shift: Shift,
+        inverse: Callable[[Tensor, float], Tensor],
+        solves: list[JSON],
+    ) -> tuple[Space, Tensor]:
+        """The preconditioned systems from the largest λ to the smallest, each begun at the solution before."""
+        space, x = curvature.whole(rows), None
+        found: dict[int, Tensor] = {}
+        for place in sorted(range(len(shift.values)), key=lambda at: -shift.values[at]):
+            damping = shift.values[place]
+            x, solved = preconditioned(space, damping, _at(inverse, damping), self.tolerance, self.max_iterations, x)
+            solves.append({"damping": damping, **cast("dict[str, JSON]", solved)})
+            self._warn(problem, notes, solved, damping)
+            found[place] = x
+        return space, torch.stack([found[place] for place in range(len(shift.values))])
+
+    def _warn(self, problem: Problem, notes: Notes, solved: Solved, damping: float) -> None:
         """One line, to the notes too, if the systems or the gradients cannot bear so small a damping."""
-        residuals, damping = solved["relative_residual"], notes["damping"]
-        assert isinstance(damping, float)
+        residuals = solved["relative_residual"]
         far = [r for r in residuals if not r <= UNSOLVED * self.tolerance]
         rounding = torch.finfo(problem.model.dtype).eps
         if far:
@@ -98,60 +139,5 @@ class CG(Influence):
         problem.say(f"warning: {self.name}: {line}")
 
 
-class Solved(TypedDict):
-    """Of the systems of one block: iterations and true relative residual of each, two counts, and a lower bound of the
-    damped curvature's largest eigenvalue (the largest Rayleigh quotient of a search direction)."""
-
-    iterations: list[int]
-    relative_residual: list[float]
-    converged: int
-    negative_curvature: int
-    largest_curvature: float
-
-
-def conjugate_gradients(space: Space, damping: float, tolerance: float, max_iterations: int) -> tuple[Tensor, Solved]:
-    """x with (C + λI)x = ``space.start``, row by row, each stopping by itself.
-
-    Every row has its own step lengths, so that a block's rows are what they would be alone.
-
-    Returns:
-        x (k, d), and what is known of the solves: the true residuals are computed from x at the end, and
-        ``negative_curvature`` counts the rows that met such a direction.
-
-    Raises:
-        DivergedError: C is not finite.
-    """
-    b = space.start
-    x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
-    norms = b.norm(dim=1)
-    square = residual.square().sum(dim=1)
-    iterations = torch.zeros(len(b), dtype=torch.long, device=b.device)
-    negative = torch.zeros(len(b), dtype=torch.bool, device=b.device)
-    active, largest = square.sqrt() > tolerance * norms, 0.0
-    for _ in range(max_iterations):
-        if not bool(active.any()):
-            break
-        rows = active.nonzero().squeeze(1)
-        p = direction[rows]
-        image = space.apply(p) + damping * p
-        slope = (p * image).sum(dim=1)
-        if not bool(torch.isfinite(slope).all()):
-            raise DivergedError("cg: the curvature is not finite at the final model")
-        negative[rows] |= slope < 0
-        largest = max(largest, float((slope / p.square().sum(dim=1)).max()))
-        step = torch.where(slope != 0, square[rows] / slope, 0)[:, None]
-        x[rows] += step * p
-        residual[rows] -= step * image
-        fresh = residual[rows].square().sum(dim=1)
-        direction[rows] = residual[rows] + (fresh / square[rows])[:, None] * p
-        square[rows] = fresh
-        iterations[rows] += 1
-        active = square.sqrt() > tolerance * norms
-    true = (b - space.apply(x) - damping * x).norm(dim=1) / norms.clamp_min(torch.finfo(b.dtype).tiny)
-    return x, {
-        "iterations": iterations.tolist(),
-        "relative_residual": true.tolist(),
-        "converged": int((~active).sum()),
-        "negative_curvature": int(negative.sum()),
-        "largest_curvature": largest,
-    }
+def _at(inverse: Callable[[Tensor, float], Tensor], damping: float) -> Callable[[Tensor], Tensor]:
+    return lambda rows: inverse(rows, damping)

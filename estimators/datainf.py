@@ -58,7 +58,7 @@ class DataInf(Influence):
             values, damping = self._in_one_pass(problem)
         return Estimate(finite(values, self.name), notes=_damping_note(problem, damping))
 
-    def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
+    def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P by a pass over 𝒟 for λ_l, and one more for each call."""
         model, slices = problem.model, list(Layout.of(problem.model.params).slices.values())
         damping = self._layer_damping(mean_square(model, problem.train))
@@ -79,7 +79,7 @@ class DataInf(Influence):
 
     def _layer_damping(self, squares: Tensor) -> Tensor:
         """λ_l from each layer's mean squared gradient entry, float64 (layers,)."""
-        if self.damping is not None:
+        if isinstance(self.damping, int | float):
             return torch.full_like(squares, self.damping)
         assert self.damping_scale is not None
         # A layer whose gradients are all zero contributes nothing, whatever its λ.

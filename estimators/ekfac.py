@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -10,8 +12,12 @@ from torch import Tensor
 
 from fimo.estimators.base import Hyperparameters, Notes, Problem, flat_loss
 from fimo.estimators.influence import Influence, Preconditioner
+from fimo.estimators.matching import Shift
 from fimo.estimators.operators.eigenbasis import Eigenbasis
+from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.kronecker import coverage, factorised
+from fimo.estimators.operators.nystrom import Nystrom
+from fimo.estimators.operators.spaces import make_curvature
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,9 @@ class Factored(Hyperparameters):
             return "the model has no Linear, Conv2d, Conv1D or small trainable tensor to cover"
         return super().unsuited(problem) or flat_loss(problem)
 
-    def eigenbasis(self, problem: Problem, notes: Notes) -> Eigenbasis:
+    def eigenbasis(self, problem: Problem, notes: Notes, scale: Tensor | None = None) -> Eigenbasis:
         """The factorisation; ``notes`` says of which kind it is and what share of the parameters it covers."""
-        basis = factorised(problem.model, problem.train, self.fisher, self.samples, self.seed)
+        basis = factorised(problem.model, problem.train, self.fisher, self.samples, self.seed, scale)
         notes.update(fisher=basis.fisher, left_out=basis.left_out, coverage=basis.coverage(problem.model))
         if basis.left_out:
             shown = ", ".join(basis.left_out[:8]) + (" …" if len(basis.left_out) > 8 else "")
@@ -51,26 +57,59 @@ class Factored(Hyperparameters):
 
 @dataclass(frozen=True)
 class EKFAC(Factored, Influence):
-    """EK-FAC (George et al. 2018; Grosse et al. 2023).
+    """EK-FAC (George et al. 2018; Grosse et al. 2023): (G̃ + λD)⁻¹ on its spectrum, for as many λ as there are.
+
+    Parameters that EK-FAC leaves out count as directions without curvature, 1/λ, if the damping is matched; otherwise
+    they have no part in the estimate.
 
     Cost: two passes over 𝒟 with as many backward passes an example as it has outputs or samples, one eigendecomposition
     of each factor, then O((in + out)·in·out) a layer and gradient.
     """
 
     name: ClassVar[str] = "ekfac"
+    version: ClassVar[int] = 2
+    matches: ClassVar[bool] = True
 
-    def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
-        """(G̃ + λI)⁻¹, 0 on parameters that are left out."""
-        damping = self.resolve_damping(problem)
-        basis = self.eigenbasis(problem, notes)
-        notes["damping"] = damping
+    def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
+        """(G̃ + λD)⁻¹, 0 on parameters that are left out if λ is not matched."""
+        shift = self.shift(problem)
+        basis = self.eigenbasis(problem, notes, shift.scale)
+        shift.note(notes)
+        outside = uncovered(basis, problem) if shift.steps is not None else None
 
         def apply(rows: Tensor) -> Tensor:
-            return basis.apply(rows, lambda values: inverse(values + damping))
+            scaled = rows if shift.scale is None else rows * shift.scale.to(rows)
+            solved = basis.apply_each(scaled, [partial(damped, damping=value) for value in shift.values])
+            if outside is not None:
+                solved += torch.stack([scaled * outside / value for value in shift.values])
+            if shift.scale is not None:
+                solved *= shift.scale.to(rows)
+            return solved if shift.steps is not None else solved[0]
 
         return apply
 
 
-def inverse(values: Tensor) -> Tensor:
-    """1/x, and 0 where x is 0 (a parameter that the loss does not depend on, undamped)."""
-    return torch.where(values > 0, 1 / values, 0)
+def damped(values: Tensor, damping: float) -> Tensor:
+    """1/(x + λ), and 0 where that is 0 (a parameter that the loss does not depend on, undamped)."""
+    shifted = values + damping
+    return torch.where(shifted > 0, 1 / shifted, 0)
+
+
+def uncovered(basis: Eigenbasis, problem: Problem) -> Tensor:
+    """1 on the parameters that no block covers and 0 elsewhere, (P,) in the model's dtype."""
+    slices = Layout.of(problem.model.params).slices
+    mask = torch.zeros(sum(s.stop - s.start for s in slices.values()))
+    for name in basis.left_out:
+        mask[slices[name]] = 1
+    return mask.to(problem.model.device, problem.model.dtype)
+
+
+def as_inverse(problem: Problem, shift: Shift, notes: Notes) -> Callable[[Tensor, float], Tensor]:
+    """(rows (k, P), λ) ↦ M⁻¹ of them in the scaled space of ``shift``, for a solver; see ``operators.nystrom``."""
+    model = problem.model
+    basis = factorised(model, problem.train, "auto", 1, 0, shift.scale)
+    empty = torch.zeros(0, Layout.of(model.params).size, dtype=model.dtype, device=model.device)
+    space = make_curvature(model, problem.train, "gauss_newton", shift.scale).whole(empty)
+    inverse = Nystrom(space, basis, model.dtype)
+    notes.update(fisher=basis.fisher, left_out=basis.left_out, rank=len(inverse.values))
+    return inverse.inverse

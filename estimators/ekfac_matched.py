@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fimo.estimators.amounts import SGDMatched
 from fimo.estimators.base import Notes, Pair, Pairing, Problem
-from fimo.estimators.ekfac import Factored
+from fimo.estimators.ekfac import Factored, uncovered
 from fimo.estimators.operators.eigenbasis import Eigenbasis
-from fimo.estimators.operators.gradients import Layout, dot_products
+from fimo.estimators.operators.gradients import dot_products
 from fimo.estimators.operators.optimizers import Descent
 from fimo.workers.settings import Optimizer
 
@@ -84,12 +84,3 @@ def spectral_filter(values: Tensor, optimizer: Optimizer, steps: tuple[int, ...]
 def _filters(basis: Eigenbasis, optimizer: Optimizer, steps: tuple[int, ...]) -> tuple[list[Tensor], int]:
     pairs = [spectral_filter(block.values, optimizer, steps) for block in basis.blocks]
     return [weights for weights, _ in pairs], sum(count for _, count in pairs)
-
-
-def uncovered(basis: Eigenbasis, problem: Problem) -> Tensor:
-    """1 on the parameters that no block covers and 0 elsewhere, (P,) in the model's dtype."""
-    slices = Layout.of(problem.model.params).slices
-    mask = torch.zeros(sum(s.stop - s.start for s in slices.values()))
-    for name in basis.left_out:
-        mask[slices[name]] = 1
-    return mask.to(problem.model.device, problem.model.dtype)

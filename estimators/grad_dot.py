@@ -1,11 +1,15 @@
-"""Grad-Dot: the training gradient as seen by the evaluation gradient, with P = I."""
+"""Grad-Dot: the training gradient as seen by the evaluation gradient, with P = I, or the optimizer's own scale."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from fimo.estimators.base import GradientEstimator, Notes, Pairing, Problem
+from torch import Tensor
+
+from fimo.estimators.amounts import NEEDS_TRAINING, linear, settings_of
+from fimo.estimators.base import GradientEstimator, Notes, Pair, Pairing, Problem
+from fimo.estimators.matching import inverse_scale
 from fimo.estimators.operators.gradients import dot_products
 
 
@@ -13,12 +17,41 @@ from fimo.estimators.operators.gradients import dot_products
 class GradDot(GradientEstimator):
     """â = ∇g(z, θᶠ)ᵀ ∇L_i(θᶠ): the limit of further training by one small SGD step.
 
+    Attributes:
+        preconditioner: ``optimizer``: ∇g(z, θᶠ)ᵀ D⁻¹ ∇L_i(θᶠ), the same limit under Adam and AdamW, whose step divides
+            by D = √v̂ + ε; see ``matching``.
+
     Source: Charpiat et al., Input similarity from the neural network perspective (2019); TracIn at one checkpoint
-    (Pruthi et al. 2020, eq. 3). Cost: one backward pass for each evaluation example and each removed training example.
+    (Pruthi et al. 2020, eq. 3). Cost: one backward pass for each evaluation example and each removed training example;
+    with the optimizer's scale the gradients of an epoch of batches too.
     """
 
     name: ClassVar[str] = "grad_dot"
 
+    preconditioner: Literal["optimizer"] | None = None
+
+    def follows_training(self) -> bool:
+        """The optimizer's scale is its own, and that of its batches."""
+        return self.preconditioner is not None
+
+    def unsuited(self, problem: Problem) -> str | None:
+        """The optimizer has no scale of its own."""
+        if self.preconditioner is None:
+            return None
+        if problem.further_training is None:
+            return f"the optimizer's scale {NEEDS_TRAINING}"
+        if linear(problem.further_training.optimizer):
+            return "sgd has no scale of its own: leave preconditioner out"
+        return None
+
     def pairing(self, problem: Problem, notes: Notes) -> Pairing:
-        """Inner products."""
-        return Pairing(lambda right: lambda left: dot_products(left, right))
+        """Inner products, in the optimizer's scale or as they are."""
+        if self.preconditioner is None:
+            return Pairing(lambda right: lambda left: dot_products(left, right))
+        scale = inverse_scale(problem, settings_of(self, problem))
+
+        def against(right: Tensor) -> Pair:
+            scaled = right * scale.to(right)
+            return lambda left: dot_products(left, scaled)
+
+        return Pairing(against)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.base import (
+    Estimate,
     GradientEstimator,
     Notes,
     Pair,
@@ -38,7 +39,7 @@ from fimo.workers.errors import UsageError
 from fimo.workers.functional import Tensors
 
 Preconditioner = Callable[[Tensor], Tensor]
-"""Rows (k, P) -> rows (k, P): P applied to each."""
+"""Rows (k, P) -> rows (k, P): P applied to each; (steps, k, P) if there is a P for each amount."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +64,42 @@ class Influence(Damped, GradientEstimator):
 
     def follows_training(self) -> bool:
         """A displacement is the sweep's own baseline's."""
-        return self.displacement_step is not None
+        return self.displacement_step is not None or super().follows_training()
 
     def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
         """A displacement is the mean over all seeds."""
         return tuple(seeds) if self.displacement_step is not None else ()
 
     @abstractmethod
-    def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
+    def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P at θᶠ; what a reader should know of how it was made goes to ``notes``."""
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """(R, E), or (steps, R, E) if the damping is matched; errors as ``GradientEstimator.estimate``."""
+        steps = self.amounts(problem) if problem.further_training is not None else None
+        if steps is None or len(steps) == 1 or self.training_gradient == "final" or self.displacement_step is not None:
+            return super().estimate(problem)
+        # Each amount has a displacement of its own, and so a training side.
+        each = [super(Influence, self).estimate(replace(problem, at=(step,))) for step in steps]
+        notes: Notes = {"by_step": {str(s): dict(e.notes) for s, e in zip(steps, each, strict=True)}}
+        return Estimate(torch.cat([e.values for e in each]), steps, notes)
 
     def pairing(self, problem: Problem, notes: Notes) -> Pairing:
         """Inner products of r_i with the preconditioned evaluation gradients."""
-        precondition = self.preconditioner(problem, notes)
+        precondition, steps = self.preconditioning(problem, notes), self.amounts(problem)
 
         def against(right: Tensor) -> Pair:
             preconditioned = precondition(right)
-            return lambda left: dot_products(left, preconditioned)
+            if steps is None:
+                return lambda left: dot_products(left, preconditioned)
+            return lambda left: torch.stack([dot_products(left, of_step) for of_step in preconditioned])
 
-        return Pairing(against, self.training_side(problem, precondition))
+        side = self.training_side(problem, precondition)
+        return Pairing(against, side, steps, self.rows_kept(1 if steps is None else len(steps)))
+
+    def rows_kept(self, systems: int) -> int:
+        """Rows of P scalars kept for each evaluation gradient while so many systems are solved for it."""
+        return systems
 
     def training_side(self, problem: Problem, precondition: Preconditioner) -> TrainingSide:
         """Σ_{i∈removal} r_i for blocks of removals, rows (b, P)."""
@@ -105,7 +123,8 @@ class Influence(Damped, GradientEstimator):
             total = torch.zeros(1, layout.size, dtype=model.dtype, device=model.device)
             for _, rows in loss_gradients(model, problem.train):
                 total += rows.sum(dim=0)
-            return {n: t.squeeze(0) for n, t in layout.tensors(-precondition(total / len(problem.train))).items()}
+            solved = -precondition(total / len(problem.train))
+            return layout.tensors(solved.reshape(layout.size))
         kept = problem.displacement or {}
         if step not in kept:
             known = ", ".join(str(s) for s in sorted(kept)) or "none"

@@ -1,16 +1,18 @@
 """Influence by the Neumann series on random batches: LiSSA (Gauss-Newton) and LiSSA-H (Hessian).
 
-    u_0 = 0,    u_{t+1} = u_t + (v − (C_t + λI) u_t) / s,    P v ≈ u_depth,
+    u_0 = 0,    u_{t+1} = u_t + M⁻¹ (v − (C_t + λI) u_t) / s,    P v ≈ u_depth,
 
-C_t the curvature of a fresh random batch, so that E[u_t] = Σ_{k<t} (I − (C + λI)/s)ᵏ v / s exactly, which
-tends to (C + λI)⁻¹ v. Averaged over ``repeats`` independent runs. Sources: Agarwal et al., Second-order
-stochastic optimization for machine learning in linear time (JMLR 2017); Koh and Liang (2017), section 3.
+C_t the curvature of a fresh random batch, so that E[u_t] = Σ_{k<t} (I − M⁻¹(C + λI)/s)ᵏ M⁻¹v / s exactly, which
+tends to (C + λI)⁻¹ v. Averaged over ``repeats`` independent runs. M is I, or EK-FAC's (``operators.nystrom``), with
+which the recursion is done in a fraction of the steps. Sources: Agarwal et al., Second-order stochastic
+optimization for machine learning in linear time (JMLR 2017); Koh and Liang (2017), section 3; for the preconditioner
+Wang et al., Better training data attribution via better inverse Hessian-vector products (2025, arXiv 2507.14740).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,8 +20,10 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.base import JSON, Notes, Problem, flat_loss
+from fimo.estimators.ekfac import as_inverse
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators.gradients import Layout
+from fimo.estimators.operators.kronecker import coverage
 from fimo.estimators.operators.spaces import Curvature, Space, make_curvature
 from fimo.workers.errors import DivergedError
 
@@ -31,111 +35,169 @@ POWER_ITERATIONS = 30
 GROWTH = 10.0
 """How far past its bound an iterate may be before the recursion counts as diverging."""
 
+FORGOTTEN = 8
+"""Time constants s/λ after which a matched recursion ends: e⁻⁸ of a direction without curvature is still to come."""
+
+PRECONDITIONED_DEPTH = 100
+
 
 @dataclass(frozen=True)
 class LiSSA(Influence):
     """LiSSA with the Gauss-Newton matrix.
 
+    If the damping is matched, at most 8 of the recorded steps are solved for, spread evenly in log t, all in one
+    recursion; each of them ends after ``FORGOTTEN`` of its own time constants, or at ``depth``.
+
     Attributes:
-        depth: steps t of the recursion: directions of curvature above s/depth are inverted.
+        depth: steps t of the recursion: directions of curvature above s/depth are inverted. None = 5000 (500 for the
+            Hessian, which cannot be compressed as the Gauss-Newton matrix can), preconditioned 100.
         repeats: independent runs that are averaged.
         batch_size: examples in a random batch; n or more takes all of 𝒟 at every step, without noise.
-        scale: s; None = the largest eigenvalue by power iteration over 𝒟 and the first batches, plus λ.
+        scale: s; None = the largest eigenvalue by power iteration over 𝒟 and the first batches, plus λ (preconditioned:
+            the largest of M⁻¹(C + λI)).
+        preconditioner: ``ekfac``; see the module.
         seed: of the batches, which are the same for every evaluation example.
 
-    Cost: depth·repeats products with the curvature of a batch, for every right-hand side.
+    Cost: depth·repeats products with the curvature of a batch, for every right-hand side and λ.
     """
 
     name: ClassVar[str] = "lissa"
+    version: ClassVar[int] = 2
     curvature: ClassVar[Literal["gauss_newton", "hessian"]] = "gauss_newton"
+    matches: ClassVar[bool] = True
+    solved: ClassVar[int | None] = 8
+    plain_depth: ClassVar[int] = 5000
 
-    depth: int = 5000
+    depth: int | None = None
     repeats: int = 1
     batch_size: int = 64
     scale: float | None = None
+    preconditioner: Literal["ekfac"] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.depth is None:
+            self.settle(depth=PRECONDITIONED_DEPTH if self.preconditioner else self.plain_depth)
+        assert self.depth is not None
         self.require(min(self.depth, self.repeats, self.batch_size) >= 1, "depth, repeats and batch_size must be ≥ 1")
         self.require(self.scale is None or self.scale > 0, "scale must be positive")
 
     def unsuited(self, problem: Problem) -> str | None:
-        """The Gauss-Newton matrix is 0."""
+        """The Gauss-Newton matrix is 0, or EK-FAC covers nothing."""
+        if self.preconditioner == "ekfac" and coverage(problem.model) == 0:
+            return "EK-FAC covers no trainable parameter of the model; leave the preconditioner out"
         return super().unsuited(problem) or (flat_loss(problem) if self.curvature == "gauss_newton" else None)
 
-    def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
+    def rows_kept(self, systems: int) -> int:
+        """An iterate, a residual and their sum over repeats for every λ, in float64."""
+        return systems if systems == 1 else 6 * systems
+
+    def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """The truncated series, run anew at each call."""
-        damping = self.resolve_damping(problem)
-        size = len(problem.train)
-        curvature = make_curvature(problem.model, problem.train, self.curvature)
-        scale = self.scale
-        if scale is None:
-            batches = list(_batches(size, self.batch_size, 8, self.seed))
-            scale = largest_eigenvalue(problem, curvature, [None, *batches]) + damping
-        notes.update(damping=damping, scale=scale)
+        shift, size = self.shift(problem), len(problem.train)
+        curvature = make_curvature(problem.model, problem.train, self.curvature, shift.scale)
+        inverse = as_inverse(problem, shift, notes) if self.preconditioner else None
+        scales = self._scales(problem, curvature, shift.values, inverse)
+        depths = self._depths(shift.values, scales, matched=shift.steps is not None)
+        shift.note(notes)
+        notes.update(scale=list(scales) if shift.steps is not None else scales[0], depths=list(depths))
         traces: list[JSON] = []
         notes["trace"] = traces
 
         def apply(rows: Tensor) -> Tensor:
-            space = curvature.around(rows)
-            total = torch.zeros_like(space.start)
+            space = curvature.around(rows) if inverse is None else curvature.whole(rows)
+            total = space.start.new_zeros(len(depths), *space.start.shape)
             for repeat in range(self.repeats):
-                batches = _batches(size, self.batch_size, self.depth, self.seed + repeat)
-                x, trace = neumann(space, damping, scale, batches, self.depth, self.name)
+                batches = _batches(size, self.batch_size, max(depths), self.seed + repeat)
+                x, trace = neumann(space, shift.values, scales, batches, depths, self.name, inverse)
                 total += x
                 traces.append(trace)
                 problem.say(f"{self.name}: run {repeat + 1} of {self.repeats} done")
-            return space.rows(total / self.repeats)
+            solutions = space.rows(total / self.repeats)
+            return solutions if shift.steps is not None else solutions[0]
 
         return apply
+
+    def _scales(
+        self, problem: Problem, curvature: Curvature, dampings: Sequence[float], inverse: Inverse | None
+    ) -> tuple[float, ...]:
+        """s of each λ."""
+        if self.scale is not None:
+            return (self.scale,) * len(dampings)
+        batches: list[Sequence[int] | None] = [None, *_batches(len(problem.train), self.batch_size, 8, self.seed)]
+        if inverse is not None:
+            # The smallest λ has the largest eigenvalue, for all of them tend to 1 as λ grows.
+            least = min(dampings)
+            largest = largest_eigenvalue(problem, curvature, batches, lambda x: inverse(x, least), least)
+            return (largest,) * len(dampings)
+        largest = largest_eigenvalue(problem, curvature, batches)
+        return tuple(largest + damping for damping in dampings)
+
+    def _depths(self, dampings: Sequence[float], scales: Sequence[float], matched: bool) -> tuple[int, ...]:
+        assert self.depth is not None
+        if not matched or self.preconditioner:
+            return (self.depth,) * len(dampings)
+        most = self.depth
+        return tuple(min(most, math.ceil(FORGOTTEN * s / v)) for s, v in zip(scales, dampings, strict=True))
 
 
 @dataclass(frozen=True)
 class LiSSAH(LiSSA):
-    """LiSSA with the Hessian. Directions of negative curvature beyond λ make it grow, which is an error.
-
-    The Hessian cannot be compressed as the Gauss-Newton matrix can, hence the lower default depth.
-    """
+    """LiSSA with the Hessian. Directions of negative curvature beyond λ make it grow, which is an error."""
 
     name: ClassVar[str] = "lissa_h"
     curvature: ClassVar[Literal["gauss_newton", "hessian"]] = "hessian"
+    plain_depth: ClassVar[int] = 500
 
-    depth: int = 500
+
+Inverse = Callable[[Tensor, float], Tensor]
+"""(rows (k, P), λ) -> M⁻¹ of them."""
 
 
 def neumann(
     space: Space,
-    damping: float,
-    scale: float,
+    dampings: Sequence[float],
+    scales: Sequence[float],
     batches: Iterator[Sequence[int] | None],
-    depth: int,
+    depths: Sequence[int],
     name: str,
+    inverse: Inverse | None = None,
 ) -> tuple[Tensor, list[JSON]]:
-    """u_depth (k, d) for ``space.start``, and the trace [step, median and largest ‖v − (C_t + λI)u_t‖ / ‖v‖].
+    """u at its depth (λ, k, d) for ``space.start``, and the trace [step, median and largest ‖v − (C_t + λI)u_t‖ / ‖v‖].
 
-    While 0 ≤ C_t + λI ≤ s, ‖u_t‖ ≤ t‖v‖/s; that is how growth is told from convergence.
+    While 0 ≤ C_t + λI ≤ s, ‖u_t‖ ≤ t‖v‖/s; that is how growth is told from convergence. (Preconditioned: t‖M⁻¹v‖/s.)
 
     Raises:
         DivergedError: an iterate is not finite, or ``GROWTH`` times longer than that bound.
     """
     b = space.start
     norms = b.norm(dim=1).clamp_min(torch.finfo(b.dtype).tiny)
-    u = torch.zeros_like(b)
+    first = torch.stack([b if inverse is None else inverse(b, value) for value in dampings])
+    bounds = first.norm(dim=2).clamp_min(torch.finfo(b.dtype).tiny)
+    u, (count, size) = b.new_zeros(len(dampings), *b.shape), b.shape
+    values, s = (torch.tensor(x, dtype=b.dtype, device=b.device)[:, None, None] for x in (dampings, scales))
     trace: list[JSON] = []
-    checks = set(torch.linspace(1, depth, min(TRACE, depth)).round().int().tolist())
+    checks = set(torch.linspace(1, max(depths), min(TRACE, max(depths))).round().int().tolist())
     for step, batch in enumerate(batches, start=1):
-        residual = b - space.apply(u, batch) - damping * u
-        u += residual / scale
-        if step in checks:
-            relative = residual.norm(dim=1) / norms
-            length = float((u.norm(dim=1) / norms).max()) * scale / step
+        open_ = [place for place, depth in enumerate(depths) if step <= depth]
+        here = u[open_]
+        image = space.apply(here.reshape(len(open_) * count, size), batch).reshape(here.shape)
+        residual = b - image - values[open_] * here
+        change = residual
+        if inverse is not None:
+            change = torch.stack([inverse(r, dampings[place]) for place, r in zip(open_, residual, strict=True)])
+        here = here + change / s[open_]
+        u[open_] = here
+        if step in checks or step == max(depths):
+            length = float((here.norm(dim=2) / bounds[open_] * s[open_, :, 0]).max()) / step if count else 0.0
             if not length <= GROWTH:
                 raise DivergedError(
-                    f"{name}: the recursion grows instead of converging (step {step} of {depth}, scale {scale:.3g}): "
-                    "raise damping or scale, or lower depth"
+                    f"{name}: the recursion grows instead of converging (step {step} of {max(depths)}, scale "
+                    f"{max(scales):.3g}): raise damping or scale, or lower depth"
                 )
-            if len(relative):
+            relative = residual.norm(dim=2) / norms
+            if count:
                 trace.append([step, float(relative.median()), float(relative.max())])
     return u, trace
 
@@ -148,8 +210,14 @@ def _batches(size: int, batch_size: int, count: int, seed: int) -> Iterator[list
         yield None if whole else torch.randperm(size, generator=generator)[:batch_size].tolist()
 
 
-def largest_eigenvalue(problem: Problem, curvature: Curvature, batches: Sequence[Sequence[int] | None]) -> float:
-    """Largest |eigenvalue| of the curvature over any of ``batches``, by power iteration from a seeded vector.
+def largest_eigenvalue(
+    problem: Problem,
+    curvature: Curvature,
+    batches: Sequence[Sequence[int] | None],
+    inverse: Callable[[Tensor], Tensor] = lambda x: x,
+    damping: float = 0.0,
+) -> float:
+    """Largest |eigenvalue| of M⁻¹(C + λI) over any of ``batches``, by power iteration from a seeded vector.
 
     Raises:
         DivergedError: the curvature is zero or not finite.
@@ -157,13 +225,14 @@ def largest_eigenvalue(problem: Problem, curvature: Curvature, batches: Sequence
     model = problem.model
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(1, Layout.of(model.params).size, generator=generator, dtype=torch.float64)
-    space = curvature.around(start.to(model.device, model.dtype))
+    rows = start.to(model.device, model.dtype)
+    space = curvature.around(rows) if damping == 0 else curvature.whole(rows)
     largest = 0.0
     for batch in batches:
         x, value = space.start, 0.0
         for _ in range(POWER_ITERATIONS):
             x = x / x.norm()
-            x = space.apply(x, batch)
+            x = inverse(space.apply(x, batch) + damping * x)
             value = float(x.norm())
             if not 0 < value < math.inf:
                 break

@@ -70,7 +70,7 @@ class TRAK(Influence):
             known = is_scalar(problem.model, batch) or is_cross_entropy(problem.model, batch)
         return None if known else UNKNOWN_OUTPUT
 
-    def preconditioner(self, problem: Problem, notes: Notes) -> Preconditioner:
+    def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P; one pass over 𝒟 for ΦᵀΦ."""
         model, project = problem.model, self._projection(problem)
         batch = problem.train.batch(range(min(8, len(problem.train))))

@@ -5,7 +5,7 @@ How a block's eigenvectors and eigenvalues are found is ``fimo.estimators.operat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -66,16 +66,18 @@ class LayerBlock:
             return g.flatten(2).transpose(1, 2)
         return g.reshape(len(g), -1, g.shape[-1])
 
-    def coordinates(self, rows: Tensor) -> Tensor:
-        """See ``Block``."""
+    def matrix(self, rows: Tensor) -> Tensor:
+        """The layer's part of rows (k, P) as (k, out, in [+ 1])."""
         matrix = rows[:, self.weight]
         if self.transposed:
             matrix = matrix.reshape(len(rows), -1, self.out).transpose(1, 2)
         else:
             matrix = matrix.reshape(len(rows), self.out, -1)
-        if self.bias is not None:
-            matrix = torch.cat([matrix, rows[:, self.bias, None]], dim=2)
-        return (self.left.T @ matrix @ self.right).flatten(1)
+        return matrix if self.bias is None else torch.cat([matrix, rows[:, self.bias, None]], dim=2)
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """See ``Block``."""
+        return (self.left.T @ self.matrix(rows) @ self.right).flatten(1)
 
     def restore(self, coordinates: Tensor, into: Tensor) -> None:
         """See ``Block``."""
@@ -123,10 +125,16 @@ class Eigenbasis:
 
     def apply(self, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """f(G̃) on rows (k, P), f given on eigenvalues; 0 for parameters that are left out."""
-        result = torch.zeros_like(rows)
+        return self.apply_each(rows, [function])[0]
+
+    def apply_each(self, rows: Tensor, functions: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+        """Several functions of G̃ on rows (k, P): (functions, k, P); 0 for parameters that are left out."""
+        results = rows.new_zeros(len(functions), *rows.shape)
         for block in self.blocks:
-            block.restore(block.coordinates(rows) * function(block.values).to(rows), result)
-        return result
+            coordinates = block.coordinates(rows)
+            for result, function in zip(results, functions, strict=True):
+                block.restore(coordinates * function(block.values).to(rows), result)
+        return results
 
 
 def share_covered(model: FunctionalModel, left_out: list[str]) -> float:

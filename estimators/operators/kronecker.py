@@ -13,16 +13,16 @@ get their exact dense block; the rest (embeddings, tied weights) are left out, b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.eigenbasis import Block, DenseBlock, Eigenbasis, LayerBlock, share_covered
 from fimo.estimators.operators.gradients import Layout
+from fimo.estimators.operators.layers import layers_of, proven, watched
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
 from fimo.estimators.operators.spaces import linearised
 from fimo.workers.examples import Batch, Examples
@@ -38,9 +38,10 @@ def factorised(
     fisher: Literal["auto", "exact", "sampled"],
     samples: int,
     seed: int,
+    scale: Tensor | None = None,
 ) -> Eigenbasis:
-    """The factorisation with pseudo-gradients of the given kind; see ``PseudoGradients``."""
-    return eigenbasis(model, examples, lambda batch: PseudoGradients(model, batch, fisher, samples, seed))
+    """The factorisation with pseudo-gradients of the given kind; see ``PseudoGradients`` and ``eigenbasis``."""
+    return eigenbasis(model, examples, lambda batch: PseudoGradients(model, batch, fisher, samples, seed), scale=scale)
 
 
 def eigenbasis(
@@ -48,109 +49,33 @@ def eigenbasis(
     examples: Examples,
     draw: Callable[[Batch], PseudoGradients],
     corrected: bool = True,
+    scale: Tensor | None = None,
 ) -> Eigenbasis:
     """Two passes over 𝒟, one for the eigenvectors and one for the eigenvalues.
 
     Args:
         draw: makes the source of vectors at the outputs, given a first batch.
         corrected: False keeps K-FAC's own eigenvalues, products of those of its factors.
+        scale: s (P,): factor sGs instead of G. A gradient scaled entry by entry is no outer product any more, so the
+            eigenvectors are those of its two second moments E[MMᵀ] and E[MᵀM], M = s∘(Σ_t g_t a_tᵀ), as in Shampoo
+            (Gupta et al. 2018); the eigenvalues are exact in that basis as ever.
     """
-    layers, others = _layers(model)
-    layers, others = _proven(model, examples, layers, others)
+    layers, others = layers_of(model)
+    layers, others = proven(model, examples, layers, others)
     size = gradients.block_size(max([layer.out for layer in layers], default=1) * 512)
     source = draw(examples.batch(range(min(8, len(examples)))))
-    _factor(layers, _passes(model, examples, layers, source, size), len(examples))
-    if corrected:
+    scales = {id(layer): layer.matrix(scale[None])[0] for layer in layers} if scale is not None else {}
+    _factor(layers, _passes(model, examples, layers, source, size), len(examples), scales)
+    if corrected or scales:
         source.restart()
-        _correct(layers, _passes(model, examples, layers, source, size), len(examples))
-    dense, left_out = _dense(model, examples, others)
+        _correct(layers, _passes(model, examples, layers, source, size), len(examples), scales)
+    dense, left_out = _dense(model, examples, others, scale)
     return Eigenbasis([*layers, *dense], left_out, source.fisher)
-
-
-def _layers(model: FunctionalModel) -> tuple[list[LayerBlock], list[str]]:
-    """The layers that Kronecker factors cover, and the names of all other trainable tensors."""
-    slices = Layout.of(model.params).slices
-    owners: dict[int, int] = {}
-    for _, parameter in model.module.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    layers, covered = [], set()
-    for name, module in model.module.named_modules():
-        weight, bias = (f"{name}.{part}" if name else part for part in ("weight", "bias"))
-        transposed = _is_conv1d(module)
-        plain = (
-            transposed
-            or isinstance(module, nn.Linear)
-            or (
-                isinstance(module, nn.Conv2d)
-                and module.groups == 1
-                and module.padding_mode == "zeros"
-                and not isinstance(module.padding, str)
-            )
-        )
-        # Attention uses its output projection past the module's forward.
-        plain = plain and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        # A tied weight's gradient is a sum over its layers, which is no Kronecker product of either.
-        if not plain or weight not in slices or owners[id(module.weight)] > 1:
-            continue
-        free = bias in slices and owners[id(module.bias)] == 1
-        out = module.weight.shape[1 if transposed else 0]
-        layers.append(LayerBlock(module, slices[weight], slices[bias] if free else None, out, transposed))
-        covered |= {weight, bias} if free else {weight}
-    return layers, [name for name in slices if name not in covered]
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a Linear with weight (in, out); told without importing transformers."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if type(module).__name__ != "Conv1D" or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
-        return False
-    return weight.dim() == 2 and bias.shape == weight.shape[1:]
-
-
-def _proven(
-    model: FunctionalModel, examples: Examples, layers: list[LayerBlock], others: list[str]
-) -> tuple[list[LayerBlock], list[str]]:
-    """The layers whose weight's gradient is Σ_t g_t a_tᵀ over the calls that hooks see, and all other names.
-
-    A weight that is also, or only, used past its module's forward (attention's output projection) is none of them.
-    """
-    batch, generator = examples.batch(range(min(8, len(examples)))), torch.Generator().manual_seed(0)
-    params = {name: tensor.detach().requires_grad_() for name, tensor in model.params.items()}
-    names = list(params)
-    owner = {s.start: name for name, s in Layout.of(params).slices.items()}
-    with _watched(layers) as watched, torch.enable_grad():
-        outputs = model.outputs(params, batch)
-        calls = list(watched)
-        s = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-        targets = [params[name] for name in names] + [out for _, _, out in calls]
-        slopes: tuple[Tensor | None, ...] = (None,) * len(targets)
-        if outputs.requires_grad:
-            slopes = torch.autograd.grad(outputs, targets, s, allow_unused=True)
-    whole = dict(zip(names, slopes, strict=False))
-    seen: dict[int, Tensor] = {}
-    for (layer, a, _), g in zip(calls, slopes[len(names) :], strict=True):
-        if g is not None:
-            own = torch.einsum("bto,bti->oi", layer.outputs(g), a)
-            own = own[:, :-1] if layer.bias is not None else own
-            seen[id(layer)] = seen.get(id(layer), torch.zeros_like(own)) + own
-    kept, names_kept = [], set(others)
-    for layer in layers:
-        name = owner[layer.weight.start]
-        truth, sums = whole[name], seen.get(id(layer))
-        if truth is not None:
-            truth = (truth.T if layer.transposed else truth).reshape(layer.out, -1)
-            if sums is None:
-                sums = torch.zeros_like(truth)
-            if not torch.allclose(sums, truth, rtol=1e-3, atol=1e-3 * float(truth.abs().max())):
-                names_kept |= {name} if layer.bias is None else {name, owner[layer.bias.start]}
-                continue
-        kept.append(layer)
-    return kept, [name for name in names if name in names_kept]
 
 
 def coverage(model: FunctionalModel) -> float:
     """The share of trainable scalars that the approximation covers, told from the model alone."""
-    _, others = _layers(model)
+    _, others = layers_of(model)
     return share_covered(model, [name for name in others if model.params[name].numel() > EXACT])
 
 
@@ -162,10 +87,10 @@ def _passes(
     model: FunctionalModel, examples: Examples, layers: list[LayerBlock], source: PseudoGradients, size: int
 ) -> Iterator[Seen]:
     for _, batch in examples.batches(size):
-        with _watched(layers) as watched, torch.enable_grad():
+        with watched(layers) as seen_calls, torch.enable_grad():
             outputs = model.outputs(model.params, batch)
             # A checkpointed layer is called again by the backward pass.
-            calls = list(watched)
+            calls = list(seen_calls)
             targets = [out for _, _, out in calls]
             of_calls: list[list[Tensor]] = [[] for _ in calls]
             for s in source(outputs.detach(), batch) if outputs.requires_grad else ():
@@ -173,29 +98,6 @@ def _passes(
                 for (layer, _, out), g, into in zip(calls, grads, of_calls, strict=True):
                     into.append(layer.outputs(torch.zeros_like(out) if g is None else g))
         yield [(layer, a, gs) for (layer, a, _), gs in zip(calls, of_calls, strict=True)]
-
-
-@contextmanager
-def _watched(layers: list[LayerBlock]) -> Iterator[list[tuple[LayerBlock, Tensor, Tensor]]]:
-    """Collect (layer, inputs, output) of every call; the hooks are gone afterwards, whatever happens."""
-    calls: list[tuple[LayerBlock, Tensor, Tensor]] = []
-
-    def watch(layer: LayerBlock) -> Callable[..., Any]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            if not out.requires_grad:
-                out.requires_grad_()
-            calls.append((layer, layer.inputs(arguments[0].detach().clone()), out))
-            # What follows may work in place, which must not change the tensor that the gradient is taken at.
-            return out.clone()
-
-        return hook
-
-    handles = [layer.module.register_forward_hook(watch(layer)) for layer in layers]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -207,17 +109,30 @@ class _Factors:
     positions: int = 0
 
 
-def _factor(layers: list[LayerBlock], passes: Iterator[Seen], n: int) -> None:
+Scales: TypeAlias = dict[int, Tensor]
+"""What each layer's gradients are multiplied by, (out, in [+ 1]), by the layer's id; empty = nothing."""
+
+
+def _factor(layers: list[LayerBlock], passes: Iterator[Seen], n: int, scales: Scales) -> None:
     """Set each layer's eigenvectors, and K-FAC's eigenvalues, from its two factors."""
     factors = {id(layer): _Factors() for layer in layers}
     for seen in passes:
-        for layer, a, gs in seen:
-            own, flat = factors[id(layer)], a.double().flatten(0, 1)
-            own.inputs = own.inputs + flat.T @ flat
-            own.positions += len(flat)
-            for g in gs:
-                flat = g.double().flatten(0, 1)
-                own.outputs = own.outputs + flat.T @ flat
+        for layer, of_calls in _by_layer(seen):
+            own, scale = factors[id(layer)], scales.get(id(layer))
+            if scale is not None:
+                for g, a in _gradients_of(of_calls):
+                    for matrix in _matrices(g, a, scale):
+                        own.inputs = own.inputs + torch.einsum("boi,boj->ij", matrix, matrix)
+                        own.outputs = own.outputs + torch.einsum("boi,bpi->op", matrix, matrix)
+                own.positions = n
+                continue
+            for a, gs in of_calls:
+                flat = a.double().flatten(0, 1)
+                own.inputs = own.inputs + flat.T @ flat
+                own.positions += len(flat)
+                for g in gs:
+                    flat = g.double().flatten(0, 1)
+                    own.outputs = own.outputs + flat.T @ flat
     for layer in layers:
         own, dtype = factors[id(layer)], layer.weight_of().dtype
         if not isinstance(own.inputs, Tensor) or not isinstance(own.outputs, Tensor):
@@ -229,6 +144,32 @@ def _factor(layers: list[LayerBlock], passes: Iterator[Seen], n: int) -> None:
         layer.left, layer.right = layer.left.to(dtype), layer.right.to(dtype)
 
 
+Calls = list[tuple[Tensor, list[Tensor]]]
+"""A layer's calls in one batch: inputs (B, T, in), and gradients (B, T, out), one for each vector s."""
+
+
+def _by_layer(seen: Seen) -> Iterator[tuple[LayerBlock, Calls]]:
+    """A layer that is called several times has one gradient, the sum over its calls."""
+    calls: dict[int, tuple[LayerBlock, Calls]] = {}
+    for layer, a, gs in seen:
+        calls.setdefault(id(layer), (layer, []))[1].append((a, gs))
+    return iter(calls.values())
+
+
+def _gradients_of(calls: Calls) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each vector s the positions of all calls: gradients (B, ΣT, out) and inputs (B, ΣT, in)."""
+    a = torch.cat([inputs for inputs, _ in calls], dim=1)
+    for gs in zip(*(gs for _, gs in calls), strict=True):
+        yield torch.cat(gs, dim=1), a
+
+
+def _matrices(g: Tensor, a: Tensor, scale: Tensor) -> Iterator[Tensor]:
+    """s∘(Σ_t g_bt a_btᵀ) in blocks, float64 (b, out, in)."""
+    together = max(1, gradients.STREAM // scale.numel())
+    for some_g, some_a in zip(g.split(together), a.split(together), strict=True):
+        yield torch.einsum("bto,bti->boi", some_g.double(), some_a.double()) * scale
+
+
 def _identity(layer: LayerBlock) -> None:
     """A layer that the forward never calls, or that the outputs do not depend on: curvature 0."""
     weight = layer.weight_of()
@@ -238,20 +179,21 @@ def _identity(layer: LayerBlock) -> None:
     layer.values = torch.zeros(layer.out * inputs, dtype=torch.float64, device=weight.device)
 
 
-def _correct(layers: list[LayerBlock], passes: Iterator[Seen], n: int) -> None:
+def _correct(layers: list[LayerBlock], passes: Iterator[Seen], n: int, scales: Scales) -> None:
     """Replace the eigenvalues by the gradients' second moments in the eigenbasis, summed in float64."""
     for layer in layers:
         layer.values = torch.zeros_like(layer.values)
     for seen in passes:
-        # A layer that is called several times has one gradient, the sum over its calls.
-        calls: dict[int, list[tuple[LayerBlock, Tensor, list[Tensor]]]] = {}
-        for call in seen:
-            calls.setdefault(id(call[0]), []).append(call)
-        for same in calls.values():
-            layer = same[0][0]
-            a = torch.cat([x @ layer.right for _, x, _ in same], dim=1)
-            for gs in zip(*(g for _, _, g in same), strict=True):
-                g = torch.cat([x @ layer.left for x in gs], dim=1)
+        for layer, of_calls in _by_layer(seen):
+            scale = scales.get(id(layer))
+            if scale is not None:
+                left, right = layer.left.double(), layer.right.double()
+                for g, a in _gradients_of(of_calls):
+                    for matrix in _matrices(g, a, scale):
+                        layer.values += (left.T @ matrix @ right).square().sum(dim=0).flatten() / n
+                continue
+            turned = [(a @ layer.right, [g @ layer.left for g in gs]) for a, gs in of_calls]
+            for g, a in _gradients_of(turned):
                 layer.values += _second_moment(g, a).flatten() / n
 
 
@@ -262,7 +204,9 @@ def _second_moment(g: Tensor, a: Tensor) -> Tensor:
     return torch.einsum("bto,bti->boi", g, a).square().sum(dim=0, dtype=torch.float64)
 
 
-def _dense(model: FunctionalModel, examples: Examples, names: list[str]) -> tuple[list[Block], list[str]]:
+def _dense(
+    model: FunctionalModel, examples: Examples, names: list[str], scale: Tensor | None
+) -> tuple[list[Block], list[str]]:
     """Exact blocks of the small tensors among ``names``, and the names of the others."""
     slices = Layout.of(model.params).slices
     small = {name: model.params[name] for name in names if model.params[name].numel() <= EXACT}
@@ -276,6 +220,7 @@ def _dense(model: FunctionalModel, examples: Examples, names: list[str]) -> tupl
                 squares[name] = squares[name] + torch.einsum("boi,bop,bpj->ij", j, weights.double(), j)
     blocks: list[Block] = []
     for name, square in squares.items():
-        values, vectors = torch.linalg.eigh(square / len(examples))
+        own = torch.ones(len(square)).to(square) if scale is None else scale[slices[name]]
+        values, vectors = torch.linalg.eigh(square * torch.outer(own, own) / len(examples))
         blocks.append(DenseBlock(slices[name], values.clamp(min=0), vectors.to(model.dtype)))
     return blocks, [name for name in names if name not in small]

@@ -12,6 +12,7 @@ the ordinary inner product. An iteration then costs N² a right-hand side instea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -41,43 +42,59 @@ class Space(Protocol):
         ...
 
     def rows(self, x: Tensor) -> Tensor:
-        """Coordinates (k, d) as rows (k, P), in the model's dtype."""
+        """Coordinates (…, k, d) as rows (…, k, P), in the model's dtype."""
         ...
 
 
 class Curvature(Protocol):
-    """Makes spaces around given rows."""
+    """Makes spaces around given rows.
+
+    With a scale s the space is that of θ/s, in which the curvature is sCs; a solution x there is the row s·x. So
+    (sCs + λI)⁻¹ between ``start`` and ``rows`` is (C + λ s⁻²)⁻¹ on rows.
+    """
 
     def around(self, rows: Tensor) -> Space:
         """A space whose ``start`` are the rows (k, P)."""
+        ...
+
+    def whole(self, rows: Tensor) -> Space:
+        """The same with a coordinate for every parameter."""
         ...
 
 
 class Plain:
     """P coordinates: the rows themselves, in float64, and an operator on them in the model's dtype."""
 
-    def __init__(self, operator: Operator, rows: Tensor) -> None:
-        self._operator, self._dtype = operator, rows.dtype
-        self.start = rows.double()
+    def __init__(self, operator: Operator, rows: Tensor, scale: Tensor | None) -> None:
+        self._operator, self._dtype, self._scale = operator, rows.dtype, scale
+        self.start = _scaled(rows.double(), scale)
 
     def apply(self, x: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """See ``Space``."""
-        return self._operator(x.to(self._dtype), indices).double()
+        return _scaled(self._operator(_scaled(x, self._scale).to(self._dtype), indices).double(), self._scale)
 
     def rows(self, x: Tensor) -> Tensor:
         """See ``Space``."""
-        return x.to(self._dtype)
+        return _scaled(x, self._scale).to(self._dtype)
+
+
+def _scaled(rows: Tensor, scale: Tensor | None) -> Tensor:
+    return rows if scale is None else rows * scale
 
 
 class MatrixFree:
     """A curvature by passes through the model."""
 
-    def __init__(self, operator: Operator) -> None:
-        self._operator = operator
+    def __init__(self, operator: Operator, scale: Tensor | None = None) -> None:
+        self._operator, self._scale = operator, scale
 
     def around(self, rows: Tensor) -> Space:
         """See ``Curvature``."""
-        return Plain(self._operator, rows)
+        return Plain(self._operator, rows, self._scale)
+
+    def whole(self, rows: Tensor) -> Space:
+        """See ``Curvature``."""
+        return self.around(rows)
 
 
 class Compressed:
@@ -86,22 +103,22 @@ class Compressed:
     The basis (P, r) is float64 too: one of float32 is orthonormal to 1e-7 alone, which a small damping magnifies.
     """
 
-    def __init__(self, operator: GaussNewton) -> None:
+    def __init__(self, operator: GaussNewton, scale: Tensor | None = None) -> None:
         model, examples = operator.model, operator.examples
         jacobians, weights = [], []
         size = gradients.block_size(Layout.of(model.params).size * outputs_per_example(operator))
         for _, batch in examples.batches(size):
             rows, square = linearised(model, batch, model.params)
-            jacobians.append(rows.double())
+            jacobians.append(_scaled(rows.double(), scale))
             weights.append(square)
         # (n, o, o): each example's ∂²ℓ/∂outputs².
-        self.weights = torch.cat(weights).double()
+        self.weights, self.scale = torch.cat(weights).double(), scale
         self.basis, triangle = torch.linalg.qr(torch.cat(jacobians).T)
         rank, (n, o) = len(triangle), self.weights.shape[:2]
         self.factor = triangle.reshape(rank, n, o)
-        self.all = self._over(list(range(n)))
+        self.all = self.over(list(range(n)))
 
-    def _over(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def over(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(R_I, S_I R_Iᵀ / |I|): their product is the matrix over the examples I."""
         here = self.factor[:, indices]
         weighted = torch.einsum("rno,nop->npr", here, self.weights[indices]) / len(indices)
@@ -111,6 +128,16 @@ class Compressed:
         """See ``Curvature``."""
         return _CompressedSpace(self, rows)
 
+    def whole(self, rows: Tensor) -> Space:
+        """See ``Curvature``."""
+        return _WholeSpace(self, rows)
+
+    @cached_property
+    def jacobian(self) -> Tensor:
+        """J itself (n, o, P), for products over few examples with a coordinate for every parameter."""
+        rows: Tensor = self.factor.flatten(1).T @ self.basis.T
+        return rows.reshape(*self.weights.shape[:2], -1)
+
     @property
     def matrix(self) -> Tensor:
         """R S Rᵀ over all examples (r, r)."""
@@ -118,9 +145,31 @@ class Compressed:
         return left @ right
 
 
+class _WholeSpace:
+    """P coordinates, and the products of a compressed curvature."""
+
+    def __init__(self, curvature: Compressed, rows: Tensor) -> None:
+        self._curvature, self._dtype = curvature, rows.dtype
+        self.start, self._matrix = _scaled(rows.double(), curvature.scale), curvature.matrix
+
+    def apply(self, x: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        basis = self._curvature.basis
+        if indices is None:
+            whole: Tensor = x @ basis @ self._matrix @ basis.T
+            return whole
+        some = self._curvature.jacobian[indices]
+        along = (x @ some.flatten(0, 1).T).reshape(len(x), *some.shape[:2])
+        weighted = torch.einsum("kno,nop->knp", along, self._curvature.weights[indices]) / len(indices)
+        image: Tensor = weighted.flatten(1) @ some.flatten(0, 1)
+        return image
+
+    def rows(self, x: Tensor) -> Tensor:
+        return _scaled(x, self._curvature.scale).to(self._dtype)
+
+
 class _CompressedSpace:
     def __init__(self, curvature: Compressed, rows: Tensor) -> None:
-        wide, self._dtype = rows.double(), rows.dtype
+        wide, self._dtype = _scaled(rows.double(), curvature.scale), rows.dtype
         inside = wide @ curvature.basis
         self._outside = wide - inside @ curvature.basis.T
         length = self._outside.norm(dim=1, keepdim=True)
@@ -132,13 +181,13 @@ class _CompressedSpace:
         if indices is None:
             inside = x[:, :-1] @ self._matrix
         else:
-            left, right = self._curvature._over(indices)
+            left, right = self._curvature.over(indices)
             inside = (x[:, :-1] @ left) @ right
         return torch.cat([inside, torch.zeros_like(x[:, -1:])], dim=1)
 
     def rows(self, x: Tensor) -> Tensor:
-        restored: Tensor = x[:, :-1] @ self._curvature.basis.T + x[:, -1:] * self._outside
-        return restored.to(self._dtype)
+        restored: Tensor = x[..., :-1] @ self._curvature.basis.T + x[..., -1:] * self._outside
+        return _scaled(restored, self._curvature.scale).to(self._dtype)
 
 
 def linearised(model: FunctionalModel, batch: Batch, params: Tensors) -> tuple[Tensor, Tensor]:
@@ -208,13 +257,22 @@ def outputs_per_example(operator: Operator) -> int:
     return operator.model.outputs(operator.model.params, batch).numel()
 
 
-def make_curvature(model: FunctionalModel, examples: Examples, kind: Literal["gauss_newton", "hessian"]) -> Curvature:
-    """The curvature of the mean loss; Gauss-Newton compressed if its Jacobian may be held and its rank is moderate."""
+def make_curvature(
+    model: FunctionalModel,
+    examples: Examples,
+    kind: Literal["gauss_newton", "hessian"],
+    scale: Tensor | None = None,
+) -> Curvature:
+    """The curvature of the mean loss; Gauss-Newton compressed if its Jacobian may be held and its rank is moderate.
+
+    Args:
+        scale: float64 (P,), see ``Curvature``; None = 1.
+    """
     if kind == "hessian":
-        return MatrixFree(Hessian(model, examples))
+        return MatrixFree(Hessian(model, examples), scale)
     operator = GaussNewton(model, examples)
     rank = len(examples) * outputs_per_example(operator)
     size = Layout.of(model.params).size
     scalars = rank * size * (torch.float64.itemsize // model.dtype.itemsize)
     held = scalars <= gradients.HELD and min(rank, size) <= LARGEST
-    return Compressed(operator) if held else MatrixFree(operator)
+    return Compressed(operator, scale) if held else MatrixFree(operator, scale)

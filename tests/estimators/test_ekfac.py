@@ -43,7 +43,7 @@ def test_it_is_closer_to_gauss_newton_than_kfac_and_grad_dot(kind):
     truth = left @ torch.linalg.inv(problems.gauss_newton(p) + damping * identity) @ right.T
     kfac = matrix_of(p, basis_of(p, corrected=False))
     plain = left @ torch.linalg.inv(kfac + damping * identity) @ right.T
-    corrected = estimate("ekfac", p).values
+    corrected = estimate({"name": "ekfac", "damping": damping}, p).values
     grad_dot = estimate("grad_dot", p).values
     scores = [float(problems.columns_cosine(x, truth).mean()) for x in (corrected, plain, grad_dot)]
     assert scores[0] > scores[2]
@@ -86,7 +86,7 @@ def test_convolutions_shared_layers_norms_and_what_is_left_out():
     p = convolutional()
     lines = []
     p = type(p)(p.model, p.train, p.evals, p.removals, progress=lines.append)
-    found = estimate("ekfac", p)
+    found = estimate({"name": "ekfac", "damping_scale": 1.0}, p)
     assert found.notes["left_out"] == ["embedding.weight"]
     assert lines == ["warning: ekfac leaves out 1 parameter tensors: embedding.weight"]
     g, basis = problems.gauss_newton(p), basis_of(p)
@@ -114,7 +114,7 @@ def test_tied_weights_are_not_taken_for_a_kronecker_product():
     torch.manual_seed(0)
     data = {"x": torch.randn(9, 40, dtype=torch.float64), "label": torch.randint(3, (9,))}
     p = problems.problem(Workload(Tied().double(), data, data, problems.outputs_x, problems.cross_entropy), [[0]])
-    assert estimate("ekfac", p).notes["left_out"] == ["a.weight"]
+    assert estimate({"name": "ekfac", "damping": 0.1}, p).notes["left_out"] == ["a.weight"]
 
 
 def test_hooks_and_mode_are_gone_after_an_error():

@@ -40,8 +40,8 @@ def test_parameters_given_back_are_the_same_estimator():
     [
         ("gard_dot", "did you mean 'grad_dot'"),
         ({"name": "datainf", "dampnig": 1.0}, "did you mean 'damping'"),
-        ({"name": "grad_dot", "damping": 1.0}, "it has none"),
-        ({"name": "datainf", "damping": "much"}, "must be a number or null, got 'much'"),
+        ({"name": "grad_cos", "damping": 1.0}, "it has none"),
+        ({"name": "datainf", "damping": "much"}, "must be a number or matched or null, got 'much'"),
         ({"name": "datainf", "damping": True}, "must be a number"),
         ({"name": "datainf", "damping": float("nan")}, "must be a number"),
         ({"name": "datainf", "damping": -1}, "at least 0"),

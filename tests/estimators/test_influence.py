@@ -35,10 +35,10 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, {"damping": 0.03}, {"damping_scale": 10.0}])
+@pytest.mark.parametrize("options", [{"damping_scale": 1.0}, {"damping": 0.03}, {"damping_scale": 10.0}])
 def test_cg_is_the_dense_gauss_newton_inverse(kind, options, way):
     p = kind()
-    damping = options.get("damping", options.get("damping_scale", 1.0) * mean_square_entry(p))
+    damping = options.get("damping", options.get("damping_scale", 0.0) * mean_square_entry(p))
     found = estimate({"name": "cg", "tolerance": 1e-10, **options}, p)
     truth = dense(p, problems.gauss_newton(p), damping)
     torch.testing.assert_close(found.values, truth, rtol=1e-6, atol=1e-9)
@@ -49,9 +49,9 @@ def test_cg_is_the_dense_gauss_newton_inverse(kind, options, way):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cg_at_its_defaults_is_close_and_right_in_scale(kind, way):
+def test_cg_at_its_default_tolerance_is_close_and_right_in_scale(kind, way):
     p = kind()
-    found = estimate("cg", p).values
+    found = estimate({"name": "cg", "damping_scale": 1.0}, p).values
     truth = dense(p, problems.gauss_newton(p), mean_square_entry(p))
     assert problems.columns_cosine(found, truth).min() > 0.9999
     torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-3 * float(truth.abs().max()))
@@ -70,10 +70,11 @@ def test_cg_with_the_hessian_is_its_dense_inverse_even_where_it_is_indefinite(ki
 
 def test_a_right_hand_side_converges_alone_as_in_company():
     p = problems.regression()
-    whole = estimate("cg", p).values
+    entry = {"name": "cg", "damping_scale": 1.0}
+    whole = estimate(entry, p).values
     for e in range(len(p.evals)):
         one = type(p.evals)({k: v[e : e + 1] for k, v in p.evals.tensors.items()}, dtype=torch.float64)
-        alone = estimate("cg", type(p)(p.model, p.train, one, p.removals)).values
+        alone = estimate(entry, type(p)(p.model, p.train, one, p.removals)).values
         torch.testing.assert_close(alone, whole[:, e : e + 1], rtol=1e-5, atol=1e-8)
 
 
@@ -125,7 +126,7 @@ def test_lissa_that_grows_is_an_error_and_leaves_the_model_alone():
     p.model.module.train()
     for name in ("lissa", "lissa_h"):
         with pytest.raises(DivergedError, match="raise damping or scale"):
-            estimate({"name": name, "scale": 0.01}, p)
+            estimate({"name": name, "damping_scale": 1.0, "scale": 0.01}, p)
     assert all(torch.equal(t, before[n]) for n, t in p.model.params.items())
     assert p.model.module.training
 
@@ -133,9 +134,9 @@ def test_lissa_that_grows_is_an_error_and_leaves_the_model_alone():
 @pytest.mark.parametrize(
     "entry",
     [
-        "cg",
+        {"name": "cg", "damping_scale": 1.0},
         {"name": "cg", "curvature": "hessian", "damping": 1.0},
-        {"name": "lissa", "depth": 100, "scale": 20},
+        {"name": "lissa", "damping_scale": 1.0, "depth": 100, "scale": 20},
         {"name": "lissa_h", "depth": 8, "damping": 0.1, "scale": 20},
     ],
     ids=["cg", "cg of the Hessian", "lissa", "lissa_h"],
@@ -194,7 +195,7 @@ def preconditioner(p, name, damping=0.05):
 
 
 def test_a_step_without_a_kept_displacement_names_those_that_are():
-    entry = {"name": "cg", "training_gradient": "further", "displacement_step": 9}
+    entry = {"name": "cg", "damping": 0.1, "training_gradient": "further", "displacement_step": 9}
     p = problems.regression(displacement={8: {}, 16: {}})
     with pytest.raises(UsageError, match=r"step 9 \(kept: 8, 16\)"):
         estimate(entry, p)

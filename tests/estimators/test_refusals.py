@@ -76,7 +76,7 @@ def test_a_loss_that_is_curved_for_the_last_example_alone_applies():
         torch.manual_seed(0)
         model = nn.Linear(3, 1).double()
         p = problems.problem(Workload(model, *data, problems.outputs_x, loss), [[0]])
-        assert parse("cg")[0].applies(p) == curved
+        assert parse({"name": "cg", "damping": 0.1})[0].applies(p) == curved
 
 
 def test_a_model_that_cannot_be_differentiated_leaves_no_default():
