@@ -20,6 +20,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fimo.estimators.counts import Work, of_gradients
 from fimo.estimators.operators.gradients import (
     Layout,
     held_blocks,
@@ -108,6 +109,10 @@ class Estimator(Protocol):
         """The seeds that the estimator itself trains with, given the sweep's: its values are the mean over them."""
         ...
 
+    def work(self, problem: Problem) -> Work:
+        """What the estimate has to do, counted; for a problem that the estimator does not refuse."""
+        ...
+
     def refuses(self, problem: Problem) -> str | None:
         """Why the estimator means nothing for the problem (model, data and settings), in a line; None = it does."""
         ...
@@ -148,6 +153,10 @@ class Hyperparameters:
     def runs(self, seeds: Sequence[int]) -> tuple[int, ...]:
         """The seeds that the estimator itself trains with, given the sweep's: its values are the mean over them."""
         return ()
+
+    def work(self, problem: Problem) -> Work:
+        """What the estimate has to do, counted: the gradients of both sides; a subclass adds what it does beyond."""
+        return of_gradients(problem)
 
     def unsuited(self, problem: Problem) -> str | None:
         """Why the estimator means nothing for the problem, in a line; None = it does. A subclass gives its reasons."""

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.base import JSON, Notes, Problem, flat_loss
+from fimo.estimators.counts import ITERATIONS, Work, of_curvature
 from fimo.estimators.ekfac import as_inverse
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.matching import Shift
 from fimo.estimators.operators.kronecker import coverage
 from fimo.estimators.operators.krylov import Solved, conjugate_gradients, preconditioned
-from fimo.estimators.operators.spaces import Curvature, Space, make_curvature
+from fimo.estimators.operators.spaces import Curvature, Space, make_curvature, outputs_of
 
 UNSOLVED = 1000
 """How many times the tolerance a true residual may be before the reader is warned."""
@@ -67,6 +68,13 @@ class CG(Influence):
         if self.preconditioner == "ekfac" and coverage(problem.model) == 0:
             return "EK-FAC covers no trainable parameter of the model; leave the preconditioner out"
         return super().unsuited(problem) or (flat_loss(problem) if self.curvature == "gauss_newton" else None)
+
+    def work(self, problem: Problem) -> Work:
+        """As many iterations as ``ITERATIONS`` or ``max_iterations`` for every evaluation gradient."""
+        outputs = outputs_of(problem.model, problem.train) if self.curvature == "gauss_newton" else 0
+        times = 1 if self.preconditioner is None else len(self.amounts(problem) or (0,))
+        iterations = times * min(self.max_iterations, ITERATIONS)
+        return super().work(problem) + of_curvature(problem, outputs, iterations)
 
     def rows_kept(self, systems: int) -> int:
         """A solution and a direction for every λ, in float64."""

@@ -9,7 +9,8 @@ import torch
 
 from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
 from fimo.estimators.base import Hyperparameters, Problem
-from fimo.estimators.matching import Shift, matched, spread
+from fimo.estimators.counts import Work
+from fimo.estimators.matching import Shift, matched, of_scale, spread
 from fimo.estimators.operators.gradients import Layout, mean_square
 
 
@@ -67,6 +68,13 @@ class Damped(Hyperparameters):
             return None
         steps = recorded_steps(problem, settings_of(self, problem))
         return steps if self.solved is None else spread(steps, self.solved)
+
+    def work(self, problem: Problem) -> Work:
+        """The optimizer's scale, or the mean squared gradient entry, is a pass over 𝒟."""
+        own = super().work(problem)
+        if self.is_matched:
+            return own + of_scale(problem)
+        return own if self.damping is not None else own + Work(gradients=float(len(problem.train)))
 
     def shift(self, problem: Problem) -> Shift:
         """λ of every system to solve; see ``Shift``. A relative one costs a pass of per-example gradients over 𝒟."""

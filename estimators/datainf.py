@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.base import Estimate, Notes, Problem, estimating, finite
+from fimo.estimators.counts import Work
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import (
@@ -57,6 +58,12 @@ class DataInf(Influence):
         with estimating(problem.model):
             values, damping = self._in_one_pass(problem)
         return Estimate(finite(values, self.name), notes=_damping_note(problem, damping))
+
+    def work(self, problem: Problem) -> Work:
+        """A second pass of gradients where one is not enough, and every training gradient with every row."""
+        rows, size = len(problem.evals) + len(problem.removals), Layout.of(problem.model.params).size
+        n = float(len(problem.train))
+        return super().work(problem) + Work(gradients=n, flops=2 * n * rows * size)
 
     def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P by a pass over 𝒟 for λ_l, and one more for each call."""

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.base import Hyperparameters, Notes, Problem, flat_loss
+from fimo.estimators.counts import Work, of_passes
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.matching import Shift
 from fimo.estimators.operators.eigenbasis import Eigenbasis
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.kronecker import coverage, factorised
+from fimo.estimators.operators.layers import layers_of
 from fimo.estimators.operators.nystrom import Nystrom
-from fimo.estimators.operators.spaces import make_curvature
+from fimo.estimators.operators.pseudo_gradients import FEW
+from fimo.estimators.operators.spaces import make_curvature, outputs_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,15 @@ class Factored(Hyperparameters):
         if coverage(problem.model) == 0:
             return "the model has no Linear, Conv2d, Conv1D or small trainable tensor to cover"
         return super().unsuited(problem) or flat_loss(problem)
+
+    def work(self, problem: Problem) -> Work:
+        """Two passes over 𝒟, and the factors of every layer."""
+        outputs = outputs_of(problem.model, problem.train)
+        vectors = outputs if self.fisher == "exact" or (self.fisher == "auto" and outputs <= FEW) else self.samples
+        sides = [side for layer in layers_of(problem.model)[0] for side in layer.sides]
+        factors = Work(flops=sum(20.0 * side**3 for side in sides), bytes=sum(32.0 * side**2 for side in sides))
+        passes = of_passes(problem, 2 * (1 + vectors))
+        return super().work(problem) + passes + factors
 
     def eigenbasis(self, problem: Problem, notes: Notes, scale: Tensor | None = None) -> Eigenbasis:
         """The factorisation; ``notes`` says of which kind it is and what share of the parameters it covers."""

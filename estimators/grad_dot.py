@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fimo.estimators.amounts import NEEDS_TRAINING, linear, settings_of
 from fimo.estimators.base import GradientEstimator, Notes, Pair, Pairing, Problem
-from fimo.estimators.matching import inverse_scale
+from fimo.estimators.counts import Work
+from fimo.estimators.matching import inverse_scale, of_scale
 from fimo.estimators.operators.gradients import dot_products
 
 
@@ -43,6 +44,12 @@ class GradDot(GradientEstimator):
         if linear(problem.further_training.optimizer):
             return "sgd has no scale of its own: leave preconditioner out"
         return None
+
+    def work(self, problem: Problem) -> Work:
+        """Beside the gradients, whole epochs of batches for the optimizer's scale."""
+        if self.preconditioner is None:
+            return super().work(problem)
+        return super().work(problem) + of_scale(problem)
 
     def pairing(self, problem: Problem, notes: Notes) -> Pairing:
         """Inner products, in the optimizer's scale or as they are."""

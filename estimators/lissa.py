@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.base import JSON, Notes, Problem, flat_loss
+from fimo.estimators.counts import Work, of_curvature
 from fimo.estimators.ekfac import as_inverse
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.kronecker import coverage
-from fimo.estimators.operators.spaces import Curvature, Space, make_curvature
+from fimo.estimators.operators.spaces import Curvature, Space, make_curvature, outputs_of
 from fimo.workers.errors import DivergedError
 
 TRACE = 20
@@ -88,6 +89,16 @@ class LiSSA(Influence):
         if self.preconditioner == "ekfac" and coverage(problem.model) == 0:
             return "EK-FAC covers no trainable parameter of the model; leave the preconditioner out"
         return super().unsuited(problem) or (flat_loss(problem) if self.curvature == "gauss_newton" else None)
+
+    def work(self, problem: Problem) -> Work:
+        """Every λ to its depth, as far as that can be told before its scale is known."""
+        assert self.depth is not None
+        steps, n = self.amounts(problem), len(problem.train)
+        outputs = outputs_of(problem.model, problem.train) if self.curvature == "gauss_newton" else 0
+        # Training that is stable has a largest eigenvalue of at most 2/η, and so s/λ_t of at most about 2t.
+        depths = [self.depth if steps is None else min(self.depth, 2 * FORGOTTEN * step) for step in steps or (1,)]
+        examples = sum(depths) * self.repeats * min(self.batch_size, n) + 9 * POWER_ITERATIONS * self.batch_size
+        return super().work(problem) + of_curvature(problem, outputs, examples / n)
 
     def rows_kept(self, systems: int) -> int:
         """An iterate, a residual and their sum over repeats for every λ, in float64."""

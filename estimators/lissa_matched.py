@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fimo.estimators.amounts import SGDMatched
 from fimo.estimators.base import Notes, Pair, Pairing, Problem
+from fimo.estimators.counts import Work, of_curvature
 from fimo.estimators.operators.gradients import dot_products
 from fimo.estimators.operators.optimizers import Descent
-from fimo.estimators.operators.spaces import MatrixFree, make_curvature
+from fimo.estimators.operators.spaces import MatrixFree, make_curvature, outputs_of
 from fimo.workers import batches
 from fimo.workers.errors import DivergedError, UsageError
 from fimo.workers.settings import FurtherTraining
@@ -42,6 +43,13 @@ class LiSSAMatched(SGDMatched):
     name: ClassVar[str] = "lissa_matched"
 
     seed: int = 0
+
+    def work(self, problem: Problem) -> Work:
+        """A product with a batch's curvature at every step."""
+        settings, steps = self.followed(problem)
+        examples = steps[-1] * settings.batch_size
+        outputs = outputs_of(problem.model, problem.train)
+        return super().work(problem) + of_curvature(problem, outputs, examples / len(problem.train))
 
     def pairing(self, problem: Problem, notes: Notes) -> Pairing:
         """(steps, b, k).

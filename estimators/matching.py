@@ -24,6 +24,7 @@ from torch.func import grad
 
 from fimo.estimators.amounts import linear
 from fimo.estimators.base import JSON, Notes, Problem
+from fimo.estimators.counts import Work
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.optimizers import Descent, clipped
 from fimo.workers import batches
@@ -122,6 +123,14 @@ def _batch_gradients(problem: Problem, settings: FurtherTraining) -> Iterator[tu
 
             raw = grad(loss)(row).detach()
             yield clipped(raw, settings.clip_norm), raw
+
+
+def of_scale(problem: Problem) -> Work:
+    """The passes that a matched shift takes, counted: none under unclipped SGD."""
+    settings = problem.further_training
+    if settings is None or (linear(settings.optimizer) and settings.clip_norm is None):
+        return Work()
+    return Work(passes=float(max(len(problem.train), BATCHES * settings.batch_size)))
 
 
 def spread(steps: Sequence[int], most: int) -> tuple[int, ...]:

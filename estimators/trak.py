@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.base import Notes, Problem, estimating
+from fimo.estimators.counts import Work
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, PerExample, loss_gradients
@@ -69,6 +70,12 @@ class TRAK(Influence):
         with estimating(problem.model):
             known = is_scalar(problem.model, batch) or is_cross_entropy(problem.model, batch)
         return None if known else UNKNOWN_OUTPUT
+
+    def work(self, problem: Problem) -> Work:
+        """A pass of gradients over 𝒟, and the projection of every one."""
+        n, size = float(len(problem.train)), Layout.of(problem.model.params).size
+        dimension = self.dimension if self.projection != "identity" else size
+        return super().work(problem) + Work(gradients=n, flops=2 * n * size * dimension + 10.0 * dimension**3)
 
     def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P; one pass over 𝒟 for ΦᵀΦ."""

@@ -49,6 +49,11 @@ class LayerBlock:
         assert isinstance(weight, Tensor)
         return weight
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """How many outputs, and inputs with the bias, the weight connects."""
+        return self.out, self.weight_of().numel() // self.out + (self.bias is not None)
+
     def inputs(self, x: Tensor) -> Tensor:
         """The layer's input as rows that meet its weight, (B, T, in [+ 1])."""
         if isinstance(self.module, nn.Conv2d):

@@ -26,6 +26,9 @@ STREAM = 2**25
 HELD = 2**28
 """Scalars that an estimator may keep over a pass through the training examples (1 GiB in float32)."""
 
+LARGEST_RANK = 4096
+"""Rank of a Gauss-Newton matrix up to which compressing it pays."""
+
 BLOCK = 256
 """Examples in a block at most: activations grow with the block even if the model has few parameters."""
 

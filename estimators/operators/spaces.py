@@ -25,9 +25,6 @@ from fimo.estimators.operators.gradients import Layout, each_example, over_examp
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 
-LARGEST = 4096
-"""Rank up to which compressing pays."""
-
 
 class Space(Protocol):
     """Coordinates (k, d) of k vectors, float64, and a curvature acting on them.
@@ -106,7 +103,7 @@ class Compressed:
     def __init__(self, operator: GaussNewton, scale: Tensor | None = None) -> None:
         model, examples = operator.model, operator.examples
         jacobians, weights = [], []
-        size = gradients.block_size(Layout.of(model.params).size * outputs_per_example(operator))
+        size = gradients.block_size(Layout.of(model.params).size * outputs_of(model, examples))
         for _, batch in examples.batches(size):
             rows, square = linearised(model, batch, model.params)
             jacobians.append(_scaled(rows.double(), scale))
@@ -251,10 +248,9 @@ def output_hessians(model: FunctionalModel, outputs: Tensor, batch: Batch) -> Te
     return squares.detach()
 
 
-def outputs_per_example(operator: Operator) -> int:
+def outputs_of(model: FunctionalModel, examples: Examples) -> int:
     """o: how many scalars the model puts out for one example."""
-    batch = operator.examples.batch([0])
-    return operator.model.outputs(operator.model.params, batch).numel()
+    return model.outputs(model.params, examples.batch([0])).numel()
 
 
 def make_curvature(
@@ -271,8 +267,8 @@ def make_curvature(
     if kind == "hessian":
         return MatrixFree(Hessian(model, examples), scale)
     operator = GaussNewton(model, examples)
-    rank = len(examples) * outputs_per_example(operator)
+    rank = len(examples) * outputs_of(model, examples)
     size = Layout.of(model.params).size
     scalars = rank * size * (torch.float64.itemsize // model.dtype.itemsize)
-    held = scalars <= gradients.HELD and min(rank, size) <= LARGEST
+    held = scalars <= gradients.HELD and min(rank, size) <= gradients.LARGEST_RANK
     return Compressed(operator, scale) if held else MatrixFree(operator, scale)

@@ -1,8 +1,8 @@
 """Tasks that were given up, as recorded under ``failed/``, and what each means for the sweep.
 
-Two kinds. A task is *set aside* if its error may be mended: it counts against the run until ``--retry-failed`` has it
-tried again. An estimator of the default set is *left out* if it cannot give values for this model at all: nobody asked
-for it by name, so the sweep is complete without it. An estimator that the spec names is never left out.
+Two kinds. A task is *set aside*: it counts against the run until ``--retry-failed`` has it tried again. An estimator of
+the default set is *left out*, whatever it failed of: nobody asked for it by name, so the sweep is complete without it.
+An estimator that the spec names is never left out.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
             else:
                 estimator = (str(body["estimator"]), str(body["params"]))
                 wanted = estimator in manifest.estimators
-                if wanted and final and manifest.spec.estimators is None:
+                if wanted and manifest.spec.estimators is None:
                     left_out[estimator] = str(body["error"]).removeprefix(f"{estimator[0]}: ")
                     continue
         except (KeyError, TypeError):

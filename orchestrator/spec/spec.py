@@ -83,6 +83,8 @@ class Resources(Section):
         replicas: cells trained together, or auto = measured once per device type.
         shard: removals in one part, or auto = bounded by the cost of a cell.
         deadline_s: seconds after which a task is given up and queued again; auto = from the tasks before it.
+        estimator_budget_s: device-seconds that an estimator of the default set may take in all, by an estimate made
+            before it runs; auto = 60, or a quarter of what the sweep's cells take. What the spec names has no budget.
         replay: trace the steps of small models; off computes every step as written, with the same numbers to rounding.
         proof: hold a few cells against the plain definition before the first shard; off trusts the engine unproven.
     """
@@ -92,6 +94,7 @@ class Resources(Section):
     replicas: Count | Literal["auto"] = "auto"
     shard: Count | Literal["auto"] = "auto"
     deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    estimator_budget_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     replay: Annotated[bool, Field(strict=True)] = True
     proof: Annotated[bool, Field(strict=True)] = True
 

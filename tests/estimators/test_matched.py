@@ -12,7 +12,7 @@ from torch import nn
 
 from fimo.estimators import parse
 from fimo.estimators.matching import effective_rates, inverse_scale, spread
-from fimo.estimators.operators import spaces
+from fimo.estimators.operators import gradients
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.workload import Workload
 from tests.estimators import problems
@@ -124,7 +124,7 @@ def test_steps_are_spread_evenly_in_log_t_with_both_ends():
 @pytest.fixture(params=["compressed", "matrix free"])
 def way(request, monkeypatch):
     if request.param == "matrix free":
-        monkeypatch.setattr(spaces, "LARGEST", 0)
+        monkeypatch.setattr(gradients, "LARGEST_RANK", 0)
 
 
 @pytest.mark.parametrize("kind", [problems.classification, problems.regression])

@@ -1,0 +1,68 @@
+"""What an estimator has to do, counted before it is done; ``rates`` makes seconds of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from fimo.estimators.operators import gradients
+from fimo.estimators.operators.gradients import Layout
+
+if TYPE_CHECKING:
+    from fimo.estimators.base import Problem
+
+ITERATIONS = 100
+"""Conjugate gradients' iterations, for want of anything better before they are run."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts.
+
+    Attributes:
+        gradients: of one example each.
+        products: of one example's curvature with one row.
+        passes: examples that go forwards and backwards as part of a batch.
+        flops: of dense linear algebra.
+        bytes: held at once beside the model.
+    """
+
+    gradients: float = 0
+    products: float = 0
+    passes: float = 0
+    flops: float = 0
+    bytes: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        """Both, one after the other: what they hold is the larger of the two."""
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Work(**{**sums, "bytes": max(self.bytes, other.bytes)})
+
+
+def of_gradients(problem: Problem) -> Work:
+    """Both sides' gradients and their inner products, as most estimators need them."""
+    size, evals = Layout.of(problem.model.params).size, len(problem.evals)
+    unique = len({index for removal in problem.removals for index in removal})
+    held = min(4 * evals * size, 4 * gradients.HELD) + 4 * gradients.STREAM
+    return Work(gradients=evals + unique, flops=2.0 * len(problem.removals) * evals * size, bytes=held)
+
+
+def of_passes(problem: Problem, vectors: int = 1) -> Work:
+    """A pass over 𝒟 with so many backward passes an example."""
+    return Work(passes=float(len(problem.train)) * vectors)
+
+
+def of_curvature(problem: Problem, outputs: int, products: float) -> Work:
+    """``products`` of C over all of 𝒟, or of batches that add up to as many examples, with every evaluation gradient.
+
+    As ``make_curvature`` does them: compressed if the outputs' Jacobian may be held, else through the model.
+
+    Args:
+        outputs: o, scalars that the model puts out for an example; 0 = through the model in any case.
+    """
+    size, n, evals = Layout.of(problem.model.params).size, len(problem.train), len(problem.evals)
+    rank = n * outputs
+    if outputs and rank * size * 2 <= gradients.HELD and min(rank, size) <= gradients.LARGEST_RANK:
+        flops = 4.0 * min(rank, size) ** 2 * max(rank, size) + 2.0 * products * evals * min(rank, size) ** 2
+        return Work(gradients=float(rank), flops=flops, bytes=24.0 * rank * size)
+    return Work(products=products * n * evals, bytes=32.0 * min(evals * size, gradients.HELD))

@@ -1,0 +1,96 @@
+"""What counted work costs on a device: each operation is timed once on the problem's own model and device.
+
+An estimate, for a budget and for a plan: right to a factor of 2 or 3, not a promise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch.func import grad
+
+from fimo.estimators.base import Problem, estimating
+from fimo.estimators.counts import Work
+from fimo.estimators.operators import gradients
+from fimo.estimators.operators.curvature import Hessian
+from fimo.estimators.operators.gradients import Layout, loss_gradients
+from fimo.workers.examples import Batch
+from fimo.workers.functional import Tensors
+
+
+class Rates:
+    """Seconds of each operation on the problem's model and device, measured when first asked for."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def seconds(self, work: Work) -> float:
+        """Device-seconds of some work."""
+        total = 0.0
+        for count, name in (
+            (work.gradients, "gradient"),
+            (work.products, "product"),
+            (work.passes, "example"),
+            (work.flops, "flop"),
+        ):
+            total += count * getattr(self, name) if count else 0.0
+        return total
+
+    @cached_property
+    def gradient(self) -> float:
+        """One example's gradient."""
+        model, train = self._problem.model, self._problem.train
+
+        def take(count: int) -> None:
+            for _ in loss_gradients(model, train, range(count)):
+                pass
+
+        return self._timed(take, len(train), gradients.block_size(Layout.of(model.params).size))
+
+    @cached_property
+    def product(self) -> float:
+        """One example's curvature with one row, many rows at once."""
+        model, train = self._problem.model, self._problem.train
+        layout, rows = Layout.of(model.params), 4
+        some = torch.randn(rows, layout.size, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+        operator = Hessian(model, train)
+        return self._timed(lambda count: operator(some, range(count)), len(train), 64) / rows
+
+    @cached_property
+    def example(self) -> float:
+        """One example's part of a batch's gradient."""
+        model, train = self._problem.model, self._problem.train
+
+        def mean(params: Tensors, batch: Batch) -> torch.Tensor:
+            return model.loss(params, batch).mean()
+
+        return self._timed(lambda count: grad(mean)(model.params, train.batch(range(count))), len(train), 64)
+
+    @cached_property
+    def flop(self) -> float:
+        """One multiplication and addition of a matrix product in float64."""
+        side = 512
+        square = torch.ones(side, side, dtype=torch.float64, device=self._problem.model.device)
+        return self._timed(lambda count: [square @ square for _ in range(count)], 4, 4) / (2 * side**3)
+
+    def _timed(self, call: Callable[[int], object], most: int, block: int) -> float:
+        """Seconds for one of ``count`` things done together: of one if that is long, of a block if it is short."""
+        device, model = self._problem.model.device, self._problem.model
+
+        def once(count: int) -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            with estimating(model):
+                call(count)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - began
+
+        once(1)
+        alone = once(1)
+        count = min(most, max(1, block))
+        return alone if alone > 0.5 or count == 1 else min(alone, once(count) / count)
