@@ -98,6 +98,7 @@ class Estimator(Protocol):
     name: ClassVar[str]
     version: ClassVar[int]
     evals_together: ClassVar[int]
+    trains: ClassVar[bool]
 
     def params(self) -> dict[str, JSON]:
         """Every hyper-parameter by name, defaults included: with ``name`` and ``version``, what an estimate is of."""
@@ -139,6 +140,9 @@ class Hyperparameters:
 
     evals_together: ClassVar[int] = 128
     """Evaluation examples in one block of estimates, which is one task and one object of a sweep."""
+
+    trains: ClassVar[bool] = False
+    """Whether it trains in the sweep's stacks, whose engine is then proven first (``Problem.start``)."""
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense; a subclass calls its base's."""

@@ -32,6 +32,7 @@ class Mirrored(OwnSeeds):
     name: ClassVar[str] = "mirrored"
     # With their baseline a stack of 32, or whole stacks of 16, 8, 4.
     evals_together: ClassVar[int] = 31
+    trains: ClassVar[bool] = True
 
     seeds: int | None = 4
 

@@ -190,8 +190,11 @@ class _Stack:
         graphs = start.graphs if self.size > 1 or start.folds else None
         gradients = partial(replicas.gradients, model, orders=[draw.order for draw in self.forward.draws])
         self._batch_gradients = Replayed(gradients, "batch", graphs)
-        self._removed_gradients = Replayed(partial(gradients, of=self._subtracted.value), "removed", graphs)
-        self.measures = Replayed(partial(replicas.measures, model, of=start.reads), "measures", graphs)
+        # Names tell functions apart: the sweep's cells and what mirrors them share their traces.
+        removed, read = ("removed", "measures") if start.subtracted is None else ("subtracted", "losses")
+        alike = graphs if self._subtracted.examples.tensors is not None else None
+        self._removed_gradients = Replayed(partial(gradients, of=self._subtracted.value), removed, alike)
+        self.measures = Replayed(partial(replicas.measures, model, of=start.reads), read, graphs)
         for replayed, calls in zip(self._replayed(), origin.calls if origin is not None else (), strict=False):
             replayed.calls.update(calls)
 

@@ -5,9 +5,10 @@ g(z) / n, and reads what that does to ℓ_i:
 
     â_i(z, t)  =  ℓ_i(θᶠ + Δθ_t(L − g(z)/n, ξ)) − ℓ_i(θᶠ + Δθ_t(L, ξ))
 
-To first order a* is ∇gᵀ A ∇ℓ_i and â_i is ∇ℓ_iᵀ A ∇g, with A the sum of products of I − ηH over the steps. They are
-equal for full batches on a quadratic, where A is symmetric, and in the mean over batch orders nearly so elsewhere. One
-run serves every training example.
+To first order a* is ∇gᵀ A ∇ℓ_i and â_i is ∇ℓ_iᵀ A ∇g, with A made of products of I − ηH over the steps. They are equal
+where A is symmetric and the gradients stay what they are along the baseline: full batches, SGD, a stationary θᶠ. In the
+mean over batch orders they are nearly so elsewhere. Adam's A is not symmetric, and the agreement is poorer. One run
+serves every training example.
 
 Here g is what the sweep reads: in eval mode, of outputs in float64, without dropout. ℓ_i is read in the same way. The
 step's own batch is trained on as the sweep trains on it, with the sweep's stacks.
@@ -130,14 +131,11 @@ def mirror_of(start: Start, evals: Examples, steps: Sequence[int], read: Sequenc
         start.settings, removal_mode="reweight", epochs=None, steps=last, evaluate=Evaluate(at_steps=tuple(steps))
     )
     cuts = trimming(evals, start.model.padding) if start.trimming is not None else None
-    # What is traced of the sweep's own cells is another function. Examples of a dataset differ in shape.
-    traces = start.graphs is not None and evals.tensors is not None
     mirror = replace(
         start,
         settings=settings,
         evals=fetched(start.train, read, settings.eval_batch, start.trimming),
         at_final=torch.zeros(len(read), dtype=torch.float64),
-        graphs={} if traces else None,
         reads=start.model.wide_loss,
     )
     _refuse_narrow_loss(start)

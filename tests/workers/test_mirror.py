@@ -194,6 +194,16 @@ def test_it_is_the_attribution_where_gradients_are_affine_with_one_hessian() -> 
     torch.testing.assert_close(got, truth, rtol=1e-8, atol=0)
 
 
+def to_minimum(workload: Workload, decay: float) -> None:
+    """θᶠ is stationary: no gradient changes along the baseline."""
+    x = torch.cat([workload.train["x"], torch.ones(len(workload.train["x"]), 1)], dim=1).double()
+    normal = 2 * x.T @ x / len(x) + decay * torch.eye(5, dtype=torch.float64)
+    found = torch.linalg.solve(normal, 2 * x.T @ workload.train["y"].double() / len(x))
+    with torch.no_grad():
+        workload.model.weight.copy_(found[None, :4])
+        workload.model.bias.copy_(found[4:])
+
+
 def test_its_error_on_least_squares_shrinks_as_one_over_n() -> None:
     errors = []
     for copies in (4, 8, 16):
@@ -203,9 +213,7 @@ def test_its_error_on_least_squares_shrinks_as_one_over_n() -> None:
             model=nn.Linear(4, 1).double(),
             train={k: v.repeat(copies, *[1] * (v.dim() - 1)) for k, v in base.train.items()},
         )
-        with torch.no_grad():
-            workload.model.weight.copy_(torch.tensor([[0.3, -0.2, 0.1, 0.5]]))
-            workload.model.bias.fill_(0.1)
+        to_minimum(workload, decay=0.05)
         chosen = settings(
             Optimizer("sgd", lr=0.1, weight_decay=0.05),
             batch_size=16 * copies,
@@ -217,7 +225,7 @@ def test_its_error_on_least_squares_shrinks_as_one_over_n() -> None:
         truth = attribution(workload, chosen, removals, [1]).effect.transpose(0, 1)
         got = train_mirrored(make(workload, chosen), examples_of(workload)[1], removals, 1, (12,), 4).values
         errors.append(float((got - truth).norm() / truth.norm()))
-    assert errors[0] < 0.15
+    assert errors[0] < 0.3
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.2)
     assert errors[1] / errors[2] == pytest.approx(2, rel=0.2)
 
