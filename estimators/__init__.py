@@ -18,6 +18,7 @@ from fimo.estimators.grad_cos import GradCos
 from fimo.estimators.grad_dot import GradDot
 from fimo.estimators.lissa import LiSSA, LiSSAH
 from fimo.estimators.lissa_matched import LiSSAMatched
+from fimo.estimators.mirrored import Mirrored
 from fimo.estimators.operators.kronecker import coverage
 from fimo.estimators.trak import TRAK
 from fimo.estimators.unrolled import Unrolled
@@ -26,7 +27,20 @@ __all__ = ["REGISTRY", "Estimate", "Estimator", "Problem", "choose", "coverage",
 
 REGISTRY: dict[str, type[Any]] = {
     kind.name: kind
-    for kind in (GradDot, GradCos, DataInf, TRAK, EKFAC, CG, LiSSA, LiSSAH, EKFACMatched, LiSSAMatched, Unrolled)
+    for kind in (
+        GradDot,
+        GradCos,
+        DataInf,
+        TRAK,
+        EKFAC,
+        CG,
+        LiSSA,
+        LiSSAH,
+        EKFACMatched,
+        LiSSAMatched,
+        Unrolled,
+        Mirrored,
+    )
 }
 """Estimators by the name that specs and tables use."""
 

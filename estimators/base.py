@@ -34,6 +34,7 @@ from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.settings import FurtherTraining
+from fimo.workers.start import Start
 
 JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -52,6 +53,9 @@ class Problem:
         further_training: the sweep's section, for estimators that depend on the amount of further training.
         seeds: what ``unrolled`` and ``mirrored`` train with, and average over; never the sweep's own, but in a check.
         at: the recorded steps that are wanted of an estimate by amounts; None = all.
+        start: what the sweep's cells share, with the engine that is proven for them, for estimators that train on it;
+            None = they make it themselves.
+        replicas: runs that they train together; None = measured.
         displacement: step -> Δθ̂(𝒟), the baseline's mean displacement over seeds, for ``training_gradient``.
         progress: called with one line now and then.
     """
@@ -63,6 +67,8 @@ class Problem:
     further_training: FurtherTraining | None = None
     seeds: Sequence[int] = ()
     at: Sequence[int] | None = None
+    start: Start | None = None
+    replicas: int | None = None
     displacement: Mapping[int, Tensors] | None = None
     progress: Callable[[str], None] | None = None
 
@@ -92,6 +98,8 @@ class Estimator(Protocol):
 
     name: ClassVar[str]
     version: ClassVar[int]
+    evals_together: ClassVar[int]
+    trains: ClassVar[bool]
 
     def params(self) -> dict[str, JSON]:
         """Every hyper-parameter by name, defaults included: with ``name`` and ``version``, what an estimate is of."""
@@ -134,6 +142,12 @@ class Hyperparameters:
 
     version: ClassVar[int] = 1
     """Raise it whenever the estimator's numbers change: kept estimates of another version are computed again."""
+
+    evals_together: ClassVar[int] = 128
+    """Evaluation examples in one block of estimates, which is one task and one object of a sweep."""
+
+    trains: ClassVar[bool] = False
+    """Whether it trains in the sweep's stacks, whose engine is then proven first (``Problem.start``)."""
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense; a subclass calls its base's."""

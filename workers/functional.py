@@ -6,7 +6,7 @@ same code serves one replica, a ``vmap`` over stacked replicas, and derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -22,6 +22,9 @@ from fimo.workers.workload import Workload
 
 Tensors = dict[str, Tensor]
 """Parameters or buffers by the model's own dotted names."""
+
+PerExample = Callable[[Tensors, Batch, Tensors | None], Tensor]
+"""(parameters, batch, buffers) -> one number an example, (B,): a ``FunctionalModel``'s loss or measure."""
 
 CHANGED_LATE = (
     "changes during training but not in the first forward: replicas would share it; "
@@ -140,9 +143,18 @@ class FunctionalModel:
 
         A float32 loss near 1e-8 loses the small differences that are the product.
         """
+        return self._wide(self._measure, params, batch, fixed)
+
+    def wide_loss(self, params: Tensors, batch: Batch, fixed: Tensors | None = None) -> Tensor:
+        """ℓ_i(θ) per training example, shape (B,), float64, as the measure has it: for losses that are recorded."""
+        return self._wide(self._loss, params, batch, fixed)
+
+    def _wide(
+        self, function: Callable[[Tensor, Batch], Tensor], params: Tensors, batch: Batch, fixed: Tensors | None
+    ) -> Tensor:
         out = self.outputs(params, batch, fixed)
         wide = out.to(torch.float64) if out.is_floating_point() else out
-        return self._measure(wide, to(batch, dtype=torch.float64))
+        return function(wide, to(batch, dtype=torch.float64))
 
 
 def check(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fimo.workers import batches
 from fimo.workers.batches import Removal
-from fimo.workers.examples import Batch, Examples
+from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors
 from fimo.workers.randomness import kept, seed_all, step_seed
 from fimo.workers.stacking import replicas
@@ -28,7 +28,7 @@ from fimo.workers.stacking.parts import in_parts, part_cost
 from fimo.workers.stacking.replay import Replayed
 from fimo.workers.stacking.replicas import Gradients, GradientSum
 from fimo.workers.stacking.stacked import Masks
-from fimo.workers.start import Start
+from fimo.workers.start import Start, Subtracted
 
 __all__ = ["Deltas", "State", "Training", "further_train"]
 
@@ -88,12 +88,14 @@ class Training:
         if origin is not None:
             for name, rows in origin.optimizer.items():
                 self._optimizer.state[params[name]] = _spread(rows, params[name])
-        self._record = _Record(start, lanes, self.step)
+        # What lanes subtract instead of what they remove is in no batch.
+        removals = lanes if start.subtracted is None else [batches.BASELINE] * len(lanes)
+        self._record = _Record(start, removals, self.step)
         if start.folds:
             apart = start.model.partial
-            schedule = folded(n, lanes, settings, seed, start.forward.random, apart)
+            schedule = folded(n, removals, settings, seed, start.forward.random, apart)
         else:
-            schedule = batches.schedule(n, lanes, settings, seed, start.forward.mixes)
+            schedule = batches.schedule(n, removals, settings, seed, start.forward.mixes)
         self._schedule = islice(schedule, self.step, None)
 
     def advance(self, until: int | None = None, watch: Callable[[int, Tensors], None] | None = None) -> None:
@@ -178,16 +180,21 @@ class _Stack:
         params, fixed = (model.params, model.fixed) if origin is None else (origin.params, origin.buffers)
         self.params = replicas.stacked(params, self.size)
         self.buffers = replicas.stacked({name: fixed[name] for name in self.forward.mutable}, self.size)
-        subtracted_apart = start.settings.removal_mode == "reweight" and not start.folds
-        self.removed = _removed(start.train, lanes) if subtracted_apart else []
         self._part_cost = part_cost(sum(p.numel() for p in model.params.values()) * self.size, model.device)
+        self._subtracted = start.subtracted or Subtracted(start.train, model.loss, start.settings.mode)
+        folds_removed = start.folds and start.subtracted is None
+        apart = start.settings.removal_mode == "reweight" and not folds_removed
+        self.removed = _removed(self._subtracted, lanes, self._part_cost) if apart else []
         # Trace only a forward that vmap has accepted, over replicas here or over examples in the probe: vmap rejects
         # data-dependent branches, which a trace would silently freeze.
         graphs = start.graphs if self.size > 1 or start.folds else None
         gradients = partial(replicas.gradients, model, orders=[draw.order for draw in self.forward.draws])
         self._batch_gradients = Replayed(gradients, "batch", graphs)
-        self._removed_gradients = Replayed(gradients, "removed", graphs)
-        self.measures = Replayed(partial(replicas.measures, model), "measures", graphs)
+        # Names tell functions apart: the sweep's cells and what mirrors them share their traces.
+        removed, read = ("removed", "measures") if start.subtracted is None else ("subtracted", "losses")
+        alike = graphs if self._subtracted.examples.tensors is not None else None
+        self._removed_gradients = Replayed(partial(gradients, of=self._subtracted.value), removed, alike)
+        self.measures = Replayed(partial(replicas.measures, model, of=start.reads), read, graphs)
         for replayed, calls in zip(self._replayed(), origin.calls if origin is not None else (), strict=False):
             replayed.calls.update(calls)
 
@@ -231,7 +238,8 @@ class _Stack:
         params, buffers = self.take(lanes)
         weights = torch.tensor([batches.removed_weight(len(self.start.train))], dtype=torch.float64)
         seed_all(seed, self.start.model.device)
-        part, _ = self._removed_gradients(params, buffers, batch, weights, False)
+        with self.start.model.mode(self._subtracted.mode):
+            part, _ = self._removed_gradients(params, buffers, batch, weights, False)
         total.add(part, lanes)
 
     def take(self, lanes: tuple[int, ...]) -> tuple[Tensors, Tensors]:
@@ -239,8 +247,8 @@ class _Stack:
         return replicas.take(self.params, lanes, self.size), replicas.take(self.buffers, lanes, self.size)
 
 
-def _removed(train: Examples, lanes: Sequence[Removal]) -> list[tuple[tuple[int, ...], Batch]]:
-    """The removed examples of each lane as batches, lanes of equal shapes together: what reweight subtracts."""
+def _removed(subtracted: Subtracted, lanes: Sequence[Removal], part_cost: float) -> list[tuple[tuple[int, ...], Batch]]:
+    """What each lane subtracts as batches, lanes of equal shapes together."""
     sizes: dict[int, list[int]] = {}
     for lane, removal in enumerate(lanes):
         if removal:
@@ -249,7 +257,12 @@ def _removed(train: Examples, lanes: Sequence[Removal]) -> list[tuple[tuple[int,
         batches.Block(tuple(own), torch.tensor([lanes[i] for i in own]), torch.zeros(len(own), size))
         for size, own in sizes.items()
     ]
-    return [(own, batch) for block in blocks for own, batch, _, _ in replicas.fetch(train, block)]
+    examples, trimming = subtracted.examples, subtracted.trimming
+    return [
+        (own, batch)
+        for block in in_parts(blocks, trimming, part_cost)
+        for own, batch, _, _ in replicas.fetch(examples, block, trimming)
+    ]
 
 
 class _Record:

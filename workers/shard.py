@@ -17,7 +17,7 @@ from torch import Tensor
 from fimo.workers.batches import BASELINE, Removal, amounts, first_difference
 from fimo.workers.errors import FimoError
 from fimo.workers.further_training import Deltas, further_train
-from fimo.workers.stacking.forking import stacks_of, trained
+from fimo.workers.stacking.forking import Stack, stacks_of, trained
 from fimo.workers.start import Start
 
 BASELINE_ROW, FLOOR_ROW = -1, -2
@@ -69,7 +69,14 @@ def run_shard(
     if start.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(start.model.device)
     cells = [BASELINE, *removals]
-    results, replicas = _in_stacks(start, cells, seed, replicas, progress)
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def take(stack: Stack, result: Deltas) -> None:
+        results.update(zip(stack.places, zip(result.deltas, result.distances, strict=True), strict=True))
+        if progress is not None:
+            progress(len(results), len(cells))
+
+    replicas = in_stacks(start, cells, seed, replicas, take)
     floor = _floor(start, seed, replicas)
     # Removals first, then the baseline, then the second baseline.
     order = [*range(1, len(cells)), 0]
@@ -81,23 +88,25 @@ def run_shard(
     return ShardResult(seed, floor.steps, deltas, distances, replicas, seconds, peak, scale)
 
 
-def _in_stacks(
-    start: Start,
-    cells: Sequence[Removal],
-    seed: int,
-    replicas: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[dict[int, tuple[Tensor, Tensor]], int]:
-    """Each cell's deltas (T, m) and distances (T,), and the stack size used at the end."""
-    done: dict[int, tuple[Tensor, Tensor]] = {}
+def in_stacks(
+    start: Start, cells: Sequence[Removal], seed: int, replicas: int, take: Callable[[Stack, Deltas], None]
+) -> int:
+    """Train the cells in stacks of at most ``replicas``; smaller ones if memory runs out, or ``vmap`` refuses.
+
+    Args:
+        take: is given each stack's results once, when they are there; the first baseline's come last.
+
+    Returns:
+        The stack size used at the end.
+    """
+    done: set[int] = set()
     replicas, fork = replicas if start.engine.stack else 1, start.engine.fork
     while len(done) < len(cells):
         stacks = stacks_of(start, cells, [place for place in range(len(cells)) if place not in done], seed, replicas)
         try:
             for stack, result in trained(start, stacks, seed, fork):
-                done |= dict(zip(stack.places, zip(result.deltas, result.distances, strict=True), strict=True))
-                if progress is not None:
-                    progress(len(done), len(cells))
+                done.update(stack.places)
+                take(stack, result)
         except FimoError:
             raise
         except Exception as error:
@@ -111,7 +120,7 @@ def _in_stacks(
                 # If memory is not short, vmap may have refused the model: one at a time tells that from a real error.
                 fork, replicas = fork and size > 1, size // 2 if short else 1
             _release()
-    return done, replicas
+    return replicas
 
 
 def _floor(start: Start, seed: int, replicas: int) -> Deltas:

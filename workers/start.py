@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.forward import Forward, moved, observe, refuse_mixing
-from fimo.workers.functional import FunctionalModel, check
+from fimo.workers.functional import FunctionalModel, PerExample, check
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.stacking import probe
@@ -49,6 +50,25 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Subtracted:
+    """What is subtracted from every step's loss: Σ over a replica's examples of their values, / n.
+
+    The sweep's cells subtract the losses of removed training examples in reweight mode. ``fimo.workers.mirror``
+    subtracts measures of evaluation examples.
+
+    Attributes:
+        examples: those that a replica's numbers are places among.
+        value: of each; ``mode``: of the model in that forward.
+        trimming: how they are cut; None = they are not.
+    """
+
+    examples: Examples
+    value: PerExample
+    mode: Literal["train", "eval"]
+    trimming: Trimming | None = None
+
+
+@dataclass(frozen=True)
 class Start:
     """All that a cell depends on but its removal and seed.
 
@@ -65,6 +85,8 @@ class Start:
         trimming: how training examples are cut; None = they are not.
         calls: the forward's calls of dropout, if a folded step gets its masks from them; ``tokens``: of an example that
             is not cut.
+        subtracted: what replicas subtract instead of the losses of what they remove; they then remove nothing.
+        reads: what is read of ``evals`` instead of g, float64.
     """
 
     model: FunctionalModel
@@ -80,6 +102,8 @@ class Start:
     trimming: Trimming | None = None
     calls: Calls = ()
     tokens: int = 0
+    subtracted: Subtracted | None = None
+    reads: PerExample | None = None
 
     def using(self, engine: Engine) -> Start:
         """The same with no more than ``engine`` allows."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fimo import estimators
 from fimo.orchestrator.run.estimating import estimate_identity
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import Entry
@@ -44,17 +46,42 @@ def held_removals(sweep: Sweep, manifest: Manifest, key: str, set_name: str) -> 
             return ()
 
 
-def assemble(blocks: Sequence[EstimateBlock], manifest: Manifest) -> NDArray[np.float64] | None:
-    """The removal × eval matrix of blocks, float64 (R, m), or (S, R, m); None while a value is missing."""
+def runs_of(manifest: Manifest, estimator: str, params: str) -> tuple[int, ...]:
+    """The seeds that an estimator trains with on a sweep, ascending; none if it trains no runs of its own."""
+    [named] = estimators.parse({"name": estimator, **json.loads(params)})
+    return tuple(sorted(named.runs(tuple(manifest.spec.seeds))))
+
+
+def assemble(
+    blocks: Sequence[EstimateBlock], manifest: Manifest, seeds: Sequence[int] = ()
+) -> NDArray[np.float64] | None:
+    """The removal × eval matrix of blocks, float64 (R, m), or (S, R, m); None while a value is missing.
+
+    Args:
+        seeds: the mean is taken over them, in this order; blocks of others do not count. None = blocks have no seed.
+    """
+    total: NDArray[np.float64] | None = None
+    of = [b for b in blocks if b.seed in (seeds or (None,))]
+    for seed in seeds or (None,):
+        matrix = _matrix([b for b in of if b.seed == seed], manifest, of[0].steps if of else None)
+        if matrix is None:
+            return None
+        total = matrix if total is None else total + matrix
+    return total if total is None or not seeds else total / len(seeds)
+
+
+def _matrix(
+    blocks: Sequence[EstimateBlock], manifest: Manifest, steps: tuple[int, ...] | None
+) -> NDArray[np.float64] | None:
     if not blocks:
         return None
-    leading = (len(blocks[0].steps),) if blocks[0].steps is not None else ()
+    leading = (len(steps),) if steps is not None else ()
     matrix = np.full((*leading, len(manifest.removals), manifest.evals), np.nan)
     for block in blocks:
         rows = {r.indices: place for place, r in enumerate(block.removals)}
         pairs = [(place, rows[r.indices]) for place, r in enumerate(manifest.removals) if r.indices in rows]
         stop = min(block.first + block.values.shape[-1], manifest.evals)
-        if not pairs or block.steps != blocks[0].steps or stop <= block.first:
+        if not pairs or block.steps != steps or stop <= block.first:
             continue
         into, out_of = [p for p, _ in pairs], [p for _, p in pairs]
         matrix[..., into, block.first : stop] = block.values[..., out_of, : stop - block.first]

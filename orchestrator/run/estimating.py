@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,9 @@ from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.spec import Spec
 from fimo.workers.displacement import mean_displacement
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel
+from fimo.workers.start import Start
 
 
 def estimate_identity(result_digest: str, at_final_digest: str, spec: Spec, estimator: str, params: str) -> str:
@@ -25,6 +29,21 @@ def estimate_identity(result_digest: str, at_final_digest: str, spec: Spec, esti
     return digest([source, list(named.follows_seeds(tuple(spec.seeds))), named.version])
 
 
+@dataclass(frozen=True)
+class Run:
+    """One seed's share of the estimate of an estimator that trains runs of its own.
+
+    Attributes:
+        seed: to train with.
+        start: what the sweep's cells share, with the engine that is proven for them; ``replicas``: trained together;
+            None for one that does not train in the sweep's stacks.
+    """
+
+    seed: int
+    start: Start | None = None
+    replicas: int | None = None
+
+
 def estimate(
     prepared: Resolved,
     device: torch.device,
@@ -33,28 +52,37 @@ def estimate(
     removals: Sequence[Sequence[int]],
     evals: tuple[int, int],
     say: Callable[[str], None] | None = None,
+    run: Run | None = None,
 ) -> estimators.Estimate:
     """An estimator's values for some removals and a span (first, count) of evaluation examples.
 
     Args:
         say: told what the estimator says on the way.
+        run: of an estimator that trains runs of its own: what this share of its values is trained with.
 
     Raises:
         FimoError: in one line, if the estimator does not apply or its values are not finite.
     """
     [named] = estimators.parse({"name": estimator, **json.loads(params)})
-    train, every = prepared.examples(device)
+    start = None if run is None else run.start
+    model, train, every = _shared(prepared, device) if start is None else (start.model, start.train, start.examples)
     step, displacement = named.params().get("displacement_step"), None
     if isinstance(step, int):
         displacement = mean_displacement(prepared.start(device), prepared.spec.seeds, [step])
     problem = estimators.Problem(
-        model=prepared.model(device),
+        model=model,
         train=train,
         evals=every.span(*evals),
         removals=removals,
         further_training=prepared.spec.further_training.settings(),
-        seeds=list(prepared.spec.seeds),
+        seeds=list(prepared.spec.seeds) if run is None else [run.seed],
+        start=start,
+        replicas=None if run is None else run.replicas,
         displacement=displacement,
         progress=say,
     )
     return named.estimate(problem)
+
+
+def _shared(prepared: Resolved, device: torch.device) -> tuple[FunctionalModel, Examples, Examples]:
+    return prepared.model(device), *prepared.examples(device)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from fimo.orchestrator.run import failures
-from fimo.orchestrator.run.blocks import assemble, listed_blocks, value_digest
+from fimo.orchestrator.run.blocks import assemble, listed_blocks, runs_of, value_digest
 from fimo.orchestrator.run.owed import is_complete
 from fimo.orchestrator.run.written import is_current, listed_parts, read_table, read_warnings, stamp
 from fimo.orchestrator.sweep.estimates import EstimateBlock
@@ -149,7 +149,7 @@ def _estimates(sweep: Sweep, manifest: Manifest, gathered: Gathered, costs: Cost
                 blocks.append(sweep.read_block(entry.key, digest, estimator, params))
             except BadPartError as error:
                 gathered.bad.append((entry.key, str(error)))
-        matrix = assemble(blocks, manifest)
+        matrix = assemble(blocks, manifest, runs_of(manifest, estimator, params))
         if blocks:
             costs.append(_total_cost(estimator, params, blocks))
             _note_coverage(gathered, blocks[0])

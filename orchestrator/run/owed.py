@@ -5,17 +5,16 @@ Resuming is this and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain, zip_longest
 
-from fimo.orchestrator.run.blocks import Named, held_removals, listed_blocks, value_digest
+from fimo import estimators
+from fimo.orchestrator.run.blocks import Named, held_removals, listed_blocks, runs_of, value_digest
 from fimo.orchestrator.run.failures import Failures, task_id
 from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, make_plan, size_of_shards
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
-
-EVAL_BLOCK = 128
-"""Evaluation examples in one block of estimates."""
 
 
 def current_plan(manifest: Manifest, sweep: Sweep | None) -> Plan:
@@ -33,7 +32,7 @@ def current_plan(manifest: Manifest, sweep: Sweep | None) -> Plan:
 
 
 def missing_estimates(manifest: Manifest, sweep: Sweep, failures: Failures) -> list[EstimateTask]:
-    """One task for each estimator and block of evaluation examples that some removals still lack.
+    """One task for each estimator, seed that it trains with, and block of evaluation examples that removals still lack.
 
     Estimators that are left out of the default set owe nothing.
     """
@@ -42,19 +41,26 @@ def missing_estimates(manifest: Manifest, sweep: Sweep, failures: Failures) -> l
         if (estimator, params) in failures.left_out:
             continue
         prefix = keys.estimates(sweep.name, value_digest(manifest, estimator, params), estimator, params)
-        held: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+        held: dict[tuple[int | None, int, int], set[tuple[int, ...]]] = {}
         for entry in entries:
             block = keys.read_block_key(entry.key, prefix)
             if block is not None:
-                set_name, *span = block
+                seed, set_name, first, count = block
                 removals = held_removals(sweep, manifest, entry.key, set_name)
-                held.setdefault((span[0], span[1]), set()).update(r.indices for r in removals)
-        for first in range(0, manifest.evals, EVAL_BLOCK):
-            count = min(EVAL_BLOCK, manifest.evals - first)
-            lacking = tuple(r for r in manifest.removals if r.indices not in held.get((first, count), set()))
+                held.setdefault((seed, first, count), set()).update(r.indices for r in removals)
+        for seed, first, count in _shares(manifest, estimator, params):
+            lacking = tuple(r for r in manifest.removals if r.indices not in held.get((seed, first, count), set()))
             if lacking:
-                tasks.append(EstimateTask(estimator, params, lacking, first, count, count == manifest.evals))
+                tasks.append(EstimateTask(estimator, params, lacking, first, count, count == manifest.evals, seed))
     return tasks
+
+
+def _shares(manifest: Manifest, estimator: str, params: str) -> Iterator[tuple[int | None, int, int]]:
+    """(seed, first, count) of an estimator's blocks: lowest seeds first; None if it trains no runs of its own."""
+    size = estimators.REGISTRY[estimator].evals_together
+    for seed in runs_of(manifest, estimator, params) or (None,):
+        for first in range(0, manifest.evals, size):
+            yield seed, first, min(size, manifest.evals - first)
 
 
 def owed_tasks(manifest: Manifest, sweep: Sweep, failures: Failures) -> tuple[list[Task], Plan]:
@@ -62,8 +68,8 @@ def owed_tasks(manifest: Manifest, sweep: Sweep, failures: Failures) -> tuple[li
     plan = current_plan(manifest, sweep)
     shards = [s for s in plan.shards if task_id(manifest, s) not in failures.ids]
     missing = missing_estimates(manifest, sweep, failures)
-    estimates = [e for e in missing if task_id(manifest, e) not in failures.ids]
-    mixed = chain.from_iterable(zip_longest(estimates, shards))
+    owed = [e for e in missing if task_id(manifest, e) not in failures.ids]
+    mixed = chain.from_iterable(zip_longest(owed, shards))
     return [task for task in mixed if task is not None], plan
 
 

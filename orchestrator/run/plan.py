@@ -29,12 +29,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class EstimateTask:
-    """One estimator's values for some removals and a block of evaluation examples.
+    """One estimator's values for some removals and a block of evaluation examples, or one seed's share of them.
 
     Attributes:
         params: canonical JSON of the hyper-parameters.
         first, count: the block's evaluation examples are ``first`` to ``first + count − 1``.
         whole: the block holds all evaluation examples of the sweep.
+        seed: the one to train with, of an estimator that trains runs of its own; its values are the mean over seeds.
     """
 
     estimator: str
@@ -43,11 +44,13 @@ class EstimateTask:
     first: int
     count: int
     whole: bool = True
+    seed: int | None = None
 
     @property
     def span(self) -> str:
-        """The block in words, to follow the estimator's name; empty if it is the only one."""
-        return "" if self.whole else f", evaluation examples {self.first} to {self.first + self.count - 1}"
+        """The block and the seed in words, to follow the estimator's name; empty if there is one block and no seed."""
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return seed + ("" if self.whole else f", evaluation examples {self.first} to {self.first + self.count - 1}")
 
 
 Task = Shard | EstimateTask

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fimo.estimators import REGISTRY
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
 from fimo.orchestrator.run import estimating
 from fimo.orchestrator.run.blocks import value_digest
@@ -183,7 +184,7 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
     started, manifest = time.monotonic(), resolved.manifest
     digest = value_digest(manifest, task.estimator, task.params)
     prefix = keys.estimates(sweep.name, digest, task.estimator, task.params)
-    key = keys.block(prefix, task.removals, task.first, task.count)
+    key = keys.block(prefix, task.removals, task.first, task.count, task.seed)
 
     def receipt(written: bool, lines: tuple[str, ...] = ()) -> Receipt:
         return Receipt(key, written, 0, 0, time.monotonic() - started, device_name(device), lines)
@@ -195,15 +196,20 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
         return receipt(False)
     _reset_peak(device)
     removals, span, said = [r.indices for r in task.removals], (task.first, task.count), list[str]()
+    named = task.estimator, task.params
     try:
         with deterministic(device) as flags:
-            estimate = estimating.estimate(resolved, device, task.estimator, task.params, removals, span, said.append)
+            run, engine = _run(sweep, resolved, device, task)
+            # The proof is the sweep's, and no cost of the estimator's.
+            began = time.monotonic() if engine is not None else started
+            estimate = estimating.estimate(resolved, device, *named, removals, span, said.append, run)
     except (DivergedError, UsageError, WorkloadError) as error:
         raise CannotEstimateError(str(error)) from error
     about = {
         **provenance(device, resolved, flags),
+        **({} if engine is None else {"engine": dict(engine.record)}),
         "notes": json.loads(json.dumps(dict(estimate.notes), default=str)),
-        "device_seconds": time.monotonic() - started,
+        "device_seconds": time.monotonic() - began,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes(),
     }
     block = estimates.EstimateBlock(
@@ -215,9 +221,22 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
         steps=estimate.steps,
         values=estimate.values.numpy(),
         provenance=about,
+        seed=task.seed,
     )
-    warned = tuple(line for line in said if line.startswith("warning"))
+    warned = tuple(line for line in said if line.startswith("warning")) + (engine.lines if engine is not None else ())
     return receipt(sweep.store.create(key, estimates.encode_block(block)[0]), warned)
+
+
+def _run(
+    sweep: Sweep, resolved: Resolved, device: torch.device, task: EstimateTask
+) -> tuple[estimating.Run | None, Proven | None]:
+    """What one seed's share of an estimate is trained with, and the engine if it trains in the sweep's stacks."""
+    if task.seed is None:
+        return None, None
+    if not REGISTRY[task.estimator].trains:
+        return estimating.Run(task.seed), None
+    engine = _engine(sweep, resolved, device, tuple(r.indices for r in task.removals))
+    return estimating.Run(task.seed, engine.start, engine.replicas), engine
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fimo.orchestrator.run import failures
-from fimo.orchestrator.run.blocks import assemble, listed_blocks, value_digest
+from fimo.orchestrator.run.blocks import assemble, listed_blocks, runs_of, value_digest
 from fimo.orchestrator.run.rerun import Array, Rerun, train_again
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.store import NotFound
@@ -182,4 +182,5 @@ class _Reading:
                     blocks.append(self.sweep.read_block(entry.key, digest, estimator, params))
                 except (BadPartError, NotFound) as error:
                     self.into.bad.append(str(error))
-            self.into.owed += assemble(blocks, self.manifest) is None and (estimator, params) not in left_out
+            matrix = assemble(blocks, self.manifest, runs_of(self.manifest, estimator, params))
+            self.into.owed += matrix is None and (estimator, params) not in left_out

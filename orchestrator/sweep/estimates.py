@@ -39,6 +39,7 @@ class EstimateBlock:
         first: number of the block's first evaluation example.
         steps: what the leading dimension of ``values`` runs over, None if the estimate is one for all amounts.
         values: float64 (R, E), or (S, R, E).
+        seed: the one that the values are trained with; None = they are all that there is of the estimator.
     """
 
     digest: str
@@ -49,6 +50,7 @@ class EstimateBlock:
     steps: tuple[int, ...] | None
     values: NDArray[np.float64]
     provenance: Mapping[str, Any]
+    seed: int | None = None
 
 
 def encode_block(block: EstimateBlock) -> tuple[bytes, str]:
@@ -79,6 +81,8 @@ def encode_block(block: EstimateBlock) -> tuple[bytes, str]:
         "rows": rows,
         "provenance": dict(block.provenance),
     }
+    if block.seed is not None:
+        about["seed"] = block.seed
     sink = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({METADATA_KEY: canonical(about)}), sink, compression="zstd")
     return sink.getvalue(), rows
@@ -106,6 +110,7 @@ def decode_block(data: bytes, name: str) -> EstimateBlock:
             steps=steps,
             values=values if steps is not None else values[0],
             provenance=dict(about["provenance"]),
+            seed=None if about.get("seed") is None else int(about["seed"]),
         )
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadPartError(f"estimates {name}: torn, or not fimo's") from error

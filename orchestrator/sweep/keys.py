@@ -4,7 +4,8 @@
     NAME/sets/DIGEST/SET.json               the removals called SET: a run, before the first task on them (create)
     NAME/parts/DIGEST/seed-N/SET.parquet    one shard's results: the worker that trained it (create, never replaced)
     NAME/estimates/DIGEST/ESTIMATOR-PARAMS/SET-FIRST-COUNT.parquet
-                                            an estimator's values: the worker that computed them (create)
+                                            an estimator's values: the worker that computed them (create); under
+                                            …/ESTIMATOR-PARAMS/seed-N/ those of one seed that it trains with
     NAME/imported/SCORES.parquet            another library's values: `fimo import-scores` (put)
     NAME/replicas/DIGEST-DEVICE.json        measured stack size: the first worker of a device type (create)
     NAME/proofs/DIGEST-DEVICE-ABOUT.json    how the engine compared with the definition: the first worker of a device
@@ -31,7 +32,7 @@ from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.removals import NamedRemoval
 
 _PART = re.compile(r"seed-(\d{10})/([0-9a-f]{16})\.parquet$")
-_BLOCK = re.compile(r"([0-9a-f]{16})-(\d{8})-(\d{8})\.parquet")
+_BLOCK = re.compile(r"(?:seed-(\d{10})/)?([0-9a-f]{16})-(\d{8})-(\d{8})\.parquet")
 
 
 def manifest(sweep: str) -> str:
@@ -70,15 +71,19 @@ def estimates(sweep: str, estimate_digest: str, estimator: str, params: str) -> 
     return f"{sweep}/estimates/{estimate_digest[:32]}/{estimator}-{digest(json.loads(params))[:16]}/"
 
 
-def block(prefix: str, removals: Sequence[NamedRemoval], first: int, count: int) -> str:
-    """The block of some removals and evaluation examples ``first`` to ``first + count − 1`` under ``estimates(…)``."""
-    return f"{prefix}{set_hash(removals)}-{first:08d}-{count:08d}.parquet"
+def block(prefix: str, removals: Sequence[NamedRemoval], first: int, count: int, seed: int | None = None) -> str:
+    """The block of some removals and evaluation examples ``first`` to ``first + count − 1`` under ``estimates(…)``.
+
+    ``seed``: the one that its values are trained with, of an estimator that trains runs of its own.
+    """
+    folder = "" if seed is None else f"seed-{seed:010d}/"
+    return f"{prefix}{folder}{set_hash(removals)}-{first:08d}-{count:08d}.parquet"
 
 
-def read_block_key(key: str, prefix: str) -> tuple[str, int, int] | None:
-    """(set, first, count) of a block's key under ``estimates(…)``; None for any other key."""
+def read_block_key(key: str, prefix: str) -> tuple[int | None, str, int, int] | None:
+    """(seed, set, first, count) of a block's key under ``estimates(…)``; None for any other key."""
     match = _BLOCK.fullmatch(key.removeprefix(prefix))
-    return (match[1], int(match[2]), int(match[3])) if match else None
+    return (int(match[1]) if match[1] else None, match[2], int(match[3]), int(match[4])) if match else None
 
 
 def imported(sweep: str, name: str = "") -> str:

@@ -162,7 +162,7 @@ class Sweep:
         block = decode_block(self.store.get(key), key)
         prefix = keys.estimates(self.name, digest, estimator, params)
         count = block.values.shape[-1]
-        own = keys.block(prefix, block.removals, block.first, count)
+        own = keys.block(prefix, block.removals, block.first, count, block.seed)
         if (block.digest, block.estimator, block.params, own) != (digest, estimator, params, key):
             raise BadPartError(f"estimates {key}: they belong under another key")
         return block

@@ -17,7 +17,7 @@ from fimo.workers.batches import Block
 from fimo.workers.draws import Draws, Order, order_of
 from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Batch, Examples, shapes, stack
-from fimo.workers.functional import CHANGED_LATE, FunctionalModel, Tensors
+from fimo.workers.functional import CHANGED_LATE, FunctionalModel, PerExample, Tensors
 from fimo.workers.stacking.stacked import CannotStackError, Masks, Stacked
 from fimo.workers.stacking.trimming import Trimming
 
@@ -71,6 +71,7 @@ def gradients(
     shared: bool,
     masks: Masks | None = None,
     orders: Sequence[Order] = (),
+    of: PerExample | None = None,
 ) -> tuple[Gradients, Tensors]:
     """Each replica's own ∇_θ Σ_j w_j ℓ_j(θ), stacked, and the buffers after its forward.
 
@@ -82,13 +83,15 @@ def gradients(
         weights: w, (b,) or (R, b).
         masks: of dropout; None = draw them.
         orders: the memory orders in which dropout draws; see ``stacked.Stacked``.
+        of: what stands for ℓ; None = the model's loss.
 
     Returns:
         (gradients by name, None if the loss does not depend on the parameter; new buffers).
     """
     own = {n: p.detach().requires_grad_() for n, p in params.items()}
     with torch.enable_grad():
-        each, after = losses(model, own, {n: b.clone() for n, b in buffers.items()}, batch, shared, masks, orders)
+        copies = {n: b.clone() for n, b in buffers.items()}
+        each, after = losses(model, own, copies, batch, shared, masks, orders, of)
         total = (each * weights.to(each)).sum()
     grads = torch.autograd.grad(total, list(own.values()), allow_unused=True)
     return dict(zip(own, grads, strict=True)), {n: t.detach() for n, t in after.items()}
@@ -102,20 +105,23 @@ def losses(
     shared: bool,
     masks: Masks | None = None,
     orders: Sequence[Order] = (),
+    of: PerExample | None = None,
 ) -> tuple[Tensor, Tensors]:
     """Per-example losses of stacked replicas, (R, b), and the buffers after the forward.
 
     Args:
         params, buffers: stacked (R, …); a forward may update ``buffers`` in place.
         batch: shared by the replicas, or stacked (R, b, …).
+        of: what stands for the loss; None = the model's.
 
     Raises:
         WorkloadError: the forward replaced a buffer that was constant in the first forward.
     """
+    value = model.loss if of is None else of
 
     def one(p: Tensors, b: Tensors, x: Batch) -> tuple[Tensor, Tensors]:
         fixed = {**model.fixed, **b}
-        each = model.loss(p, x, fixed)
+        each = value(p, x, fixed)
         for name, tensor in model.fixed.items():
             if name not in b and fixed[name] is not tensor:
                 raise WorkloadError(f"buffer '{name}' {CHANGED_LATE}")
@@ -137,11 +143,14 @@ def losses(
     return out
 
 
-def measures(model: FunctionalModel, params: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
-    """g(z, θ_r) of stacked replicas on a shared evaluation batch, float64 (R, m)."""
+def measures(
+    model: FunctionalModel, params: Tensors, buffers: Tensors, batch: Batch, of: PerExample | None = None
+) -> Tensor:
+    """g(z, θ_r) of stacked replicas on a shared evaluation batch, float64 (R, m); ``of`` stands for g."""
+    value = model.measure if of is None else of
 
     def one(p: Tensors, b: Tensors) -> Tensor:
-        return model.measure(p, batch, {**model.fixed, **b})
+        return value(p, batch, {**model.fixed, **b})
 
     count = next(iter(params.values())).shape[0]
     if count == 1:

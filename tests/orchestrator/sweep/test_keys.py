@@ -23,7 +23,10 @@ D = "d" * 64
 def test_keys_of_parts_and_blocks_are_read_back():
     assert keys.read_part_key(keys.part("s", D, 12, ONE)) == (12, keys.set_hash(ONE))
     prefix = keys.estimates("s", D, "cg", '{"damping":0.1}')
-    assert keys.read_block_key(keys.block(prefix, ONE, 128, 7), prefix) == (keys.set_hash(ONE), 128, 7)
+    assert keys.read_block_key(keys.block(prefix, ONE, 128, 7), prefix) == (None, keys.set_hash(ONE), 128, 7)
+    of_seed = keys.block(prefix, ONE, 128, 7, seed=12)
+    assert of_seed.startswith(f"{prefix}seed-0000000012/")
+    assert keys.read_block_key(of_seed, prefix) == (12, keys.set_hash(ONE), 128, 7)
     assert keys.part("s", D, 12, ONE).startswith(keys.parts("s", D))
     for foreign in ("s/parts/x", "s/tables/costs.parquet", ""):
         assert keys.read_part_key(foreign) is None

@@ -1,0 +1,84 @@
+"""Mirrored further training as an estimator: every training example at once from a run for each evaluation example.
+
+The mathematics, and the training on the sweep's own stacks, are ``fimo.workers.mirror``'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fimo.estimators.base import JSON, Estimate, Problem, finite
+from fimo.estimators.own_seeds import OwnSeeds
+from fimo.workers.errors import WorkloadError
+from fimo.workers.forward import Forward, observe
+from fimo.workers.mirror import train_mirrored, why_not
+from fimo.workers.settings import FurtherTraining
+from fimo.workers.stacking import probe
+from fimo.workers.start import Start, start_from
+
+
+@dataclass(frozen=True)
+class Mirrored(OwnSeeds):
+    """Train on from θᶠ with g(z)/n subtracted from every step's loss; read the losses of training examples.
+
+    An estimate for each recorded step, in units of g. It trains as reweight does, whatever the sweep's removal mode.
+
+    Cost: a run for each evaluation example and seed, and one more for each seed and block of evaluation examples.
+    """
+
+    name: ClassVar[str] = "mirrored"
+    # With their baseline a stack of 32, or whole stacks of 16, 8, 4.
+    evals_together: ClassVar[int] = 31
+    trains: ClassVar[bool] = True
+
+    seeds: int | None = 4
+
+    def unsuited(self, problem: Problem) -> str | None:
+        """Nothing to follow, a training forward that mixes examples or writes to buffers, or a measure without a
+        gradient."""
+        reason = super().unsuited(problem)
+        if reason is not None or problem.further_training is None:
+            return reason
+        try:
+            forward = _forward(problem, problem.further_training)
+        except WorkloadError as error:
+            return str(error)
+        return why_not(problem.model, forward, problem.evals)
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """(steps, R, E).
+
+        Raises:
+            UsageError, WorkloadError, DivergedError: see ``unsuited`` and ``fimo.workers.mirror.train_mirrored``.
+        """
+        self.refuse_unsuited(problem)
+        steps, seeds = self.wanted_steps(problem), list(problem.seeds)[: self.seeds]
+        start, replicas = _start(problem), problem.replicas
+        total = torch.zeros(len(steps), len(problem.removals), len(problem.evals), dtype=torch.float64)
+        for number, seed in enumerate(seeds, start=1):
+            run = train_mirrored(start, problem.evals, problem.removals, seed, steps, replicas)
+            # The next seed begins with what fitted.
+            total, replicas = total + run.values, run.replicas
+            problem.say(f"mirrored: seed {number} of {len(seeds)} done")
+        notes: dict[str, JSON] = {"seeds": seeds, "replicas": replicas}
+        return Estimate(finite(total / len(seeds), self.name), steps, notes)
+
+
+def _forward(problem: Problem, settings: FurtherTraining) -> Forward:
+    """How the training forward behaves: as the sweep has seen it, or looked at here."""
+    if problem.start is not None:
+        return problem.start.forward
+    model, train = problem.model, problem.train
+    return observe(model, probe.shortest(train, probe.proven_cuts(model, train), settings), settings)
+
+
+def _start(problem: Problem) -> Start:
+    """What the sweep's cells share, or the same made here."""
+    if problem.start is not None:
+        return problem.start
+    assert problem.further_training is not None
+    settings = replace(problem.further_training, removal_mode="reweight")
+    return start_from(problem.model, problem.train, problem.evals, settings)
