@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fimo.estimators.amounts import linear
 from fimo.estimators.base import Estimate, Estimator, Problem
 from fimo.estimators.cg import CG
 from fimo.estimators.datainf import DataInf
@@ -45,8 +46,22 @@ REGISTRY: dict[str, type[Any]] = {
 """Estimators by the name that specs and tables use."""
 
 
-DEFAULTS = ("grad_dot", "grad_cos", "datainf", "trak", "ekfac", "cg", "lissa", "lissa_h", "ekfac_matched")
-"""Names of the estimators that run if a spec names none, cheapest first."""
+DEFAULTS = (
+    "grad_dot",
+    "grad_cos",
+    "datainf",
+    "trak",
+    "ekfac",
+    "cg",
+    "lissa",
+    "lissa_h",
+    "ekfac_matched",
+    "mirrored",
+    "unrolled",
+)
+"""Names of the estimators that run if a spec names none, cheapest first; under Adam Grad-Dot in its scale too."""
+
+IN_SCALE = {"name": "grad_dot", "preconditioner": "optimizer"}
 
 
 def parse(entry: str | Mapping[str, Any]) -> list[Estimator]:
@@ -61,13 +76,17 @@ def parse(entry: str | Mapping[str, Any]) -> list[Estimator]:
 def choose(problem: Problem) -> tuple[list[Estimator], list[tuple[str, str]]]:
     """The estimators that run if a spec names none, and the others of ``DEFAULTS`` as (name, why not)."""
     chosen, others = [], []
-    for name in DEFAULTS:
-        for estimator in parse(name):
+    settings = problem.further_training
+    entries: list[str | dict[str, str]] = list(DEFAULTS)
+    if settings is not None and not linear(settings.optimizer):
+        entries.insert(1, IN_SCALE)
+    for entry in entries:
+        for estimator in parse(entry):
             reason = estimator.refuses(problem)
             if reason is None:
                 chosen.append(estimator)
             else:
-                others.append((name, reason))
+                others.append((estimator.name, reason))
     return chosen, others
 
 

@@ -23,6 +23,7 @@ class Work:
         gradients: of one example each.
         products: of one example's curvature with one row.
         passes: examples that go forwards and backwards as part of a batch.
+        steps: of one replica in a stack of the sweep's engine.
         flops: of dense linear algebra.
         bytes: held at once beside the model.
     """
@@ -30,6 +31,7 @@ class Work:
     gradients: float = 0
     products: float = 0
     passes: float = 0
+    steps: float = 0
     flops: float = 0
     bytes: float = 0
 

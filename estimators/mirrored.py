@@ -10,7 +10,9 @@ from typing import ClassVar
 
 import torch
 
+from fimo.estimators.amounts import settings_of
 from fimo.estimators.base import JSON, Estimate, Problem, finite
+from fimo.estimators.counts import Work
 from fimo.estimators.own_seeds import OwnSeeds
 from fimo.workers.errors import WorkloadError
 from fimo.workers.forward import Forward, observe
@@ -47,6 +49,15 @@ class Mirrored(OwnSeeds):
         except WorkloadError as error:
             return str(error)
         return why_not(problem.model, forward, problem.evals)
+
+    def work(self, problem: Problem) -> Work:
+        """A run for each evaluation example and the baseline, and the losses read at every recorded step."""
+        steps, settings = self.wanted_steps(problem), settings_of(self, problem)
+        read = len({index for removal in problem.removals for index in removal}) * len(steps)
+        runs = len(problem.seeds) * (len(problem.evals) + 1)
+        # Losses are read forwards alone and in large blocks: as a fraction of a step's batch.
+        trained = runs * (steps[-1] + read / (4 * settings.batch_size))
+        return Work(steps=trained, bytes=8.0 * len(problem.evals) * len(steps) * len(problem.removals))
 
     def estimate(self, problem: Problem) -> Estimate:
         """(steps, R, E).

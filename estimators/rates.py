@@ -19,6 +19,7 @@ from fimo.estimators.operators.curvature import Hessian
 from fimo.estimators.operators.gradients import Layout, loss_gradients
 from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors
+from fimo.workers.further_training import Training
 
 
 class Rates:
@@ -34,6 +35,7 @@ class Rates:
             (work.gradients, "gradient"),
             (work.products, "product"),
             (work.passes, "example"),
+            (work.steps, "step"),
             (work.flops, "flop"),
         ):
             total += count * getattr(self, name) if count else 0.0
@@ -68,6 +70,26 @@ class Rates:
             return model.loss(params, batch).mean()
 
         return self._timed(lambda count: grad(mean)(model.params, train.batch(range(count))), len(train), 64)
+
+    @cached_property
+    def step(self) -> float:
+        """One step of one replica, trained with others as the sweep's cells are."""
+        start, together = self._problem.start, min(16, self._problem.replicas or 16)
+        if start is None:
+            settings = self._problem.further_training
+            return self.example * (settings.batch_size if settings is not None else 1)
+
+        def once(last: int) -> float:
+            began = time.perf_counter()
+            Training(start, [()] * together, 0).advance(last)
+            return time.perf_counter() - began
+
+        first = once(2)
+        if first > 1:
+            return first / 2 / together
+        # Short steps are traced after a few of them; what more take is the rate.
+        once(16)
+        return once(32) / 32 / together
 
     @cached_property
     def flop(self) -> float:

@@ -36,8 +36,8 @@ def too_dear(
         budget = max(LEAST_S, SHARE * cells * steps * spec.further_training.batch_size * rates.example)
     if seconds > budget:
         return (
-            f"too dear: about {seconds:.2g} device-seconds, the budget is {budget:.2g}; name it in estimators, or raise "
-            "resources.estimator_budget_s and run with --retry-failed"
+            f"too dear: about {seconds:.2g} device-seconds, the budget is {budget:.2g}; name it in estimators, or "
+            "raise resources.estimator_budget_s and run with --retry-failed"
         )
     free = _free_bytes(problem.model.device)
     if work.bytes > FREE * free:

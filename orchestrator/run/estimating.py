@@ -10,9 +10,11 @@ import torch
 
 from fimo import estimators
 from fimo.orchestrator.resolve.resolved import Resolved
+from fimo.orchestrator.run.budget import too_dear
 from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.spec import Spec
 from fimo.workers.displacement import mean_displacement
+from fimo.workers.errors import UsageError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.start import Start
@@ -53,12 +55,14 @@ def estimate(
     evals: tuple[int, int],
     say: Callable[[str], None] | None = None,
     run: Run | None = None,
+    tasks: int | None = None,
 ) -> estimators.Estimate:
     """An estimator's values for some removals and a span (first, count) of evaluation examples.
 
     Args:
         say: told what the estimator says on the way.
         run: of an estimator that trains runs of its own: what this share of its values is trained with.
+        tasks: of an estimator of the default set, which has a budget: how many tasks like this one it has.
 
     Raises:
         FimoError: in one line, if the estimator does not apply or its values are not finite.
@@ -81,6 +85,10 @@ def estimate(
         displacement=displacement,
         progress=say,
     )
+    if tasks is not None:
+        dear = too_dear(named, problem, tasks, prepared.spec, prepared.manifest.steps[-1])
+        if dear is not None:
+            raise UsageError(dear)
     return named.estimate(problem)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import torch
 from fimo.estimators import REGISTRY
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
 from fimo.orchestrator.run import estimating
-from fimo.orchestrator.run.blocks import value_digest
+from fimo.orchestrator.run.blocks import runs_of, value_digest
 from fimo.orchestrator.run.plan import EstimateTask, Shard, Task
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
 from fimo.orchestrator.run.proving import Proven, proven
@@ -202,7 +203,8 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
             run, engine = _run(sweep, resolved, device, task)
             # The proof is the sweep's, and no cost of the estimator's.
             began = time.monotonic() if engine is not None else started
-            estimate = estimating.estimate(resolved, device, *named, removals, span, said.append, run)
+            tasks = _budgeted(manifest, task)
+            estimate = estimating.estimate(resolved, device, *named, removals, span, said.append, run, tasks)
     except (DivergedError, UsageError, WorkloadError) as error:
         raise CannotEstimateError(str(error)) from error
     about = {
@@ -225,6 +227,15 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
     )
     warned = tuple(line for line in said if line.startswith("warning")) + (engine.lines if engine is not None else ())
     return receipt(sweep.store.create(key, estimates.encode_block(block)[0]), warned)
+
+
+def _budgeted(manifest: Manifest, task: EstimateTask) -> int | None:
+    """How many tasks like this one there are, of an estimator that the spec does not name; else None."""
+    if manifest.spec.estimators is not None:
+        return None
+    seeds = len(runs_of(manifest, task.estimator, task.params)) or 1
+    together: int = REGISTRY[task.estimator].evals_together
+    return seeds * math.ceil(manifest.evals / together)
 
 
 def _run(
