@@ -10,12 +10,17 @@ import torch
 from fimo import estimators
 from fimo.estimators.rates import Rates
 from fimo.orchestrator.spec.spec import Spec
+from fimo.workers.errors import FimoError
 
 LEAST_S = 60.0
 SHARE = 0.25
 """Of the device-seconds of the sweep's own cells, if that is more than ``LEAST_S``."""
 FREE = 0.8
 """Of the free memory that an estimator may fill."""
+
+
+class TooDearError(FimoError):
+    """An estimator of the default set would cost more than it may."""
 
 
 def too_dear(
@@ -37,7 +42,7 @@ def too_dear(
     if seconds > budget:
         return (
             f"too dear: about {seconds:.2g} device-seconds, the budget is {budget:.2g}; name it in estimators, or "
-            "raise resources.estimator_budget_s and run with --retry-failed"
+            "raise resources.estimator_budget_s"
         )
     free = _free_bytes(problem.model.device)
     if work.bytes > FREE * free:

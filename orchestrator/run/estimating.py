@@ -10,11 +10,10 @@ import torch
 
 from fimo import estimators
 from fimo.orchestrator.resolve.resolved import Resolved
-from fimo.orchestrator.run.budget import too_dear
+from fimo.orchestrator.run.budget import TooDearError, too_dear
 from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.spec import Spec
 from fimo.workers.displacement import mean_displacement
-from fimo.workers.errors import UsageError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.start import Start
@@ -65,7 +64,8 @@ def estimate(
         tasks: of an estimator of the default set, which has a budget: how many tasks like this one it has.
 
     Raises:
-        FimoError: in one line, if the estimator does not apply or its values are not finite.
+        FimoError: in one line, if the estimator does not apply or its values are not finite; TooDearError if it has a
+            budget and would exceed it.
     """
     [named] = estimators.parse({"name": estimator, **json.loads(params)})
     start = None if run is None else run.start
@@ -88,7 +88,7 @@ def estimate(
     if tasks is not None:
         dear = too_dear(named, problem, tasks, prepared.spec, prepared.manifest.steps[-1])
         if dear is not None:
-            raise UsageError(dear)
+            raise TooDearError(dear)
     return named.estimate(problem)
 
 

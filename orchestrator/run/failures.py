@@ -75,6 +75,7 @@ def record(manifest: Manifest, sweep: Sweep, given_up: SetAside) -> None:
         **about,
         "error": given_up.line,
         "final": given_up.final,
+        "budget": manifest.spec.resources.estimator_budget_s if given_up.dear else None,
         "traceback": given_up.traceback,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -98,7 +99,7 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
                 wanted = body["seed"] in manifest.spec.seeds
             else:
                 estimator = (str(body["estimator"]), str(body["params"]))
-                wanted = estimator in manifest.estimators
+                wanted = estimator in manifest.estimators and _still_dear(body.get("budget"), manifest)
                 if wanted and manifest.spec.estimators is None:
                     left_out[estimator] = str(body["error"]).removeprefix(f"{estimator[0]}: ")
                     continue
@@ -107,6 +108,13 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
         if wanted:
             aside.append(Failure(name, line, final))
     return Failures(tuple(aside), left_out)
+
+
+def _still_dear(budget: object, manifest: Manifest) -> bool:
+    """Whether a record holds: one for cost does under the budget that it was made under, and if nobody names it."""
+    if budget is None:
+        return True
+    return manifest.spec.estimators is None and budget == manifest.spec.resources.estimator_budget_s
 
 
 def _records(sweep: Sweep) -> Iterator[tuple[str, Any]]:

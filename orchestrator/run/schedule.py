@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from fimo.orchestrator.run.budget import TooDearError
 from fimo.orchestrator.run.plan import EstimateTask, Task
 from fimo.orchestrator.run.tasks import CannotEstimateError, ConflictError, Receipt, run_task
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -66,12 +67,18 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class SetAside:
-    """A task given up, with its last error; ``final``: an estimator's own verdict, the same at every try."""
+    """A task given up, with its last error.
+
+    Attributes:
+        final: an estimator's own verdict, the same at every try.
+        dear: it is over the budget of the default set, which is no verdict on an estimator that the spec names.
+    """
 
     task: Task
     line: str
     traceback: str
     final: bool = False
+    dear: bool = False
 
 
 @dataclass
@@ -188,11 +195,12 @@ class _Loop:
             self.again.append(task)
             return
         self.failures[name] = self.failures.get(name, 0) + 1
-        final = isinstance(result.error, CannotEstimateError)
+        dear = isinstance(result.error, TooDearError)
+        final = dear or isinstance(result.error, CannotEstimateError)
         # These errors come again at every try.
         certain = final or isinstance(result.error, UsageError | WorkloadError | DivergedError | ConflictError)
         if certain or self.failures[name] >= ATTEMPTS:
-            self.outcome.set_aside.append(SetAside(task, error_line(result.error), result.traceback, final))
+            self.outcome.set_aside.append(SetAside(task, error_line(result.error), result.traceback, final, dear))
         else:
             self.again.append(task)
 

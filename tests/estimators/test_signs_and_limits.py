@@ -118,7 +118,11 @@ def test_the_defaults_are_those_that_apply():
     p = planted()
     assert [e.name for e in defaults(p)] == list(DEFAULTS)
     without = dataclasses.replace(p, further_training=None)
-    assert [e.name for e in defaults(without)] == [n for n in DEFAULTS if n != "ekfac_matched"]
+    assert [e.name for e in defaults(without)] == ["grad_dot", "grad_cos", "datainf", "trak"]
+    adam = dataclasses.replace(p, further_training=training(6, name="adamw"))
+    shown = [(e.name, e.params().get("preconditioner")) for e in defaults(adam)]
+    assert shown[:2] == [("grad_dot", None), ("grad_dot", "optimizer")]
+    assert "ekfac_matched" not in dict(shown)
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))

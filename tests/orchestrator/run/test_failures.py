@@ -8,7 +8,7 @@ import pytest
 
 from fimo.orchestrator.report.ending import complaints, report_json
 from fimo.orchestrator.report.show import status_lines
-from fimo.orchestrator.run import estimating
+from fimo.orchestrator.run import budget, estimating
 from fimo.orchestrator.run.gather import current_tables
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.run.verification import verify
@@ -106,11 +106,12 @@ def test_an_estimator_left_out_of_the_default_set_counts_once_the_spec_names_it(
     assert report.exit_code == 1
 
 
-def test_a_failure_that_may_be_mended_says_retry_failed_and_counts_in_the_default_set_too(beside, monkeypatch):
-    def broken(*_args):
-        raise ValueError("out of luck")
+def broken(*_args):
+    raise ValueError("out of luck")
 
-    spec = default_set(monkeypatch)
+
+def test_a_failure_of_a_named_estimator_that_may_be_mended_says_retry_failed(beside, monkeypatch):
+    spec = make_spec()
     with monkeypatch.context() as patch:
         patch.setattr(estimating, "estimate", broken)
         report, store, _ = run_here(spec, beside)
@@ -119,6 +120,45 @@ def test_a_failure_that_may_be_mended_says_retry_failed_and_counts_in_the_defaul
     assert any("--retry-failed" in line for line in complaints(report))
     report, _, _ = run_here(spec, beside, store, retry_failed=True)
     assert report.exit_code == 0
+
+
+def test_the_default_set_never_fails_a_run_whatever_happens_to_it(beside, monkeypatch):
+    spec = default_set(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(estimating, "estimate", broken)
+        report, store, _ = run_here(spec, beside)
+    assert (report.exit_code, report.complete) == (0, True)
+    assert {name for name, _ in report.failures.left_out} == {"grad_dot", "grad_cos"}
+    assert all("out of luck" in line for line in report.failures.left_out.values())
+    report, _, _ = run_here(spec, beside, store, retry_failed=True)
+    assert (report.exit_code, report.failures.left_out) == (0, {})
+
+
+def test_what_is_too_dear_is_left_out_until_it_is_named_or_its_budget_is_another(beside, monkeypatch):
+    default_set(monkeypatch)
+    values = copy.deepcopy(SPEC)
+    del values["estimators"]
+    tight = parse({**values, "resources": {**values["resources"], "estimator_budget_s": 1e-9}})
+    report, store, _ = run_here(tight, beside)
+    assert (report.exit_code, report.complete) == (0, True)
+    said = list(complaints(report))
+    assert len(said) == 2
+    assert all("too dear" in line and "budget is 1e-09" in line for line in said)
+    again, _, heard = run_here(tight, beside, store)
+    assert (again.exit_code, heard.tasks) == (0, [])
+    named, _, heard = run_here(make_spec(estimators=["grad_dot"]), beside, store)
+    assert (named.exit_code, [task.estimator for task in heard.tasks]) == (0, ["grad_dot"])
+    loose, _, heard = run_here(parse(values), beside, store)
+    assert (loose.exit_code, loose.failures.left_out) == (0, {})
+    assert [task.estimator for task in heard.tasks] == ["grad_cos"]
+
+
+def test_what_does_not_fit_into_memory_is_left_out(beside, monkeypatch):
+    spec = default_set(monkeypatch)
+    monkeypatch.setattr(budget, "_free_bytes", lambda device: 1.0)
+    report, _, _ = run_here(spec, beside)
+    assert report.exit_code == 0
+    assert all("too large" in line for line in complaints(report))
 
 
 def test_what_a_resume_would_compute_is_what_it_promises(beside):
