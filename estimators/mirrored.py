@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from fimo.estimators.base import JSON, Estimate, Problem, finite
+from fimo.estimators.base import CHECKPOINTING, JSON, Estimate, Problem, finite, undifferentiable
 from fimo.estimators.own_seeds import OwnSeeds
 from fimo.workers.errors import WorkloadError
 from fimo.workers.forward import Forward, observe
@@ -46,7 +46,10 @@ class Mirrored(OwnSeeds):
             forward = _forward(problem, problem.further_training)
         except WorkloadError as error:
             return str(error)
-        return why_not(problem.model, forward, problem.evals)
+        # A checkpoint is computed again with other parameters than those of the run. Nothing else that other estimators
+        # cannot differentiate keeps a model from being trained.
+        checkpointed = undifferentiable(problem) == CHECKPOINTING
+        return CHECKPOINTING if checkpointed else why_not(problem.model, forward, problem.evals)
 
     def estimate(self, problem: Problem) -> Estimate:
         """(steps, R, E).

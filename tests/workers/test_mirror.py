@@ -15,9 +15,11 @@ from fimo.workers import further_training, mirror
 from fimo.workers.definition import attribution
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
+from fimo.workers.further_training import further_train
 from fimo.workers.mirror import train_mirrored
 from fimo.workers.randomness import seed_all, step_seed
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.stacking import replay
 from fimo.workers.start import Engine, Start
 from fimo.workers.workload import Workload
 from tests.workers.problems import MeanOfWords, classification, make, regression, sentences, settings
@@ -29,6 +31,13 @@ ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
 REMOVALS = [(0,), (22,), (7, 3, 11), (9,), ()]
 STEPS = (2, 5, 9)
 """Five steps an epoch, of which the last has 3 examples: two of them are ragged ends."""
+
+
+@pytest.fixture(autouse=True)
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces cost more than these few steps: the tests that are about them ask for them."""
+    if "traced" not in request.node.name:
+        monkeypatch.setattr(replay, "AFTER", 10**9)
 
 
 def examples_of(workload: Workload) -> tuple[Examples, Examples]:
@@ -118,6 +127,17 @@ def with_other_evals() -> Workload:
 )
 def test_it_is_the_plain_loop_in_every_stack(optimizer: Optimizer, more: dict) -> None:
     hold(regression(), settings(optimizer, epochs=2, **more), stacks=(1, 3, 5))
+
+
+def test_traced_it_is_the_plain_loop_and_the_sweep_s_own_cells_stay_what_they_are() -> None:
+    workload, chosen = with_other_evals(), settings(MOMENTUM, removal_mode="reweight", epochs=9, batch_size=12)
+    start, steps, removals = make(workload, chosen), tuple(range(1, 18)), [(0,), (7, 3)]
+    before = further_train(start, [(), (0,), (4,)], 3).deltas
+    got = train_mirrored(start, start.examples, removals, 3, steps, 4).values
+    torch.testing.assert_close(got, plain(workload, chosen, removals, 3, steps), rtol=1e-9, atol=1e-12)
+    assert {name for name, *_ in start.graphs} >= {"batch", "measures", "subtracted", "losses"}
+    assert all(graph is not None for graph in start.graphs.values())
+    torch.testing.assert_close(further_train(start, [(), (0,), (4,)], 3).deltas, before, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("mode", ["drop", "mask"])
