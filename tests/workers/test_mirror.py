@@ -153,6 +153,47 @@ def test_other_names_shapes_and_a_measure_of_the_evaluation_examples_own(engine:
     torch.testing.assert_close(got, plain(workload, chosen, REMOVALS, 3, STEPS), rtol=1e-9, atol=1e-12)
 
 
+class TwoHeads(nn.Module):
+    """The loss reads the one head and the measure the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.loss, self.measure = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        return torch.stack([self.loss(hidden), self.measure(hidden)], dim=-1)
+
+
+def test_a_parameter_that_g_alone_depends_on_is_trained_in_the_runs_that_subtract_it_alone() -> None:
+    workload = replace(
+        classification(model=TwoHeads()),
+        loss=lambda outputs, batch: nn.functional.cross_entropy(outputs[..., 0], batch["label"], reduction="none"),
+        measure=lambda outputs, batch: outputs[..., 1].square().sum(dim=1),
+    )
+    hold(workload, settings(ADAMW, epochs=2, clip_norm=0.5), stacks=(1, 4))
+
+
+class Rows:
+    """Tensors as a map-style dataset."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+
+@pytest.mark.parametrize("which", ["train", "evals"])
+def test_either_side_may_be_a_dataset(which: str) -> None:
+    base = with_other_evals()
+    hold(replace(base, **{which: Rows(getattr(base, which))}), settings(MOMENTUM, epochs=2), stacks=(4,))
+
+
 def test_a_dataset_whose_batches_differ_in_shape() -> None:
     hold(sentences(), settings(ADAMW, epochs=2), stacks=(1, 4))
 
