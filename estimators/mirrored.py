@@ -26,9 +26,9 @@ class Mirrored(OwnSeeds):
 
     An estimate for each recorded step, in units of g. It trains as reweight does, whatever the sweep's removal mode.
 
-    Its one systematic error is of first order: g's gradient is taken along the run, where a* takes it at its end. It shows
-    where a gradient turns soon after θᶠ. Measured on Energy (SGD .03, 4 seeds, three final models): a mean cosine of .73
-    to .92 at step 6 (the median example .96 to 1.0, a few of opposite sign), of .97 to .99 at step 30.
+    Its systematic error is of first order: g's gradient is taken along the run, where a* takes it at its end. It shows
+    where a gradient turns soon after θᶠ. Measured on Energy (SGD .03, 4 seeds, three final models): mean cosines of
+    .73 to .92 at step 6 (the median example's .96 to 1.0, a few of opposite sign), of .97 to .99 at step 30.
 
     Cost: a run for each evaluation example and seed, and one more for each seed and block of evaluation examples.
     """
