@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from fimo.estimators.amounts import settings_of
-from fimo.estimators.base import JSON, Estimate, Problem, finite
+from fimo.estimators.base import CHECKPOINTING, JSON, Estimate, Problem, finite, undifferentiable
 from fimo.estimators.counts import Work
 from fimo.estimators.own_seeds import OwnSeeds
 from fimo.workers.errors import WorkloadError
@@ -27,6 +27,10 @@ class Mirrored(OwnSeeds):
     """Train on from θᶠ with g(z)/n subtracted from every step's loss; read the losses of training examples.
 
     An estimate for each recorded step, in units of g. It trains as reweight does, whatever the sweep's removal mode.
+
+    Its systematic error is of first order: g's gradient is taken along the run, where a* takes it at its end. It shows
+    where a gradient turns soon after θᶠ. Measured on Energy (SGD .03, 4 seeds, three final models): mean cosines of
+    .73 to .92 at step 6 (the median example's .96 to 1.0, a few of opposite sign), of .97 to .99 at step 30.
 
     Cost: a run for each evaluation example and seed, and one more for each seed and block of evaluation examples.
     """
@@ -48,7 +52,10 @@ class Mirrored(OwnSeeds):
             forward = _forward(problem, problem.further_training)
         except WorkloadError as error:
             return str(error)
-        return why_not(problem.model, forward, problem.evals)
+        # A checkpoint is computed again with other parameters than those of the run. Nothing else that other estimators
+        # cannot differentiate keeps a model from being trained.
+        checkpointed = undifferentiable(problem) == CHECKPOINTING
+        return CHECKPOINTING if checkpointed else why_not(problem.model, forward, problem.evals)
 
     def work(self, problem: Problem) -> Work:
         """A run for each evaluation example and the baseline, and the losses read at every recorded step."""

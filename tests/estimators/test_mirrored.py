@@ -12,10 +12,17 @@ from fimo.estimators import parse
 from fimo.workers.errors import DivergedError, UsageError
 from fimo.workers.mirror import train_mirrored
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.stacking import replay
 from fimo.workers.start import Start, start_from
 from fimo.workers.workload import Workload
 from tests.estimators import problems
 from tests.estimators.test_unrolled import gold_standard
+
+
+@pytest.fixture(autouse=True)
+def untraced(monkeypatch):
+    """Traces cost more than these few steps; the workers' tests have them."""
+    monkeypatch.setattr(replay, "AFTER", 10**9)
 
 
 def settings(optimizer: Optimizer | None = None, **options) -> FurtherTraining:

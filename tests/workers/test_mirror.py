@@ -15,9 +15,11 @@ from fimo.workers import further_training, mirror
 from fimo.workers.definition import attribution
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
+from fimo.workers.further_training import further_train
 from fimo.workers.mirror import train_mirrored
 from fimo.workers.randomness import seed_all, step_seed
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.stacking import replay
 from fimo.workers.start import Engine, Start
 from fimo.workers.workload import Workload
 from tests.workers.problems import MeanOfWords, classification, make, regression, sentences, settings
@@ -29,6 +31,13 @@ ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
 REMOVALS = [(0,), (22,), (7, 3, 11), (9,), ()]
 STEPS = (2, 5, 9)
 """Five steps an epoch, of which the last has 3 examples: two of them are ragged ends."""
+
+
+@pytest.fixture(autouse=True)
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces cost more than these few steps: the tests that are about them ask for them."""
+    if "traced" not in request.node.name:
+        monkeypatch.setattr(replay, "AFTER", 10**9)
 
 
 def examples_of(workload: Workload) -> tuple[Examples, Examples]:
@@ -120,6 +129,17 @@ def test_it_is_the_plain_loop_in_every_stack(optimizer: Optimizer, more: dict) -
     hold(regression(), settings(optimizer, epochs=2, **more), stacks=(1, 3, 5))
 
 
+def test_traced_it_is_the_plain_loop_and_the_sweep_s_own_cells_stay_what_they_are() -> None:
+    workload, chosen = with_other_evals(), settings(MOMENTUM, removal_mode="reweight", epochs=9, batch_size=12)
+    start, steps, removals = make(workload, chosen), tuple(range(1, 18)), [(0,), (7, 3)]
+    before = further_train(start, [(), (0,), (4,)], 3).deltas
+    got = train_mirrored(start, start.examples, removals, 3, steps, 4).values
+    torch.testing.assert_close(got, plain(workload, chosen, removals, 3, steps), rtol=1e-9, atol=1e-12)
+    assert {name for name, *_ in start.graphs} >= {"batch", "measures", "subtracted", "losses"}
+    assert all(graph is not None for graph in start.graphs.values())
+    torch.testing.assert_close(further_train(start, [(), (0,), (4,)], 3).deltas, before, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("mode", ["drop", "mask"])
 def test_the_sweep_s_removal_mode_and_length_do_not_matter(mode: str) -> None:
     chosen = settings(MOMENTUM, removal_mode=mode, steps=30, evaluate=Evaluate(every_steps=4))
@@ -131,6 +151,47 @@ def test_other_names_shapes_and_a_measure_of_the_evaluation_examples_own(engine:
     workload, chosen = with_other_evals(), settings(ADAMW, epochs=2)
     got = by_engine(workload, chosen, 4, make(workload, chosen).using(engine))
     torch.testing.assert_close(got, plain(workload, chosen, REMOVALS, 3, STEPS), rtol=1e-9, atol=1e-12)
+
+
+class TwoHeads(nn.Module):
+    """The loss reads the one head and the measure the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.loss, self.measure = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        return torch.stack([self.loss(hidden), self.measure(hidden)], dim=-1)
+
+
+def test_a_parameter_that_g_alone_depends_on_is_trained_in_the_runs_that_subtract_it_alone() -> None:
+    workload = replace(
+        classification(model=TwoHeads()),
+        loss=lambda outputs, batch: nn.functional.cross_entropy(outputs[..., 0], batch["label"], reduction="none"),
+        measure=lambda outputs, batch: outputs[..., 1].square().sum(dim=1),
+    )
+    hold(workload, settings(ADAMW, epochs=2, clip_norm=0.5), stacks=(1, 4))
+
+
+class Rows:
+    """Tensors as a map-style dataset."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+
+@pytest.mark.parametrize("which", ["train", "evals"])
+def test_either_side_may_be_a_dataset(which: str) -> None:
+    base = with_other_evals()
+    hold(replace(base, **{which: Rows(getattr(base, which))}), settings(MOMENTUM, epochs=2), stacks=(4,))
 
 
 def test_a_dataset_whose_batches_differ_in_shape() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from fimo import estimators
 from fimo.estimators.mirrored import Mirrored
 from fimo.orchestrator.resolve.resolved import resolve
-from fimo.orchestrator.run import estimating, failures, proving, tasks
+from fimo.orchestrator.run import estimating, failures, plan, proving, tasks
 from fimo.orchestrator.run.blocks import runs_of, value_digest
 from fimo.orchestrator.run.failures import task_id
 from fimo.orchestrator.run.gather import gather
@@ -26,21 +27,42 @@ from fimo.orchestrator.sweep.estimates import encode_block
 from fimo.orchestrator.sweep.parts import BadPartError
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import DivergedError
-from tests.support.small_sweep import make_spec, run_here, table_bytes
+from tests.support.small_sweep import OWN, make_spec, run_here, table_bytes
 
-SPEC = {"seeds": 2, "estimators": ["grad_dot", {"name": "mirrored", "seeds": 2}], "resources": {"shard": 5}}
+SPEC = {
+    "seeds": 2,
+    "estimators": ["grad_dot", {"name": "mirrored", "seeds": 2}],
+    "resources": {"shard": 5, "replay": False},
+}
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
     """Three evaluation examples in a block: the seven make three blocks."""
-    monkeypatch.setattr(Mirrored, "evals_together", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mirrored, "evals_together", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own") / "spec"
+    shutil.copytree(OWN, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def once(small_blocks, beside):
+    return run_here(make_spec(**SPEC), beside)
 
 
 @pytest.fixture
-def swept(beside):
-    report, store, heard = run_here(make_spec(**SPEC), beside)
-    return report, store, heard, Sweep(store, "flowers")
+def swept(once):
+    report, store, heard = once
+    own = MemoryStore()
+    for entry in store.list(""):
+        own.put(entry.key, store.get(entry.key))
+    return report, own, heard, Sweep(own, "flowers")
 
 
 def of_mirrored(given) -> list[EstimateTask]:
@@ -65,6 +87,15 @@ def test_one_task_and_one_object_for_each_seed_and_block(swept):
     assert any("seed 3, evaluation examples 3 to 5" in task_name(t) for t in done)
 
 
+def test_blocks_of_a_dear_model_are_smaller(beside, monkeypatch):
+    monkeypatch.setattr(plan, "SHARD_WORK", 1)
+    monkeypatch.setattr(plan, "SMALLEST", 3)
+    manifest, sweep = resolve(make_spec(**SPEC), beside).manifest, Sweep(MemoryStore(), "flowers")
+    missing = missing_estimates(manifest, sweep, failures.Failures((), {}))
+    assert [t.count for t in missing if t.estimator == "grad_dot"] == [7]
+    assert [t.count for t in of_mirrored(missing)] == [2, 2, 2, 1] * 2
+
+
 def test_the_values_are_the_estimator_s_own_mean_over_its_seeds(swept, beside):
     _, _, _, sweep = swept
     resolved, manifest = resolve(make_spec(**SPEC), beside), sweep.read_manifest()
@@ -76,6 +107,7 @@ def test_the_values_are_the_estimator_s_own_mean_over_its_seeds(swept, beside):
         [r.indices for r in manifest.removals],
         resolved.spec.further_training.settings(),
         seeds=[2, 3],
+        replicas=3,
     )
     expected = estimators.parse({"name": "mirrored", "seeds": 2})[0].estimate(problem)
     rows = (
@@ -190,7 +222,8 @@ def test_it_trains_with_the_engine_that_was_proven(beside, monkeypatch):
 
     monkeypatch.setattr(estimating, "estimate", estimate)
     monkeypatch.setattr(proving, "prove", refuse_stacks)
-    spec = make_spec(seeds=1, estimators=["grad_dot", {"name": "mirrored", "seeds": 1}])
+    monkeypatch.setattr(tasks, "_engines", {})
+    spec = make_spec(**{**SPEC, "seeds": 1, "estimators": ["grad_dot", {"name": "mirrored", "seeds": 1}]})
     report, _, _ = run_here(spec, beside)
     assert report.exit_code == 0
     assert made == [1]
