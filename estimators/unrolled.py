@@ -1,40 +1,49 @@
-"""Unrolled further training: the exact first-order effect of a removal along the baseline's own trajectory.
+"""Unrolled further training: the effect of a removal along the baseline's own trajectory, the loss's gradient linear.
 
 The baseline is θ_{s+1}, m_{s+1} = U_s(θ_s, m_s, ∇L_s(θ_s)), with m the optimizer's state. A removal adds q_s to the
-loss of step s (see ``trajectory``). To first order in q its effect is δ_t g = ∇g(z, θ_t)ᵀ δ_t, with
+loss of step s (see ``trajectory``). To first order in the change δ_s of θ_s it changes the step's gradient by
+∇²L_s(θ_s) δ_s + ∇q_s(θ_s); what the optimizer makes of that is carried along (see ``changes``): as a derivative under
+SGD, as a finite change under Adam and AdamW and through clipping. The estimate is ∇g(z, θ_t)ᵀ δ_t.
 
-    (δ, μ)_{s+1} = ∂U_s · (δ_s, μ_s, ∇²L_s(θ_s) δ_s + ∇q_s(θ_s)),    (δ, μ)_0 = 0.
-
-**forward** carries one tangent (δ, μ) for each removal. One pass yields every evaluation example at every step.
+**forward** carries one δ for each removal. One pass yields every evaluation example at every step.
 **adjoint** carries one cotangent for each evaluation example back from a recorded step. One pass yields every removal,
 all n training examples if asked for; each recorded step needs its own. It recomputes the baseline from √T checkpoints.
-Both are the same sum.
+Under unclipped SGD both are the same sum; there is no adjoint of a finite change.
 
-First order is not the whole effect, for two reasons. Adam's step near a gradient of zero is almost a sign, and a sign's
-derivative is no guide. A ReLU network's gradient jumps when a unit switches, and no derivative shows that a removal
-moves the switch. Averaging over seeds reduces the difference; at large amounts a part of it stays. Sources: Hara et
-al., Data cleansing for models trained with SGD (2019); Wei et al., arXiv 2412.03906, section 4, for linearised further
-training.
+First order is not the whole effect. A ReLU network's gradient jumps when a unit switches, and no derivative shows that
+a removal moves the switch. Averaging over seeds reduces the difference; at large amounts a part of it stays. Beyond a
+learning rate of 2/sharpness a linear change grows without bound (see ``growth``): the estimate then ends before it.
+Sources: Hara et al., Data cleansing for models trained with SGD (2019); Wei et al., arXiv 2412.03906, section 4, for
+linearised further training.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
 
 from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
 from fimo.estimators.base import JSON, Estimate, Hyperparameters, Problem, estimating, finite
-from fimo.estimators.operators import gradients
-from fimo.estimators.operators.gradients import Layout, directional, each_example, measure_gradients
-from fimo.estimators.operators.optimizers import State
-from fimo.estimators.operators.trajectory import Point, Step, Trajectory
+from fimo.estimators.counts import Work
+from fimo.estimators.operators import changes, gradients
+from fimo.estimators.operators.changes import Changes
+from fimo.estimators.operators.cotangents import Checkpoints, cotangents
+from fimo.estimators.operators.gradients import Layout, directional, each_example
+from fimo.estimators.operators.trajectory import Trajectory
+from fimo.workers.batches import Removal
+from fimo.workers.errors import DivergedError
 from fimo.workers.examples import Batch
+
+SEEDS = 4
+"""Own seeds at most if the number is not given."""
+
+WATCHED = 4
+"""Removals whose changes tell the adjoint whether changes grow."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,9 @@ class Unrolled(Hyperparameters):
     """Linearised further training, averaged over seeds: an estimate for each recorded step, in units of g.
 
     Attributes:
-        direction: forward, adjoint, or auto: whichever needs fewer products with the Hessian of a batch.
-        seeds: how many of the sweep's seeds, the first ones; None = all.
+        direction: forward, adjoint (unclipped SGD alone), or auto: whichever needs fewer Hessian-vector products.
+        seeds: how many seeds of its own; None = as many as the sweep has, at most ``SEEDS``.
+        own_seeds: a check of the estimator: with the sweep's own first seeds, whose noise it then shares.
         last_step: estimate no amounts beyond this step; None = all.
 
     Cost a seed, in Hessian-vector products of a batch: T·R forward; Σ_t t·E over the recorded steps t, and as many
@@ -51,9 +61,13 @@ class Unrolled(Hyperparameters):
     """
 
     name: ClassVar[str] = "unrolled"
+    version: ClassVar[int] = 2
+    # Forwards, the changes are carried once for all evaluation examples of a block.
+    evals_together: ClassVar[int] = 1024
 
     direction: Literal["auto", "forward", "adjoint"] = "auto"
     seeds: int | None = None
+    own_seeds: bool = False
     last_step: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,171 +79,164 @@ class Unrolled(Hyperparameters):
         """Every step is the sweep's own."""
         return True
 
+    def runs(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """The seeds directly after the sweep's largest; with ``own_seeds`` the sweep's first."""
+        count = min(len(seeds), SEEDS) if self.seeds is None else self.seeds
+        if self.own_seeds or not seeds:
+            return tuple(seeds)[:count]
+        return tuple(range(max(seeds) + 1, max(seeds) + 1 + count))
+
     def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
-        """The first ``seeds`` of them."""
-        return tuple(seeds)[: self.seeds]
+        """Those that it trains with."""
+        return self.runs(seeds)
 
     def unsuited(self, problem: Problem) -> str | None:
-        """There is no further training, or no seed, to follow."""
-        if problem.further_training is None:
+        """There is no further training, or no seed, to follow; or no adjoint."""
+        settings = problem.further_training
+        if settings is None:
             return NEEDS_TRAINING
-        return None if problem.seeds else "follows the sweep's seeds and needs at least one"
+        if self.direction == "adjoint" and changes.is_finite(settings):
+            what = "clipped gradients" if settings.optimizer.name == "sgd" else settings.optimizer.name
+            return f"direction: adjoint follows unclipped SGD alone, not {what}; leave direction out"
+        return None if problem.seeds else "trains with seeds and needs at least one"
+
+    def work(self, problem: Problem) -> Work:
+        """A product with a batch's Hessian for every step and removal, or for every step and evaluation example back
+        from each recorded step; and the baseline."""
+        settings, steps = settings_of(self, problem), recorded_steps(problem, settings_of(self, problem))
+        examples = len(problem.seeds) * min(settings.batch_size, len(problem.train))
+        rows = steps[-1] * len(problem.removals)
+        if not self._is_forward(problem, steps):
+            rows = sum(steps) * len(problem.evals)
+        size = Layout.of(problem.model.params).size
+        held = 4.0 * min(gradients.HELD, len(problem.removals) * changes.scalars(size, settings))
+        return Work(products=examples * rows, passes=examples * steps[-1], bytes=held)
 
     def estimate(self, problem: Problem) -> Estimate:
-        """(steps, R, E).
+        """(steps, R, E): the mean over ``problem.seeds``, the first ``seeds`` of them.
+
+        If changes grow without bound with any of the seeds, only the recorded steps before that are estimated.
 
         Raises:
             UsageError: no further-training section or seeds, or see ``trajectory.refuse``.
+            DivergedError: changes grow without bound before the first recorded step.
         """
         self.refuse_unsuited(problem)
-        settings, seeds = settings_of(self, problem), list(self.follows_seeds(problem.seeds))
+        settings, seeds = settings_of(self, problem), list(problem.seeds)[: self.seeds]
         recorded = recorded_steps(problem, settings)
         steps = tuple(s for s in recorded if self.last_step is None or s <= self.last_step)
         self.require(bool(steps), f"last_step lies before the first recorded step, {recorded[0]}")
-        forward = self.direction == "forward" or (self.direction == "auto" and self._forward_is_cheaper(problem, steps))
+        forward = self._is_forward(problem, steps)
         along = _forward if forward else _adjoint
         total = torch.zeros(len(steps), len(problem.removals), len(problem.evals), dtype=torch.float64)
+        notes: dict[str, JSON] = {"seeds": list(seeds), "direction": "forward" if forward else "adjoint"}
         devices = [problem.model.device] if problem.model.device.type == "cuda" else []
         # Dropout is seeded step by step; the caller's random state must not notice.
         with estimating(problem.model), torch.random.fork_rng(devices=devices):
             for number, seed in enumerate(seeds, start=1):
-                total += along(problem, steps, seed)
+                values, onset = along(problem, steps, seed)
+                if onset is not None:
+                    steps, notes["warning"] = _ended(self.name, problem, steps, seed, onset)
+                total = total[: len(steps)] + values[: len(steps)]
                 problem.say(f"unrolled: seed {number} of {len(seeds)} done")
-        notes: dict[str, JSON] = {"seeds": seeds, "direction": "forward" if forward else "adjoint"}
         return Estimate(finite(total / len(seeds), self.name), steps, notes)
 
-    def _forward_is_cheaper(self, problem: Problem, steps: Sequence[int]) -> bool:
-        return steps[-1] * len(problem.removals) <= 2 * sum(steps) * len(problem.evals)
+    def _is_forward(self, problem: Problem, steps: Sequence[int]) -> bool:
+        assert problem.further_training is not None
+        if self.direction != "auto":
+            return self.direction == "forward"
+        cheaper = steps[-1] * len(problem.removals) <= 2 * sum(steps) * len(problem.evals)
+        return cheaper or changes.is_finite(problem.further_training)
 
 
-def _forward(problem: Problem, steps: Sequence[int], seed: int) -> Tensor:
-    """(steps, R, E) of one seed by tangents, as many removals at a time as fit ``gradients.HELD``."""
-    values, scalars = [], 4 * Layout.of(problem.model.params).size
-    together = max(1, gradients.HELD // scalars)
+def _ended(name: str, problem: Problem, steps: tuple[int, ...], seed: int, onset: int) -> tuple[tuple[int, ...], str]:
+    """The steps before ``onset``, and the warning, which is said.
+
+    Raises:
+        DivergedError: there are none.
+    """
+    left = tuple(takewhile(lambda step: step < onset, steps))
+    grows = f"from step {onset} on a removal's change grows without bound (seed {seed}), as beyond 2/sharpness"
+    if not left:
+        raise DivergedError(
+            f"{name}: {grows}, and step {steps[0]} is the first recorded: lower the learning rate, or evaluate earlier"
+        )
+    warning = f"warning: {name}: {grows}; it ends with step {left[-1]}. A lower learning rate would mend it"
+    problem.say(warning)
+    return left, warning
+
+
+def _forward(problem: Problem, steps: Sequence[int], seed: int) -> tuple[Tensor, int | None]:
+    """(steps, R, E) of one seed by changes, and from which step on they grow; the values end before it.
+
+    As many removals at a time as fit ``gradients.HELD``.
+    """
+    assert problem.further_training is not None
+    values, onset = [torch.zeros(len(steps), 0, len(problem.evals), dtype=torch.float64)], None
+    together = max(1, gradients.HELD // changes.scalars(Layout.of(problem.model.params).size, problem.further_training))
     for start in range(0, len(problem.removals), together):
         removals = [tuple(r) for r in problem.removals[start : start + together]]
-        values.append(_tangents(problem, steps, seed, removals))
-    shape = (len(steps), 0, len(problem.evals))
-    return torch.cat(values, dim=1) if values else torch.zeros(shape, dtype=torch.float64)
+        rows: list[Tensor] = []
+        for along in _carried(problem, steps[-1] if onset is None else onset - 1, seed, removals):
+            if along.growth.onset is not None:
+                onset = min(along.growth.onset, onset or along.growth.onset)
+            elif along.point.number in steps:
+                rows.append(_measured(problem, along))
+        kept = min(len(rows), *map(len, values)) if onset is None else sum(step < onset for step in steps)
+        values = [block[:kept] for block in [*values, torch.stack(rows) if rows else values[0][:0]]]
+    return torch.cat(values, dim=1), onset
 
 
-def _tangents(problem: Problem, steps: Sequence[int], seed: int, removals: list[tuple[int, ...]]) -> Tensor:
+def _carried(problem: Problem, last: int, seed: int, removals: list[Removal]) -> Iterator[Changes]:
+    """The changes of the removals after each step up to ``last``, or up to the one at which they are found to grow."""
     assert problem.further_training is not None
     trajectory = Trajectory(problem.model, problem.train, problem.further_training, removals, seed)
-    point = trajectory.start()
-    moved = torch.zeros(len(removals), len(point.params), dtype=point.params.dtype, device=point.params.device)
-    state: State = {name: torch.zeros_like(moved) for name in point.state}
-    values = []
+    along = changes.carried(trajectory)
     for step in trajectory.steps():
-        bent = trajectory.curve(point, step, moved) if step.number > 1 else 0.0
-        bent = bent + trajectory.change_gradients(point, step)
-        gradient, update = trajectory.gradient(point, step), trajectory.update(step.number)
-        primal = (point.params, point.state, gradient)
-
-        moved, state = vmap(_tangent_of(update, primal))(moved, state, bent)
-        params, own = update(*primal)
-        point = Point(step.number, params, own)
-        if step.number in steps:
-            values.append(_measured(problem, trajectory, point, moved))
-        if step.number == steps[-1]:
-            break
-    return torch.stack(values)
+        if step.number > last or along.growth.onset is not None:
+            return
+        along.advance(step)
+        yield along
 
 
-Update = Callable[[Tensor, State, Tensor], tuple[Tensor, State]]
-
-
-def _tangent_of(
-    update: Update, primal: tuple[Tensor, State, Tensor]
-) -> Callable[[Tensor, State, Tensor], tuple[Tensor, State]]:
-    """(δ, μ, γ) ↦ ∂U · (δ, μ, γ) at the primal (θ, m, ∇L)."""
-
-    def tangent(d: Tensor, s: State, g: Tensor) -> tuple[Tensor, State]:
-        return directional(lambda at: update(*at), primal, (d, s, g))[1]
-
-    return tangent
-
-
-def _measured(problem: Problem, trajectory: Trajectory, point: Point, moved: Tensor) -> Tensor:
-    """∇g(z, θ_t)ᵀ δ for every evaluation example and tangent, float64 (R, E) on the CPU."""
-    model, layout = problem.model, trajectory.layout
-    columns = []
+def _measured(problem: Problem, along: Changes) -> Tensor:
+    """∇g(z, θ_t)ᵀ δ for every evaluation example and change, float64 (R, E) on the CPU."""
+    model, layout = problem.model, along.trajectory.layout
+    columns, params, moved = [], along.seen.params, along.moved
     for _, batch in problem.evals.batches(gradients.BLOCK):
 
-        def along(row: Tensor, batch: Batch = batch) -> Tensor:
-            return directional(lambda p: model.measure(layout.tensors(p), batch), point.params, row)[1]
+        def slope(row: Tensor, batch: Batch = batch) -> Tensor:
+            return directional(lambda p: model.measure(layout.tensors(p), batch), params, row)[1]
 
         together = max(1, gradients.STREAM // layout.size)
-        columns.append(torch.cat([each_example(along, part) for part in moved.split(together)]).detach())
+        columns.append(torch.cat([each_example(slope, part) for part in moved.split(together)]).detach())
     return torch.cat(columns, dim=1).to("cpu", torch.float64)
 
 
-def _adjoint(problem: Problem, steps: Sequence[int], seed: int) -> Tensor:
-    """(steps, R, E) of one seed by cotangents, as many evaluation examples at a time as fit ``gradients.HELD``."""
+def _adjoint(problem: Problem, steps: Sequence[int], seed: int) -> tuple[Tensor, int | None]:
+    """As ``_forward``, by cotangents; whether changes grow is told by those of a few removals."""
     assert problem.further_training is not None
     removals = [tuple(r) for r in problem.removals]
-    trajectory = Trajectory(problem.model, problem.train, problem.further_training, removals, seed)
-    checkpoints = _Checkpoints(trajectory, steps[-1])
+    onset = _onset(problem, steps[-1], seed, [r for r in removals if r])
+    steps = [step for step in steps if onset is None or step < onset]
     values = torch.zeros(len(steps), len(removals), len(problem.evals), dtype=torch.float64)
+    if not steps:
+        return values, onset
+    trajectory = Trajectory(problem.model, problem.train, problem.further_training, removals, seed)
+    checkpoints = Checkpoints(trajectory, steps[-1])
     together = max(1, gradients.HELD // (4 * trajectory.layout.size))
     for place, last in enumerate(steps):
         for start in range(0, len(problem.evals), together):
             columns = range(start, min(start + together, len(problem.evals)))
-            values[place, :, columns.start : columns.stop] = _cotangents(problem, checkpoints, last, columns)
-    return values
+            found = cotangents(checkpoints, problem.evals, last, columns)
+            values[place, :, columns.start : columns.stop] = found
+    return values, onset
 
 
-def _cotangents(problem: Problem, checkpoints: _Checkpoints, last: int, columns: range) -> Tensor:
-    trajectory = checkpoints.trajectory
-    end = checkpoints.point_at(last)
-    back = measure_gradients(problem.model, problem.evals, columns, trajectory.layout.tensors(end.params))
-    state: State = {name: torch.zeros_like(back) for name in end.state}
-    total = torch.zeros(len(trajectory.removals), len(columns), dtype=torch.float64, device=back.device)
-    for point, step in checkpoints.backwards(last):
-        gradient = trajectory.gradient(point, step)
-        _, pull_back, *_ = vjp(trajectory.update(step.number), point.params, point.state, gradient)
-        back, state, of_gradient = vmap(lambda d, s, pull=pull_back: pull((d, s)))(back, state)
-        total += trajectory.change_along(point, step, of_gradient).double()
-        if step.number > 1:
-            back = back + trajectory.curve(point, step, of_gradient)
-    return total.cpu()
-
-
-class _Checkpoints:
-    """The baseline read backwards: about √T points kept, and about √T more while a segment is walked."""
-
-    def __init__(self, trajectory: Trajectory, last: int) -> None:
-        self.trajectory, self._every = trajectory, max(1, math.isqrt(last))
-        point = trajectory.start()
-        self._kept = {0: point}
-        for step in trajectory.steps():
-            point = trajectory.advance(point, step)
-            if step.number % self._every == 0:
-                self._kept[step.number] = point
-            if step.number == last:
-                break
-
-    def point_at(self, number: int) -> Point:
-        """The baseline after ``number`` steps."""
-        start = number - number % self._every
-        if start == number:
-            return self._kept[number]
-        point, step = self._walk(start, number)[-1]
-        return self.trajectory.advance(point, step)
-
-    def backwards(self, last: int) -> Iterator[tuple[Point, Step]]:
-        """(the baseline before the step, the step), from step ``last`` back to step 1."""
-        while last > 0:
-            start = (last - 1) // self._every * self._every
-            yield from reversed(self._walk(start, last))
-            last = start
-
-    def _walk(self, start: int, end: int) -> list[tuple[Point, Step]]:
-        """The steps after the kept point ``start`` up to ``end``, each with the baseline before it."""
-        point, walked = self._kept[start], []
-        for step in self.trajectory.steps(start + 1):
-            walked.append((point, step))
-            if step.number == end:
-                break
-            point = self.trajectory.advance(point, step)
-        return walked
+def _onset(problem: Problem, last: int, seed: int, removals: list[Removal]) -> int | None:
+    """From which step on the changes of ``WATCHED`` removals, evenly spread, grow; None = they do not."""
+    watched = removals[:: max(1, len(removals) // WATCHED)][:WATCHED]
+    onset = None
+    for along in _carried(problem, last, seed, watched):
+        onset = along.growth.onset
+    return onset

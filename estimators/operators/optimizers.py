@@ -13,7 +13,7 @@ from torch import Tensor
 from fimo.workers.settings import Optimizer
 
 State = dict[str, Tensor]
-"""The optimizer's own rows (P,) by name."""
+"""The optimizer's own rows (…, P) by name."""
 
 
 def fresh_state(optimizer: Optimizer, params: Tensor) -> State:
@@ -25,17 +25,18 @@ def fresh_state(optimizer: Optimizer, params: Tensor) -> State:
 
 
 def clipped(gradient: Tensor, max_norm: float | None) -> Tensor:
-    """As ``torch.nn.utils.clip_grad_norm_``, over the row (P,)."""
+    """As ``torch.nn.utils.clip_grad_norm_``, over each row (…, P)."""
     if max_norm is None:
         return gradient
-    scale: Tensor = (max_norm / (_root(gradient.square().sum()) + 1e-6)).clamp(max=1.0)
+    squares = gradient.square().sum(dim=-1, keepdim=True)
+    scale: Tensor = (max_norm / (_root(squares) + 1e-6)).clamp(max=1.0)
     return gradient * scale
 
 
 def step(
     optimizer: Optimizer, max_norm: float | None, number: int, params: Tensor, state: State, gradient: Tensor
 ) -> tuple[Tensor, State]:
-    """(θ', state') after step ``number`` ≥ 1 with the gradient of the step's loss."""
+    """(θ', state') after step ``number`` ≥ 1 with the gradient of the step's loss; rows (…, P), each its own run."""
     gradient = clipped(gradient, max_norm)
     if optimizer.name == "sgd":
         return _sgd(optimizer, number, params, state, gradient)

@@ -55,19 +55,34 @@ def runs_of(manifest: Manifest, estimator: str, params: str) -> tuple[int, ...]:
 def assemble(
     blocks: Sequence[EstimateBlock], manifest: Manifest, seeds: Sequence[int] = ()
 ) -> NDArray[np.float64] | None:
-    """The removal × eval matrix of blocks, float64 (R, m), or (S, R, m); None while a value is missing.
+    """The removal × eval matrix of blocks, float64 (R, m), or (S, R, m) over ``common_steps``; None while it lacks one.
 
     Args:
         seeds: the mean is taken over them, in this order; blocks of others do not count. None = blocks have no seed.
     """
     total: NDArray[np.float64] | None = None
-    of = [b for b in blocks if b.seed in (seeds or (None,))]
+    of, steps = _of(blocks, seeds), common_steps(blocks, seeds)
     for seed in seeds or (None,):
-        matrix = _matrix([b for b in of if b.seed == seed], manifest, of[0].steps if of else None)
+        matrix = _matrix([b for b in of if b.seed == seed], manifest, steps)
         if matrix is None:
             return None
         total = matrix if total is None else total + matrix
     return total if total is None or not seeds else total / len(seeds)
+
+
+def common_steps(blocks: Sequence[EstimateBlock], seeds: Sequence[int] = ()) -> tuple[int, ...] | None:
+    """The steps that every block has, of those that count for ``assemble``; None if the estimate is of every amount.
+
+    A seed may end early, where its changes grow without bound.
+    """
+    of = [b.steps for b in _of(blocks, seeds)]
+    if not of or of[0] is None:
+        return None
+    return tuple(step for step in of[0] if all(step in (steps or ()) for steps in of))
+
+
+def _of(blocks: Sequence[EstimateBlock], seeds: Sequence[int]) -> list[EstimateBlock]:
+    return [b for b in blocks if b.seed in (seeds or (None,))]
 
 
 def _matrix(
@@ -81,8 +96,9 @@ def _matrix(
         rows = {r.indices: place for place, r in enumerate(block.removals)}
         pairs = [(place, rows[r.indices]) for place, r in enumerate(manifest.removals) if r.indices in rows]
         stop = min(block.first + block.values.shape[-1], manifest.evals)
-        if not pairs or block.steps != steps or stop <= block.first:
+        if not pairs or (block.steps is None) != (steps is None) or stop <= block.first:
             continue
         into, out_of = [p for p, _ in pairs], [p for _, p in pairs]
-        matrix[..., into, block.first : stop] = block.values[..., out_of, : stop - block.first]
+        own = block.values if steps is None else block.values[[(block.steps or ()).index(step) for step in steps]]
+        matrix[..., into, block.first : stop] = own[..., out_of, : stop - block.first]
     return None if np.isnan(matrix).any() else matrix

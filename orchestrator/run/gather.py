@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from fimo.orchestrator.run import failures
-from fimo.orchestrator.run.blocks import assemble, listed_blocks, runs_of, value_digest
+from fimo.orchestrator.run.blocks import assemble, common_steps, listed_blocks, runs_of, value_digest
 from fimo.orchestrator.run.owed import is_complete
 from fimo.orchestrator.run.written import is_current, listed_parts, read_table, read_warnings, stamp
 from fimo.orchestrator.sweep.estimates import EstimateBlock
@@ -149,13 +149,13 @@ def _estimates(sweep: Sweep, manifest: Manifest, gathered: Gathered, costs: Cost
                 blocks.append(sweep.read_block(entry.key, digest, estimator, params))
             except BadPartError as error:
                 gathered.bad.append((entry.key, str(error)))
-        matrix = assemble(blocks, manifest, runs_of(manifest, estimator, params))
+        seeds = runs_of(manifest, estimator, params)
+        matrix = assemble(blocks, manifest, seeds)
         if blocks:
             costs.append(_total_cost(estimator, params, blocks))
             _note_coverage(gathered, blocks[0])
         if matrix is not None:
-            steps = next((b.steps for b in blocks if b.steps is not None), None)
-            estimates.append(EstimateMatrix(estimator, params, matrix, steps))
+            estimates.append(EstimateMatrix(estimator, params, matrix, common_steps(blocks, seeds)))
             gathered.estimators_done += (estimator, params) not in left_out
     return estimates + _imported(sweep, manifest, gathered)
 
