@@ -217,7 +217,8 @@ def _adjoint(problem: Problem, steps: Sequence[int], seed: int) -> tuple[Tensor,
     """As ``_forward``, by cotangents; whether changes grow is told by those of a few removals."""
     assert problem.further_training is not None
     removals = [tuple(r) for r in problem.removals]
-    onset = _onset(problem, steps[-1], seed, [r for r in removals if r])
+    changing = [r for r in removals if r]
+    onset = _onset(problem, steps[-1], seed, changing) if changing else None
     steps = [step for step in steps if onset is None or step < onset]
     values = torch.zeros(len(steps), len(removals), len(problem.evals), dtype=torch.float64)
     if not steps:

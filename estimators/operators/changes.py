@@ -7,9 +7,10 @@ gradient alone is made linear, about the baseline: γ_s = ∇²L_s(θ_s) δ_s + 
     finite change    (δ, μ)_{s+1} = U_s(θ_s + δ_s, m_s + μ_s, ∇L_s + γ_s) − U_s(θ_s, m_s, ∇L_s)
 
 They are one under SGD, where U is linear. Under Adam and AdamW the derivative is no guide: near a gradient of zero a
-step is all but a sign. Nor is it if gradients are clipped: their norm crosses the bound, or a batch changes by more
-than a little (measured against the runs themselves: errors of 4 to 100% of the effect, 0.1 to 2% by finite changes).
-The finite change goes through U as it is, and is exact where the loss's gradient is linear.
+step is all but a sign. Nor is it if gradients are clipped and their norm crosses the bound, or a batch changes by more
+than a little: measured against the runs of a small classifier, the derivative was wrong by up to 107% of the effect,
+the finite change by at most 2%; where the bound was not reached both were as good. The finite change goes through U as
+it is, and is exact where the loss's gradient is linear.
 """
 
 from __future__ import annotations

@@ -155,7 +155,8 @@ def test_estimators_that_follow_training_depend_on_it_and_others_do_not(beside):
     for name, params in (("unrolled", "{}"), ("ekfac_matched", "{}"), ("datainf", kept)):
         assert identity(name, params) != identity(name, params, **other)
     assert identity("unrolled") != identity("unrolled", seeds=9)
-    assert identity("unrolled", '{"seeds":2}') == identity("unrolled", '{"seeds":2}', seeds=9)
+    checked = '{"seeds":2,"own_seeds":true}'
+    assert identity("unrolled", checked) == identity("unrolled", checked, seeds=9)
     assert identity("datainf", kept) != identity("datainf", kept, seeds=9)
 
 
