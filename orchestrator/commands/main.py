@@ -12,6 +12,7 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
     status,
     pull,
     compare,
+    rank,
     submit,
     logs,
     cancel,

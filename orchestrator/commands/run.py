@@ -58,7 +58,7 @@ def run_resolved(
     from fimo.orchestrator.run import driver
     from fimo.orchestrator.run.pool import on_ray
 
-    stop = _stop_on_signal()
+    stop = stop_on_signal()
     with ProgressReport(talk) as progress:
         report = driver.run(resolved, store, progress.listener, stop, on_ray(address), retry_failed, shards)
     if as_json:
@@ -74,7 +74,7 @@ def run_resolved(
     exit_with(report.exit_code)
 
 
-def _stop_on_signal() -> Callable[[], str | None]:
+def stop_on_signal() -> Callable[[], str | None]:
     """SIGTERM and the first SIGINT end a run in good order: nothing more is started, what is committed stays."""
     seen: list[str] = []
 

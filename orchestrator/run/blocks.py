@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fimo import estimators
 from fimo.orchestrator.run.estimating import estimate_identity
+from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import Entry
 from fimo.orchestrator.sweep import keys
@@ -23,15 +24,19 @@ Named = tuple[str, str]
 """An estimator's name and its canonical params."""
 
 
-def value_digest(manifest: Manifest, estimator: str, params: str) -> str:
-    """The digest (64 hex digits) of all that an estimator's values depend on."""
-    return estimate_identity(manifest.digest, manifest.estimate_digest, manifest.spec, estimator, params)
+def value_digest(manifest: Manifest, estimator: str, params: str, at: int | None = None) -> str:
+    """The digest (64 hex digits) of all that an estimator's values depend on.
+
+    ``at``: of values for one recorded step alone, which are kept apart from those for all of them.
+    """
+    whole = estimate_identity(manifest.digest, manifest.estimate_digest, manifest.spec, estimator, params)
+    return whole if at is None else digest([whole, "at", at])
 
 
-def listed_blocks(sweep: Sweep, manifest: Manifest) -> Iterator[tuple[Named, list[Entry]]]:
+def listed_blocks(sweep: Sweep, manifest: Manifest, at: int | None = None) -> Iterator[tuple[Named, list[Entry]]]:
     """Each estimator in spec order with the blocks that are listed for it; raises StoreError."""
     for estimator, params in manifest.estimators:
-        prefix = keys.estimates(sweep.name, value_digest(manifest, estimator, params), estimator, params)
+        prefix = keys.estimates(sweep.name, value_digest(manifest, estimator, params, at), estimator, params)
         yield (estimator, params), list(sweep.store.list(prefix))
 
 

@@ -55,12 +55,14 @@ def estimate(
     say: Callable[[str], None] | None = None,
     run: Run | None = None,
     tasks: int | None = None,
+    at: int | None = None,
 ) -> estimators.Estimate:
     """An estimator's values for some removals and a span (first, count) of evaluation examples.
 
     Args:
         say: told what the estimator says on the way.
         run: of an estimator that trains runs of its own: what this share of its values is trained with.
+        at: the recorded step that is wanted; None = all.
         tasks: of an estimator of the default set, which has a budget: how many tasks like this one it has.
 
     Raises:
@@ -82,6 +84,7 @@ def estimate(
         seeds=list(prepared.spec.seeds) if run is None else [run.seed],
         start=start,
         replicas=None if run is None else run.replicas,
+        at=None if at is None else (at,),
         displacement=displacement,
         progress=say,
     )

@@ -61,6 +61,7 @@ def task_id(manifest: Manifest, task: Task) -> str:
         return f"{manifest.digest[:16]}-seed-{task.seed:010d}-{keys.set_hash(task.removals)}"
     about = [task.estimator, task.params, keys.set_hash(task.removals), task.first]
     about += [] if task.seed is None else [task.seed]
+    about += [] if task.at is None else ["at", task.at]
     return f"{manifest.digest[:16]}-estimate-{digest(about)[:16]}"
 
 

@@ -31,16 +31,18 @@ def current_plan(manifest: Manifest, sweep: Sweep | None) -> Plan:
     )
 
 
-def missing_estimates(manifest: Manifest, sweep: Sweep, failures: Failures) -> list[EstimateTask]:
+def missing_estimates(
+    manifest: Manifest, sweep: Sweep, failures: Failures, at: int | None = None
+) -> list[EstimateTask]:
     """One task for each estimator, seed that it trains with, and block of evaluation examples that removals still lack.
 
     Estimators that are left out of the default set owe nothing.
     """
     tasks: list[EstimateTask] = []
-    for (estimator, params), entries in listed_blocks(sweep, manifest):
+    for (estimator, params), entries in listed_blocks(sweep, manifest, at):
         if (estimator, params) in failures.left_out:
             continue
-        prefix = keys.estimates(sweep.name, value_digest(manifest, estimator, params), estimator, params)
+        prefix = keys.estimates(sweep.name, value_digest(manifest, estimator, params, at), estimator, params)
         held: dict[tuple[int | None, int, int], set[tuple[int, ...]]] = {}
         for entry in entries:
             block = keys.read_block_key(entry.key, prefix)
@@ -51,7 +53,7 @@ def missing_estimates(manifest: Manifest, sweep: Sweep, failures: Failures) -> l
         for seed, first, count in _shares(manifest, estimator, params):
             lacking = tuple(r for r in manifest.removals if r.indices not in held.get((seed, first, count), set()))
             if lacking:
-                tasks.append(EstimateTask(estimator, params, lacking, first, count, count == manifest.evals, seed))
+                tasks.append(EstimateTask(estimator, params, lacking, first, count, count == manifest.evals, seed, at))
     return tasks
 
 

@@ -36,6 +36,7 @@ class EstimateTask:
         first, count: the block's evaluation examples are ``first`` to ``first + count − 1``.
         whole: the block holds all evaluation examples of the sweep.
         seed: the one to train with, of an estimator that trains runs of its own; its values are the mean over seeds.
+        at: the one recorded step that is wanted, for a ranking; None = all of them.
     """
 
     estimator: str
@@ -45,6 +46,7 @@ class EstimateTask:
     count: int
     whole: bool = True
     seed: int | None = None
+    at: int | None = None
 
     @property
     def span(self) -> str:

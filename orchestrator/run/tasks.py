@@ -183,7 +183,7 @@ def _diverged_at(sweep: Sweep, key: str, manifest: Manifest) -> int:
 
 def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: EstimateTask) -> Receipt:
     started, manifest = time.monotonic(), resolved.manifest
-    digest = value_digest(manifest, task.estimator, task.params)
+    digest = value_digest(manifest, task.estimator, task.params, task.at)
     prefix = keys.estimates(sweep.name, digest, task.estimator, task.params)
     key = keys.block(prefix, task.removals, task.first, task.count, task.seed)
 
@@ -204,7 +204,7 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
             # The proof is the sweep's, and no cost of the estimator's.
             began = time.monotonic() if engine is not None else started
             tasks = _budgeted(manifest, task)
-            estimate = estimating.estimate(resolved, device, *named, removals, span, said.append, run, tasks)
+            estimate = estimating.estimate(resolved, device, *named, removals, span, said.append, run, tasks, task.at)
     except (DivergedError, UsageError, WorkloadError) as error:
         raise CannotEstimateError(str(error)) from error
     about = {
@@ -230,8 +230,8 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
 
 
 def _budgeted(manifest: Manifest, task: EstimateTask) -> int | None:
-    """How many tasks like this one there are, of an estimator that the spec does not name; else None."""
-    if manifest.spec.estimators is not None:
+    """How many tasks like this one there are, of an estimator that nobody named; else None."""
+    if manifest.spec.estimators is not None or task.at is not None:
         return None
     seeds = len(runs_of(manifest, task.estimator, task.params)) or 1
     together: int = REGISTRY[task.estimator].evals_together

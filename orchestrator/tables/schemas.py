@@ -84,6 +84,21 @@ COMPARISON = pa.schema(
     ]
 )
 """What ``fimo compare`` gives of two sweeps; no table of a sweep."""
+RANKING = pa.schema(
+    [
+        ("eval", _INT),
+        ("index", _INT),
+        ("estimate", _REAL),
+        ("effect", _REAL),
+        ("low", _REAL),
+        ("high", _REAL),
+        ("verified", _REAL),
+        ("sem", _REAL),
+        ("p", _REAL),
+        ("rank", _INT),
+    ]
+)
+"""What ``fimo rank`` writes, ``tables/ranking.parquet``: rows by evaluation example, then rank."""
 COSTS = pa.schema(
     [
         ("what", _TEXT),

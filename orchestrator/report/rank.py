@@ -1,0 +1,95 @@
+"""What ``fimo rank`` prints: the chosen estimator, how well it does, and the top of an evaluation example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.table import Table
+
+from fimo.orchestrator.report.show import label
+from fimo.orchestrator.run.ranking import Ranked, of_eval
+from fimo.orchestrator.tables.ranked import ranked_table
+
+SHOWN = 5
+
+
+def tables(ranked: Ranked) -> Iterator[pa.Table]:
+    """``ranking.parquet``, an evaluation example after another."""
+    n, known = len(ranked.values), ranked.known
+    seeds = np.full(n, np.nan)
+    for index, count in known.seeds.items():
+        seeds[index] = count
+    effects = ranked.calibration.effects(ranked.values)
+    for place, number in enumerate(ranked.evals):
+        estimate, effect, low, high = (x[:, place] for x in (ranked.values, *effects))
+        verified, sem = (of_eval(of, number, n) for of in (known.effect, known.sem))
+        yield ranked_table(number, estimate, effect, low, high, verified, sem, seeds)
+
+
+def ranked_json(ranked: Ranked) -> dict[str, Any]:
+    """What a program may read of a ranking beside its table."""
+    choice = ranked.choice
+    return {
+        "estimator": ranked.estimator[0],
+        "params": ranked.estimator[1],
+        "step": ranked.step,
+        "evals": len(ranked.evals),
+        "train": len(ranked.values),
+        "score": None if choice is None else choice.score,
+        "normalised": None if choice is None else choice.normalised,
+        "score_of_other_examples": None if choice is None else not choice.same,
+        "coverage": None if ranked.covered is None else ranked.covered[0],
+        "coverage_sem": None if ranked.covered is None else ranked.covered[1],
+        "level": ranked.calibration.level,
+        "calibrated_on": ranked.calibration.removals,
+        "cells_trained": ranked.trained,
+        "cells_brute_force": ranked.brute,
+    }
+
+
+def ranked_lines(ranked: Ranked) -> list[str]:
+    """The summary for people."""
+    choice, lines = ranked.choice, list[str]()
+    name = label(*ranked.estimator)
+    if choice is None:
+        lines.append(f"{len(ranked.values)} training examples ranked by {name} at step {ranked.step}")
+    else:
+        of = "of the examples that chose it, since there are no others" if choice.same else "of the other half"
+        share = "" if choice.normalised is None else f", {choice.normalised:.2f} of its ceiling"
+        lines.append(
+            f"{len(ranked.values)} training examples ranked by {name} at step {ranked.step}: the best on half of the "
+            f"evaluation examples, cosine {choice.score:.3f}{share} {of}"
+        )
+    if ranked.covered is not None:
+        lines.append(
+            f"intervals at {ranked.calibration.level:.0%} hold {ranked.covered[0]:.1%} ± {ranked.covered[1]:.1%} of "
+            f"{ranked.calibration.removals} known effects that had no part in them"
+        )
+    if ranked.calibration.line is not None:
+        lines.append(ranked.calibration.line)
+    lines.append(
+        f"the top {ranked.k} of both signs are verified: {ranked.trained} cells trained for it, brute force takes "
+        f"{ranked.brute}"
+    )
+    return lines
+
+
+def top_table(table: pa.Table, step: int, k: int) -> Table:
+    """The ``SHOWN`` most helpful and most harmful training examples of one evaluation example, effect ± SEM."""
+    rows = table.to_pylist()
+    count = min(SHOWN, k, len(rows) // 2)
+    shown = Table(
+        title=f"evaluation example {rows[0]['eval']}, step {step}: most helpful and most harmful training examples",
+        title_justify="left",
+    )
+    for column in ("rank", "example", "effect of removing it", "p"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in rows[:count] + rows[len(rows) - count :]:
+        effect = row["effect"] if row["verified"] is None else row["verified"]
+        told = f"{effect:+.3e}" + (f" ± {row['sem']:.1e}" if row["sem"] is not None else "")
+        p = f"{row['p']:.2g}" if row["p"] is not None else ""
+        shown.add_row(str(row["rank"]), str(row["index"]), told + ("" if row["verified"] is not None else " ?"), p)
+    return shown
