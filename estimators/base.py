@@ -72,6 +72,10 @@ class Problem:
     displacement: Mapping[int, Tensors] | None = None
     progress: Callable[[str], None] | None = None
 
+    def with_seeds(self, seeds: Sequence[int]) -> Problem:
+        """The same, to be trained with other seeds."""
+        return dataclasses.replace(self, seeds=tuple(seeds))
+
     def say(self, line: str) -> None:
         """Report progress, if anyone listens."""
         if self.progress is not None:

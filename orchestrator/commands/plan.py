@@ -8,6 +8,9 @@ import typer
 
 from fimo.orchestrator.commands.app import JsonOption, SpecArgument, app, print_json, print_lines
 
+TOP = 10
+"""Of each sign verified, as `fimo rank` has it by default."""
+
 if TYPE_CHECKING:
     from fimo.orchestrator.resolve.resolved import Resolved
     from fimo.orchestrator.run.plan import Plan
@@ -18,6 +21,7 @@ def plan(
     spec: SpecArgument,
     store: Annotated[str | None, typer.Option("--store", help="Subtract what this store holds.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time a few steps: seconds and device-hours.")] = False,
+    rank: Annotated[bool, typer.Option("--rank", help="What `fimo rank` would take, in device-hours.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Cells, shards and bytes of a sweep; nothing is written."""
@@ -25,6 +29,7 @@ def plan(
     from fimo.orchestrator.resolve.resolved import resolve
     from fimo.orchestrator.run import measure as measuring
     from fimo.orchestrator.run.owed import current_plan
+    from fimo.orchestrator.run.rank_cost import rank_cost
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import open_store
     from fimo.orchestrator.sweep.sweep import Sweep
@@ -34,6 +39,8 @@ def plan(
     sweep = None if store is None else Sweep(open_store(store), parsed.name)
     planned = current_plan(resolved.manifest, sweep)
     values = _plan_json(resolved, planned) | (measuring.measure(resolved, planned) if measure else {})
+    if rank:
+        values["rank"] = rank_cost(resolved, resolved.manifest.evals, TOP)
     if as_json:
         print_json(values)
     else:

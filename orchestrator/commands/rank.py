@@ -103,8 +103,8 @@ def read_places(text: str | None) -> list[int] | None:
         return None
     places: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isascii() and first.isdigit() and (not last or (last.isascii() and last.isdigit()))):
+        first, span, last = part.strip().partition("-")
+        if not all(number.isascii() and number.isdigit() for number in (first, last if span else first)):
             raise UsageError(f"--evals is a list of evaluation examples such as 0,3,5-9, not '{text}'")
         places += range(int(first), int(last or first) + 1)
     return places

@@ -57,11 +57,11 @@ def ranked_lines(ranked: Ranked) -> list[str]:
     if choice is None:
         lines.append(f"{len(ranked.values)} training examples ranked by {name} at step {ranked.step}")
     else:
-        of = "of the examples that chose it, since there are no others" if choice.same else "of the other half"
-        share = "" if choice.normalised is None else f", {choice.normalised:.2f} of its ceiling"
+        on = "the same, since there are no others" if choice.same else "the other half"
+        share = "" if choice.normalised is None else f" ({choice.normalised:.2f} of the highest possible)"
         lines.append(
             f"{len(ranked.values)} training examples ranked by {name} at step {ranked.step}: the best on half of the "
-            f"evaluation examples, cosine {choice.score:.3f}{share} {of}"
+            f"evaluation examples, with a cosine of {choice.score:.3f}{share} on {on}"
         )
     if ranked.covered is not None:
         lines.append(

@@ -133,7 +133,23 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
             f"measured on this {plan['device']}: {plan['replicas']} replicas together, "
             f"{plan['seconds_per_cell']:.2f} s a cell; {plan['device_hours']:.3g} device-hours for what is missing"
         )
+    if "rank" in plan:
+        lines += rank_cost_lines(plan["rank"])
     return lines
+
+
+def rank_cost_lines(cost: Mapping[str, Any]) -> list[str]:
+    """What a ranking would take, for people."""
+    lines = [
+        f"to rank {cost['train']} training examples for {cost['evals']} evaluation examples on this {cost['device']}:"
+    ]
+    for named, hours in cost["ranking"].items():
+        name, _, params = named.partition(" ")
+        lines.append(f"  {label(name, params)}: {hours:.3g} device-hours")
+    return [
+        *lines,
+        f"  verification: at most {cost['verify_cells']} cells, {cost['verify_hours']:.3g} device-hours",
+    ]
 
 
 def proof_line(proof: Mapping[str, Any]) -> str:
