@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout
+from fimo.workers.examples import Examples
+from fimo.workers.functional import FunctionalModel
 
-if TYPE_CHECKING:
-    from fimo.estimators.base import Problem
+
+class Counted(Protocol):
+    """What is looked at of a ``Problem``."""
+
+    @property
+    def model(self) -> FunctionalModel:
+        """At θᶠ."""
+
+    @property
+    def train(self) -> Examples:
+        """𝒟."""
+
+    @property
+    def evals(self) -> Examples:
+        """The evaluation examples."""
+
+    @property
+    def removals(self) -> Sequence[Sequence[int]]:
+        """Training indices of each removal."""
+
 
 ITERATIONS = 100
 """Conjugate gradients' iterations, for want of anything better before they are run."""
@@ -41,7 +62,7 @@ class Work:
         return Work(**{**sums, "bytes": max(self.bytes, other.bytes)})
 
 
-def of_gradients(problem: Problem) -> Work:
+def of_gradients(problem: Counted) -> Work:
     """Both sides' gradients and their inner products, as most estimators need them."""
     size, evals = Layout.of(problem.model.params).size, len(problem.evals)
     unique = len({index for removal in problem.removals for index in removal})
@@ -49,12 +70,12 @@ def of_gradients(problem: Problem) -> Work:
     return Work(gradients=evals + unique, flops=2.0 * len(problem.removals) * evals * size, bytes=held)
 
 
-def of_passes(problem: Problem, vectors: int = 1) -> Work:
+def of_passes(problem: Counted, vectors: int = 1) -> Work:
     """A pass over 𝒟 with so many backward passes an example."""
     return Work(passes=float(len(problem.train)) * vectors)
 
 
-def of_curvature(problem: Problem, outputs: int, products: float) -> Work:
+def of_curvature(problem: Counted, outputs: int, products: float) -> Work:
     """``products`` of C over all of 𝒟, or of batches that add up to as many examples, with every evaluation gradient.
 
     As ``make_curvature`` does them: compressed if the outputs' Jacobian may be held, else through the model.

