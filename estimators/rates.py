@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -78,18 +79,20 @@ class Rates:
         if start is None:
             settings = self._problem.further_training
             return self.example * (settings.batch_size if settings is not None else 1)
+        # What is traced here is kept apart, so that no result depends on its cost having been told.
+        own = replace(start, graphs=None if start.graphs is None else {})
 
         def once(last: int) -> float:
-            began = time.perf_counter()
-            Training(start, [()] * together, 0).advance(last)
-            return time.perf_counter() - began
+            training, began = Training(own, [()] * together, 0), time.perf_counter()
+            training.advance(last)
+            return (time.perf_counter() - began) / training.step / together
 
         first = once(2)
-        if first > 1:
-            return first / 2 / together
+        if 2 * together * first > 1:
+            return first
         # Short steps are traced after a few of them; what more take is the rate.
         once(16)
-        return once(32) / 32 / together
+        return once(32)
 
     @cached_property
     def flop(self) -> float:

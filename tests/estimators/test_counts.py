@@ -12,6 +12,7 @@ from fimo.estimators.counts import Work
 from fimo.estimators.operators import gradients
 from fimo.estimators.rates import Rates
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.start import start_from
 from tests.estimators import problems
 
 SETTINGS = FurtherTraining(
@@ -66,3 +67,11 @@ def test_a_curvature_that_cannot_be_held_is_products_through_the_model(monkeypat
 
 def test_two_pieces_of_work_hold_the_larger_of_their_memories():
     assert Work(passes=1, bytes=5) + Work(passes=2, flops=3, bytes=4) == Work(passes=3, flops=3, bytes=5)
+
+
+def test_timing_a_step_leaves_no_trace_in_what_is_trained_and_stops_where_training_does():
+    p = problem()
+    start = start_from(p.model, p.train, p.evals, SETTINGS)
+    assert start.graphs == {}
+    assert 0 < Rates(dataclasses.replace(p, start=start, replicas=4)).step < 1
+    assert start.graphs == {}
