@@ -35,6 +35,9 @@ def rank(
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="How many of each sign are verified.")] = 10,
     step: Annotated[int | None, typer.Option("--step", help="The recorded step; default: the last.")] = None,
+    cells: Annotated[
+        int | None, typer.Option("--cells", min=0, help="To train for verifying at most; default: a fifth of all n.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Write the ranking here too.")] = None,
     address: RayOption = None,
     as_json: JsonOption = False,
@@ -54,7 +57,7 @@ def rank(
     named, places = read_estimator(estimator), read_places(evals)
     resolved, stop = resolve_again(opened), stop_on_signal()
     with ProgressReport(talk) as progress:
-        ranked = rank_all(resolved, opened, on_ray(address), progress.listener, places, named, top, step, stop)
+        ranked = rank_all(resolved, opened, on_ray(address), progress.listener, places, named, top, step, cells, stop)
     key = keys.table(opened.name, "ranking")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ranking.parquet"

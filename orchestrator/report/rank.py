@@ -47,6 +47,7 @@ def ranked_json(ranked: Ranked) -> dict[str, Any]:
         "calibrated_on": ranked.calibration.removals,
         "cells_trained": ranked.trained,
         "cells_brute_force": ranked.brute,
+        "unverified": ranked.left,
     }
 
 
@@ -70,10 +71,15 @@ def ranked_lines(ranked: Ranked) -> list[str]:
         )
     if ranked.calibration.line is not None:
         lines.append(ranked.calibration.line)
-    lines.append(
-        f"the top {ranked.k} of both signs are verified: {ranked.trained} cells trained for it, brute force takes "
-        f"{ranked.brute}"
-    )
+    spent = f"{ranked.trained} cells trained for it, brute force takes {ranked.brute}"
+    if not ranked.left:
+        lines.append(f"the top {ranked.k} of both signs are verified: {spent}")
+    else:
+        places = 2 * ranked.k * len(ranked.evals)
+        lines.append(
+            f"{ranked.left} of the {places} places in the top {ranked.k} of both signs are not verified (? below): "
+            f"{spent}; --cells allows more, fewer --evals or a smaller --top need fewer"
+        )
     return lines
 
 

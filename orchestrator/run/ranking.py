@@ -3,13 +3,15 @@
     choose      the estimator with the best normalised score on half of the evaluation examples, scored on the others
     estimate    all n training examples at one step, in tasks that are resumed like any
     calibrate   effects and intervals, on the leave-one-out cells that the sweep has
-    verify      the top k of both signs, trained as cells of the sweep, until what is printed is what was verified
+    verify      the top k of both signs, trained as cells of the sweep, until what is printed is what was verified, or
+                a share of the cells of brute force is spent
 
 A derived manifest says what is wanted of each stage: the sweep's, with other removals and one estimator.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -43,6 +45,8 @@ Where = Callable[[Sweep, Manifest, bytes | None], AbstractContextManager[Pool]]
 
 VALUES = 2**23
 """Values in one block of estimates at most: 64 MiB."""
+SHARE = 5
+"""One training example in so many is verified at most, unless the caller says otherwise."""
 FEWEST = 10
 """Leave-one-out removals that a calibration is made on at least."""
 TOO_DEAR = ("unrolled",)
@@ -83,6 +87,7 @@ class Ranked:
         calibration: over ``evals``; ``covered``: measured coverage and its standard error, None if it takes more.
         known: what is measured, the sweep's own cells and those trained here; ``trained``: cells trained here.
         brute: cells that training every example would have taken.
+        left: places in a top k that are not verified, because the cells were spent.
     """
 
     estimator: Named
@@ -96,6 +101,7 @@ class Ranked:
     known: Known
     trained: int
     brute: int
+    left: int
 
 
 def rank(
@@ -107,6 +113,7 @@ def rank(
     named: Named | None = None,
     k: int = 10,
     step: int | None = None,
+    cells: int | None = None,
     should_stop: Callable[[], str | None] = lambda: None,
 ) -> Ranked:
     """Rank all n training examples for the evaluation examples ``evals`` (default: the sweep's).
@@ -115,6 +122,8 @@ def rank(
         named: the estimator; None = chosen by its score.
         k: the most helpful and most harmful that are verified for each evaluation example.
         step: the recorded step; None = the last.
+        cells: to train for verifying at most; None = a fifth of the brute force's. What most evaluation examples ask
+            for comes first.
 
     Raises:
         UsageError: no such step or evaluation example, or too few leave-one-out cells to calibrate on.
@@ -157,8 +166,12 @@ def rank(
     gold = known.matrix(rows)[:, list(places)]
     sems = np.stack([known.sem[index] for index in rows])[:, list(places)]
     calibration, covered = calibrate(values[rows], gold, sems), coverage(values[rows], gold)
-    trained = 0
-    while wanted := _to_verify(values, calibration, known, places, k):
+    brute, trained = manifest.train * manifest.spec.seeds.count, 0
+    most = manifest.train // SHARE if cells is None else cells // manifest.spec.seeds.count
+    while asked := _to_verify(values, calibration, known, places, k):
+        wanted = sorted(sorted(asked, key=lambda index: (-asked[index], index))[: most - trained])
+        if not wanted:
+            break
         listener.say(f"verifying {len(wanted)} training examples, {len(known.effect)} are measured")
         of = replace(manifest, removals=_singles(wanted), estimators=())
         compute(of, list(current_plan(of, sweep).shards))
@@ -167,9 +180,9 @@ def rank(
         if lacking:
             raise FimoError(f"training example {lacking[0]} has no finite effect at step {step}: it cannot be verified")
         known.take(fresh)
-        trained += len(wanted) * manifest.spec.seeds.count
-    brute = manifest.train * manifest.spec.seeds.count
-    return Ranked(estimator, choice, step, places, k, values, calibration, covered, known, trained, brute)
+        trained += len(wanted)
+    trained, left = trained * manifest.spec.seeds.count, sum(asked.values())
+    return Ranked(estimator, choice, step, places, k, values, calibration, covered, known, trained, brute, left)
 
 
 def measured(
@@ -264,15 +277,15 @@ def _singles(indices: Sequence[int] | range) -> tuple[NamedRemoval, ...]:
     return tuple(NamedRemoval(index, str(index), (index,)) for index in indices)
 
 
-def _to_verify(values: Array, calibration: Calibration, known: Known, evals: Sequence[int], k: int) -> list[int]:
-    """Training indices that stand in the top k of an evaluation example without having been measured, ascending."""
-    wanted: set[int] = set()
+def _to_verify(values: Array, calibration: Calibration, known: Known, evals: Sequence[int], k: int) -> Counter[int]:
+    """Training indices that stand unmeasured in the top k of an evaluation example, with how many those are."""
+    wanted: Counter[int] = Counter()
     effects = calibration.effects(values)
     for place in range(len(evals)):
         effect, low, high = (x[:, place] for x in effects)
         verified = of_eval(known.effect, evals[place], len(values))
-        wanted |= set(candidates(effect, low, high, verified, k).must.tolist())
-    return sorted(wanted)
+        wanted.update(candidates(effect, low, high, verified, k).must.tolist())
+    return wanted
 
 
 def of_eval(known: dict[int, Array], place: int, n: int) -> Array:

@@ -63,7 +63,7 @@ def store(swept):
 
 
 def rank(store, beside, **options):
-    heard = Heard()
+    heard, options = Heard(), {"cells": 10_000, **options}
     sweep = Sweep(store, "flowers")
     resolved = resolve(make_spec(**SPEC), beside)
     return ranking.rank(resolved, sweep, in_process, heard.listener(), **options), heard
@@ -108,6 +108,22 @@ def test_nothing_is_computed_twice_and_the_sweeps_tables_stay(store, beside):
     assert report.exit_code == 0
     trained = sum(len(t.removals) for t in heard.tasks if not hasattr(t, "estimator"))
     assert trained < 3 * (N - 12)
+
+
+def test_a_share_of_brute_force_is_spent_on_what_most_ask_for_and_the_rest_is_told(store, beside):
+    ranked, heard = rank(store, beside, k=5, cells=None)
+    trained = {r.indices for t in heard.tasks if not hasattr(t, "estimator") for r in t.removals}
+    assert len(trained) == N // 5
+    assert ranked.trained == 3 * (N // 5)
+    assert ranked.left > 0
+    assert any("are not verified" in line for line in ranked_lines(ranked))
+    unverified = 0
+    for table in tables(ranked):
+        rows = table.to_pylist()
+        unverified += sum(row["verified"] is None for row in rows[:5] + rows[-5:])
+    assert ranked.left == unverified == ranked_json(ranked)["unverified"]
+    none, heard = rank(store, beside, k=5, cells=0)
+    assert (heard.tasks, none.trained) == ([], 0)
 
 
 def test_some_evaluation_examples_one_estimator_another_step(store, beside, brute):
