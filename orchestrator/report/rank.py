@@ -18,13 +18,13 @@ SHOWN = 5
 
 def tables(ranked: Ranked) -> Iterator[pa.Table]:
     """``ranking.parquet``, an evaluation example after another."""
-    n, known = len(ranked.values), ranked.known
+    n, known = ranked.values.shape[1], ranked.known
     seeds = np.full(n, np.nan)
     for index, count in known.seeds.items():
         seeds[index] = count
-    effects = ranked.calibration.effects(ranked.values)
     for place, number in enumerate(ranked.evals):
-        estimate, effect, low, high = (x[:, place] for x in (ranked.values, *effects))
+        estimate = np.array(ranked.values[place])
+        effect, low, high = (x[:, 0] for x in ranked.calibration.at(place).effects(estimate[:, None]))
         verified, sem = (of_eval(of, number, n) for of in (known.effect, known.sem))
         yield ranked_table(number, estimate, effect, low, high, verified, sem, seeds)
 
@@ -37,7 +37,7 @@ def ranked_json(ranked: Ranked) -> dict[str, Any]:
         "params": ranked.estimator[1],
         "step": ranked.step,
         "evals": len(ranked.evals),
-        "train": len(ranked.values),
+        "train": ranked.values.shape[1],
         "score": None if choice is None else choice.score,
         "normalised": None if choice is None else choice.normalised,
         "score_of_other_examples": None if choice is None else not choice.same,
@@ -53,15 +53,15 @@ def ranked_json(ranked: Ranked) -> dict[str, Any]:
 
 def ranked_lines(ranked: Ranked) -> list[str]:
     """The summary for people."""
-    choice, lines = ranked.choice, list[str]()
+    choice, lines, n = ranked.choice, list[str](), ranked.values.shape[1]
     name = label(*ranked.estimator)
     if choice is None:
-        lines.append(f"{len(ranked.values)} training examples ranked by {name} at step {ranked.step}")
+        lines.append(f"{n} training examples ranked by {name} at step {ranked.step}")
     else:
         on = "the same, since there are no others" if choice.same else "the other half"
         share = "" if choice.normalised is None else f" ({choice.normalised:.2f} of the highest possible)"
         lines.append(
-            f"{len(ranked.values)} training examples ranked by {name} at step {ranked.step}: the best on half of the "
+            f"{n} training examples ranked by {name} at step {ranked.step}: the best on half of the "
             f"evaluation examples, with a cosine of {choice.score:.3f}{share} on {on}"
         )
     if ranked.covered is not None:

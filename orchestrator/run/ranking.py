@@ -11,6 +11,7 @@ A derived manifest says what is wanted of each stage: the sweep's, with other re
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -83,7 +84,7 @@ class Ranked:
     Attributes:
         estimator: name and canonical params; ``choice``: how it was chosen, None if it was named.
         step: the amount; ``evals``: numbers of the evaluation examples; ``k``: how many of each sign are verified.
-        values: the estimator's, float64 (n, evals).
+        values: the estimator's, float64 (evals, n), in a file of its own and not in memory.
         calibration: over ``evals``; ``covered``: measured coverage and its standard error, None if it takes more.
         known: what is measured, the sweep's own cells and those trained here; ``trained``: cells trained here.
         brute: cells that training every example would have taken.
@@ -161,11 +162,12 @@ def rank(
     choice, estimator = None, named
     if estimator is None:
         choice, estimator = _chosen(sweep, single, step, known, without)
-    values = _all_values(sweep, manifest, estimator, step, compute)[:, list(places)]
+    values = _all_values(sweep, manifest, estimator, step, compute, places)
     rows = sorted(known.effect)
     gold = known.matrix(rows)[:, list(places)]
     sems = np.stack([known.sem[index] for index in rows])[:, list(places)]
-    calibration, covered = calibrate(values[rows], gold, sems), coverage(values[rows], gold)
+    own = np.array(values[:, rows]).T
+    calibration, covered = calibrate(own, gold, sems), coverage(own, gold)
     brute, trained = manifest.train * manifest.spec.seeds.count, 0
     most = manifest.train // SHARE if cells is None else cells // manifest.spec.seeds.count
     while asked := _to_verify(values, calibration, known, places, k):
@@ -249,9 +251,14 @@ def _sweeps_own(sweep: Sweep, manifest: Manifest, step: int) -> Iterator[tuple[N
 
 
 def _all_values(
-    sweep: Sweep, manifest: Manifest, estimator: Named, step: int, compute: Callable[[Manifest, list[Task]], None]
+    sweep: Sweep,
+    manifest: Manifest,
+    estimator: Named,
+    step: int,
+    compute: Callable[[Manifest, list[Task]], None],
+    evals: Sequence[int],
 ) -> Array:
-    """An estimator's values of all n training examples at one step, float64 (n, m)."""
+    """An estimator's values of all n training examples at one step, float64 (evals, n), mapped from a nameless file."""
     n = manifest.train
     # What trains runs of its own reads all training examples in one; what takes gradients may take them in blocks.
     size = n if REGISTRY[estimator[0]].trains else max(1, min(n, VALUES // max(1, manifest.evals)))
@@ -261,7 +268,8 @@ def _all_values(
     for of in wanted:
         tasks += missing_estimates(of, sweep, Failures((), {}), step)
     compute(wanted[0], tasks)
-    values = np.empty((n, manifest.evals))
+    with tempfile.TemporaryFile() as file:
+        values = np.memmap(file, dtype=np.float64, mode="w+", shape=(len(evals), n))
     for of, span in zip(wanted, spans, strict=True):
         digest, seeds = value_digest(of, *estimator, step), runs_of(of, *estimator)
         [(_, entries)] = listed_blocks(sweep, of, step)
@@ -269,7 +277,7 @@ def _all_values(
         found = assemble(blocks, of, seeds)
         if found is None or (found.ndim == 3 and len(found) != 1):
             raise FimoError(f"estimator {estimator[0]} has no values at step {step}")
-        values[span.start : span.stop] = found if found.ndim == 2 else found[0]
+        values[:, span.start : span.stop] = (found if found.ndim == 2 else found[0])[:, list(evals)].T
     return values
 
 
@@ -280,10 +288,9 @@ def _singles(indices: Sequence[int] | range) -> tuple[NamedRemoval, ...]:
 def _to_verify(values: Array, calibration: Calibration, known: Known, evals: Sequence[int], k: int) -> Counter[int]:
     """Training indices that stand unmeasured in the top k of an evaluation example, with how many those are."""
     wanted: Counter[int] = Counter()
-    effects = calibration.effects(values)
-    for place in range(len(evals)):
-        effect, low, high = (x[:, place] for x in effects)
-        verified = of_eval(known.effect, evals[place], len(values))
+    for place, number in enumerate(evals):
+        effect, low, high = (x[:, 0] for x in calibration.at(place).effects(values[place][:, None]))
+        verified = of_eval(known.effect, number, len(effect))
         wanted.update(candidates(effect, low, high, verified, k).must.tolist())
     return wanted
 

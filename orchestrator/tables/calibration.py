@@ -37,7 +37,7 @@ Pure functions over arrays of R removals × m evaluation examples.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,12 @@ class Calibration:
     level: float
     removals: int
     line: str | None
+
+    def at(self, place: int) -> Calibration:
+        """Of one evaluation example alone."""
+        names = ("slope", "own", "variance", "residual", "size")
+        own = replace(self.fit, **{name: getattr(self.fit, name)[[place]] for name in names})
+        return replace(self, fit=own, quantile=self.quantile[[place]], noise=self.noise[[place]])
 
     def effects(self, estimates: Array) -> tuple[Array, Array, Array]:
         """(effect, low, high) of estimates (n, m), each (n, m); low and high infinite without a quantile."""
