@@ -11,6 +11,7 @@ A derived manifest says what is wanted of each stage: the sweep's, with other re
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -145,46 +146,68 @@ def rank(
             f"{len(known.effect)} leave-one-out removals have all their cells; a ranking is calibrated on at least "
             f"{FEWEST}: add single indices to removals, and run the spec"
         )
-    final_model = read_final(manifest.spec, Path(manifest.beside))
+    with contextlib.ExitStack() as opened:
+        compute = _computing(sweep, manifest, where, listener, should_stop, opened)
+        choice, estimator = None, named
+        if estimator is None:
+            choice, estimator = _chosen(sweep, single, step, known, without)
+        values = _all_values(sweep, manifest, estimator, step, compute, places)
+        rows = sorted(known.effect)
+        gold = known.matrix(rows)[:, list(places)]
+        sems = np.stack([known.sem[index] for index in rows])[:, list(places)]
+        own = np.array(values[:, rows]).T
+        calibration, covered = calibrate(own, gold, sems), coverage(own, gold)
+        brute, trained = manifest.train * manifest.spec.seeds.count, 0
+        most = manifest.train // SHARE if cells is None else cells // manifest.spec.seeds.count
+        while asked := _to_verify(values, calibration, known, places, k):
+            wanted = sorted(sorted(asked, key=lambda index: (-asked[index], index))[: most - trained])
+            if not wanted:
+                break
+            listener.say(f"verifying {len(wanted)} training examples, {len(known.effect)} are measured")
+            of = replace(manifest, removals=_singles(wanted), estimators=())
+            compute(of, list(current_plan(of, sweep).shards))
+            fresh, _ = measured(sweep, of, step, listener.say)
+            lacking = [index for index in wanted if index not in fresh.effect]
+            if lacking:
+                raise FimoError(
+                    f"training example {lacking[0]} has no finite effect at step {step}: it cannot be verified"
+                )
+            known.take(fresh)
+            trained += len(wanted)
+    trained, left = trained * manifest.spec.seeds.count, sum(asked.values())
+    return Ranked(estimator, choice, step, places, k, values, calibration, covered, known, trained, brute, left)
+
+
+Compute = Callable[[Manifest, list[Task]], None]
+"""Has tasks of a derived manifest done; raises FimoError if one fails, or all are stopped."""
+
+
+def _computing(
+    sweep: Sweep,
+    manifest: Manifest,
+    where: Where,
+    listener: Listener,
+    should_stop: Callable[[], str | None],
+    opened: contextlib.ExitStack,
+) -> Compute:
+    """One pool for all stages, opened when the first task comes: a task carries its own removals and estimator."""
+    pools: list[Pool] = []
 
     def compute(of: Manifest, tasks: list[Task]) -> None:
         if not tasks:
             return
+        if not pools:
+            final_model = read_final(manifest.spec, Path(manifest.beside))
+            pools.append(opened.enter_context(where(sweep, manifest, final_model)))
         listener.start(current_plan(of, sweep), len(tasks))
         for removals in {task.removals for task in tasks}:
             sweep.write_set(of.digest, removals)
-        with where(sweep, of, final_model) as pool:
-            outcome = drive(tasks, pool, listener.result, should_stop)
+        outcome = drive(tasks, pools[0], listener.result, should_stop)
         if outcome.set_aside or outcome.stopped:
             why = outcome.set_aside[0].line if outcome.set_aside else str(outcome.stopped)
             raise FimoError(f"{why}; what is done is kept, and the same command goes on from it")
 
-    choice, estimator = None, named
-    if estimator is None:
-        choice, estimator = _chosen(sweep, single, step, known, without)
-    values = _all_values(sweep, manifest, estimator, step, compute, places)
-    rows = sorted(known.effect)
-    gold = known.matrix(rows)[:, list(places)]
-    sems = np.stack([known.sem[index] for index in rows])[:, list(places)]
-    own = np.array(values[:, rows]).T
-    calibration, covered = calibrate(own, gold, sems), coverage(own, gold)
-    brute, trained = manifest.train * manifest.spec.seeds.count, 0
-    most = manifest.train // SHARE if cells is None else cells // manifest.spec.seeds.count
-    while asked := _to_verify(values, calibration, known, places, k):
-        wanted = sorted(sorted(asked, key=lambda index: (-asked[index], index))[: most - trained])
-        if not wanted:
-            break
-        listener.say(f"verifying {len(wanted)} training examples, {len(known.effect)} are measured")
-        of = replace(manifest, removals=_singles(wanted), estimators=())
-        compute(of, list(current_plan(of, sweep).shards))
-        fresh, _ = measured(sweep, of, step, listener.say)
-        lacking = [index for index in wanted if index not in fresh.effect]
-        if lacking:
-            raise FimoError(f"training example {lacking[0]} has no finite effect at step {step}: it cannot be verified")
-        known.take(fresh)
-        trained += len(wanted)
-    trained, left = trained * manifest.spec.seeds.count, sum(asked.values())
-    return Ranked(estimator, choice, step, places, k, values, calibration, covered, known, trained, brute, left)
+    return compute
 
 
 def measured(
@@ -255,7 +278,7 @@ def _all_values(
     manifest: Manifest,
     estimator: Named,
     step: int,
-    compute: Callable[[Manifest, list[Task]], None],
+    compute: Compute,
     evals: Sequence[int],
 ) -> Array:
     """An estimator's values of all n training examples at one step, float64 (evals, n), mapped from a nameless file."""
