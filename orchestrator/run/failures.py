@@ -102,7 +102,9 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
                 estimator = (str(body["estimator"]), str(body["params"]))
                 wanted = estimator in manifest.estimators and _still_dear(body.get("budget"), manifest)
                 if wanted and manifest.spec.estimators is None:
-                    left_out[estimator] = str(body["error"]).removeprefix(f"{estimator[0]}: ")
+                    left_out[estimator] = (
+                        str(body["error"]).removeprefix("estimator ").removeprefix(f"{estimator[0]}: ")
+                    )
                     continue
         except (KeyError, TypeError):
             line, final, wanted = "its record cannot be read", False, True
