@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
 from fimo.estimators.base import Hyperparameters, Problem
@@ -20,10 +21,13 @@ class OwnSeeds(Hyperparameters):
     ``estimate`` trains with the first ``seeds`` of ``problem.seeds``, whatever these are.
 
     Attributes:
-        seeds: how many; None = as many as the sweep has.
+        seeds: how many; None = as many as the sweep has, at most ``most_seeds``.
         own_seeds: the sweep's own, the first ones: a check of the estimator, not an estimate to be scored.
         last_step: estimate no amounts beyond this step, and train no further; None = all.
     """
+
+    most_seeds: ClassVar[int | None] = None
+    """Seeds at most if their number is not given."""
 
     seeds: int | None = None
     own_seeds: bool = False
@@ -40,10 +44,11 @@ class OwnSeeds(Hyperparameters):
 
     def runs(self, seeds: Sequence[int]) -> tuple[int, ...]:
         """Those directly after the sweep's largest; with ``own_seeds`` the sweep's first ones."""
+        count = self.seeds if self.seeds is not None else len(seeds[: self.most_seeds])
         if self.own_seeds or not seeds:
-            return tuple(seeds)[: self.seeds]
+            return tuple(seeds)[:count]
         first = max(seeds) + 1
-        return tuple(range(first, first + (self.seeds or len(seeds))))
+        return tuple(range(first, first + count))
 
     def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
         """``runs``: a sweep that grows into them has the values computed anew."""

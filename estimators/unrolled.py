@@ -27,34 +27,29 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
-from fimo.estimators.base import JSON, Estimate, Hyperparameters, Problem, estimating, finite
+from fimo.estimators.amounts import settings_of
+from fimo.estimators.base import JSON, Estimate, Problem, estimating, finite
 from fimo.estimators.counts import Work
 from fimo.estimators.operators import changes, gradients
 from fimo.estimators.operators.changes import Changes
 from fimo.estimators.operators.cotangents import Checkpoints, cotangents
 from fimo.estimators.operators.gradients import Layout, directional, each_example
 from fimo.estimators.operators.trajectory import Trajectory
+from fimo.estimators.own_seeds import OwnSeeds
 from fimo.workers.batches import Removal
 from fimo.workers.errors import DivergedError
 from fimo.workers.examples import Batch
-
-SEEDS = 4
-"""Own seeds at most if the number is not given."""
 
 WATCHED = 4
 """Removals whose changes tell the adjoint whether changes grow."""
 
 
 @dataclass(frozen=True)
-class Unrolled(Hyperparameters):
+class Unrolled(OwnSeeds):
     """Linearised further training, averaged over seeds: an estimate for each recorded step, in units of g.
 
     Attributes:
         direction: forward, adjoint (unclipped SGD alone), or auto: whichever needs fewer Hessian-vector products.
-        seeds: how many seeds of its own; None = as many as the sweep has, at most ``SEEDS``.
-        own_seeds: a check of the estimator: with the sweep's own first seeds, whose noise it then shares.
-        last_step: estimate no amounts beyond this step; None = all.
 
     Cost a seed, in Hessian-vector products of a batch: T·R forward; Σ_t t·E over the recorded steps t, and as many
     derivatives of the removals' losses, adjoint.
@@ -64,46 +59,22 @@ class Unrolled(Hyperparameters):
     version: ClassVar[int] = 2
     # Forwards, the changes are carried once for all evaluation examples of a block.
     evals_together: ClassVar[int] = 1024
+    most_seeds: ClassVar[int | None] = 4
 
     direction: Literal["auto", "forward", "adjoint"] = "auto"
-    seeds: int | None = None
-    own_seeds: bool = False
-    last_step: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.seeds is None or self.seeds >= 1, "seeds must be at least 1")
-        self.require(self.last_step is None or self.last_step >= 1, "last_step must be at least 1")
-
-    def follows_training(self) -> bool:
-        """Every step is the sweep's own."""
-        return True
-
-    def runs(self, seeds: Sequence[int]) -> tuple[int, ...]:
-        """The seeds directly after the sweep's largest; with ``own_seeds`` the sweep's first."""
-        count = min(len(seeds), SEEDS) if self.seeds is None else self.seeds
-        if self.own_seeds or not seeds:
-            return tuple(seeds)[:count]
-        return tuple(range(max(seeds) + 1, max(seeds) + 1 + count))
-
-    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
-        """Those that it trains with."""
-        return self.runs(seeds)
 
     def unsuited(self, problem: Problem) -> str | None:
         """There is no further training, or no seed, to follow; or no adjoint."""
         settings = problem.further_training
-        if settings is None:
-            return NEEDS_TRAINING
-        if self.direction == "adjoint" and changes.is_finite(settings):
+        if settings is not None and self.direction == "adjoint" and changes.is_finite(settings):
             what = "clipped gradients" if settings.optimizer.name == "sgd" else settings.optimizer.name
             return f"direction: adjoint follows unclipped SGD alone, not {what}; leave direction out"
-        return None if problem.seeds else "trains with seeds and needs at least one"
+        return super().unsuited(problem)
 
     def work(self, problem: Problem) -> Work:
         """A product with a batch's Hessian for every step and removal, or for every step and evaluation example back
         from each recorded step; and the baseline."""
-        settings, steps = settings_of(self, problem), recorded_steps(problem, settings_of(self, problem))
+        settings, steps = settings_of(self, problem), self.wanted_steps(problem)
         examples = len(problem.seeds) * min(settings.batch_size, len(problem.train))
         rows = steps[-1] * len(problem.removals)
         if not self._is_forward(problem, steps):
@@ -122,10 +93,8 @@ class Unrolled(Hyperparameters):
             DivergedError: changes grow without bound before the first recorded step.
         """
         self.refuse_unsuited(problem)
-        settings, seeds = settings_of(self, problem), list(problem.seeds)[: self.seeds]
-        recorded = recorded_steps(problem, settings)
-        steps = tuple(s for s in recorded if self.last_step is None or s <= self.last_step)
-        self.require(bool(steps), f"last_step lies before the first recorded step, {recorded[0]}")
+        seeds = list(problem.seeds)[: self.seeds]
+        steps = self.wanted_steps(problem)
         forward = self._is_forward(problem, steps)
         along = _forward if forward else _adjoint
         total = torch.zeros(len(steps), len(problem.removals), len(problem.evals), dtype=torch.float64)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fimo import estimators
 from fimo.orchestrator.run.estimating import estimate_identity
+from fimo.orchestrator.run.plan import shard_size
 from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import Entry
@@ -55,6 +56,18 @@ def runs_of(manifest: Manifest, estimator: str, params: str) -> tuple[int, ...]:
     """The seeds that an estimator trains with on a sweep, ascending; none if it trains no runs of its own."""
     [named] = estimators.parse({"name": estimator, **json.loads(params)})
     return tuple(sorted(named.runs(tuple(manifest.spec.seeds))))
+
+
+def shares(manifest: Manifest, estimator: str, params: str) -> Iterator[tuple[int | None, int, int]]:
+    """(seed, first, count) of an estimator's blocks: lowest seeds first; None if it trains no runs of its own."""
+    kind = estimators.REGISTRY[estimator]
+    size = kind.evals_together
+    if kind.trains:
+        # A run is as dear as a cell. With its baseline a block is no more than a shard, whatever ``resources`` say.
+        size = min(size, shard_size(manifest.scalars, manifest.steps[-1]) - 1)
+    for seed in runs_of(manifest, estimator, params) or (None,):
+        for first in range(0, manifest.evals, size):
+            yield seed, first, min(size, manifest.evals - first)
 
 
 def assemble(

@@ -110,7 +110,7 @@ def run(
     for _ in range(ROUNDS):
         tasks, plan = _owed(manifest, sweep, shards)
         if tasks:
-            _note_sets(manifest, sweep, tasks)
+            note_sets(manifest, sweep, tasks)
             listener.start(plan, len(tasks))
             final_model = read_final(manifest.spec, Path(manifest.beside))
             with (where or on_ray(None))(sweep, manifest, final_model) as pool:
@@ -130,7 +130,7 @@ def _owed(manifest: Manifest, sweep: Sweep, shards: bool) -> tuple[list[Task], P
     return [task for task in tasks if shards or isinstance(task, EstimateTask)], plan
 
 
-def _note_sets(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task]) -> None:
+def note_sets(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task]) -> None:
     """A set of removals is in the store before anything that its hash names."""
     for removals in {task.removals for task in tasks}:
         sweep.write_set(manifest.digest, removals)

@@ -5,13 +5,11 @@ Resuming is this and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import chain, zip_longest
 
-from fimo import estimators
-from fimo.orchestrator.run.blocks import Named, held_removals, listed_blocks, runs_of, value_digest
+from fimo.orchestrator.run.blocks import Named, held_removals, listed_blocks, shares, value_digest
 from fimo.orchestrator.run.failures import Failures, task_id
-from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, make_plan, shard_size, size_of_shards
+from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, make_plan, size_of_shards
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -50,23 +48,11 @@ def missing_estimates(
                 seed, set_name, first, count = block
                 removals = held_removals(sweep, manifest, entry.key, set_name)
                 held.setdefault((seed, first, count), set()).update(r.indices for r in removals)
-        for seed, first, count in _shares(manifest, estimator, params):
+        for seed, first, count in shares(manifest, estimator, params):
             lacking = tuple(r for r in manifest.removals if r.indices not in held.get((seed, first, count), set()))
             if lacking:
                 tasks.append(EstimateTask(estimator, params, lacking, first, count, count == manifest.evals, seed, at))
     return tasks
-
-
-def _shares(manifest: Manifest, estimator: str, params: str) -> Iterator[tuple[int | None, int, int]]:
-    """(seed, first, count) of an estimator's blocks: lowest seeds first; None if it trains no runs of its own."""
-    kind = estimators.REGISTRY[estimator]
-    size = kind.evals_together
-    if kind.trains:
-        # A run is as dear as a cell. With its baseline a block is no more than a shard, whatever ``resources`` say.
-        size = min(size, shard_size(manifest.scalars, manifest.steps[-1]) - 1)
-    for seed in runs_of(manifest, estimator, params) or (None,):
-        for first in range(0, manifest.evals, size):
-            yield seed, first, min(size, manifest.evals - first)
 
 
 def owed_tasks(manifest: Manifest, sweep: Sweep, failures: Failures) -> tuple[list[Task], Plan]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fimo.estimators import REGISTRY
 from fimo.orchestrator.resolve.resolved import Resolved, read_final
 from fimo.orchestrator.run.blocks import Named, assemble, common_steps, listed_blocks, runs_of, value_digest
-from fimo.orchestrator.run.driver import Listener
+from fimo.orchestrator.run.driver import Listener, note_sets
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import Gathered, seed_blocks
 from fimo.orchestrator.run.owed import current_plan, missing_estimates
@@ -200,8 +200,7 @@ def _computing(
             final_model = read_final(manifest.spec, Path(manifest.beside))
             pools.append(opened.enter_context(where(sweep, manifest, final_model)))
         listener.start(current_plan(of, sweep), len(tasks))
-        for removals in {task.removals for task in tasks}:
-            sweep.write_set(of.digest, removals)
+        note_sets(of, sweep, tasks)
         outcome = drive(tasks, pools[0], listener.result, should_stop)
         if outcome.set_aside or outcome.stopped:
             why = outcome.set_aside[0].line if outcome.set_aside else str(outcome.stopped)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import torch
 from fimo.estimators import REGISTRY
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
 from fimo.orchestrator.run import estimating
-from fimo.orchestrator.run.blocks import runs_of, value_digest
+from fimo.orchestrator.run.blocks import shares, value_digest
 from fimo.orchestrator.run.plan import EstimateTask, Shard, Task
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
 from fimo.orchestrator.run.proving import Proven, proven
@@ -233,9 +232,7 @@ def _budgeted(manifest: Manifest, task: EstimateTask) -> int | None:
     """How many tasks like this one there are, of an estimator that nobody named; else None."""
     if manifest.spec.estimators is not None or task.at is not None:
         return None
-    seeds = len(runs_of(manifest, task.estimator, task.params)) or 1
-    together: int = REGISTRY[task.estimator].evals_together
-    return seeds * math.ceil(manifest.evals / together)
+    return sum(1 for _ in shares(manifest, task.estimator, task.params))
 
 
 def _run(
