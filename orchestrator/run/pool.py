@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pickle
 import signal
 import socket
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fimo.orchestrator.resolve.code import code_files, write_files
+from fimo.orchestrator.run.entry import enter
 from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.schedule import Failed, Lost, Result
 from fimo.orchestrator.run.tasks import Receipt, is_prepared, run_task
@@ -174,7 +176,7 @@ def on_ray(
     return pool
 
 
-def _on_worker(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Task) -> Receipt:
+def _work(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Task) -> Receipt:
     """``run_task`` in a worker; θᶠ is fetched (by reference: once a node) only by a process that lacks it."""
     import ray
 
@@ -204,16 +206,16 @@ class RayPool:
         # Bind max_calls here: otherwise Ray gives each GPU task a new process (0.8 s against 1 ms).
         # Leave retries to the schedule, which tells a worker's death from a task's own error.
         remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=0, max_retries=0)
-        self._work = remote(_on_worker)
-        # Every task unpickles these two, and carries removals of its own: the sweep's whole list stays here.
-        self._sweep, self._manifest = ray.put(sweep), ray.put(dataclasses.replace(manifest, removals=()))
+        self._work = remote(enter)
+        # Every task unpickles these, and carries removals of its own: the sweep's whole list stays here.
+        self._shared = ray.put(pickle.dumps((_work, sweep, dataclasses.replace(manifest, removals=()))))
         # In a list, the reference itself travels, not the bytes.
         self._final = [ray.put(final_model)]
         self._flying: dict[Any, Any] = {}
 
     def submit(self, task: Task) -> Hashable:
         """Start a task."""
-        reference = self._work.remote(self._sweep, self._manifest, self._final, task)
+        reference = self._work.remote(self._shared, self._final, pickle.dumps(task))
         self._flying[reference] = task
         handle: Hashable = reference
         return handle

@@ -56,7 +56,7 @@ def descendants(pid: int) -> list[tuple[int, str]]:
 
 def busy_workers(cluster: int) -> list[int]:
     """Pids of the cluster's workers that are running a task now."""
-    return [pid for pid, command in descendants(cluster) if command.startswith("ray::_on_worker")]
+    return [pid for pid, command in descendants(cluster) if command.startswith("ray::enter")]
 
 
 def kill(pid: int) -> bool:

@@ -1,0 +1,41 @@
+"""Where a task enters a worker process.
+
+Python cannot import torch twice: after an import that failed halfway, every later one fails too, each time in another
+way. A worker in that state would take task after task and fail them all. So this module imports nothing but the
+standard library, what it is given is bytes, and a worker whose imports fail says why, once, and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from typing import Any
+
+LAST_WORDS_S = 1.0
+"""Seconds that a broken worker has for its error to travel."""
+
+_broken = threading.Event()
+
+
+def enter(shared: bytes, final_model: list[Any], task: bytes) -> Any:
+    """Run a task in this process and return its receipt.
+
+    Args:
+        shared: the pickled function that runs tasks, sweep and manifest; ``task``: pickled too.
+
+    Raises:
+        Exception: the task's own error, or that of the imports that it needs.
+    """
+    if _broken.is_set():
+        # The driver counts a worker's death, but no failure, against what waits here.
+        time.sleep(60 * LAST_WORDS_S)
+    try:
+        work, sweep, manifest = pickle.loads(shared)
+        wanted = pickle.loads(task)
+    except Exception:
+        _broken.set()
+        threading.Timer(LAST_WORDS_S, os._exit, [1]).start()
+        raise
+    return work(sweep, manifest, final_model, wanted)

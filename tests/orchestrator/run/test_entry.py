@@ -1,0 +1,32 @@
+"""A worker whose imports fail: it says why, fails one task, and ends before it takes others down."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+BROKEN = """
+import pickle, sys
+class Broken:
+    def __reduce__(self):
+        return __import__, ("no_such_module",)
+from fimo.orchestrator.run import entry
+assert "torch" not in sys.modules
+entry.LAST_WORDS_S = 0.2
+try:
+    entry.enter(pickle.dumps(Broken()), [], b"")
+except ImportError as error:
+    print("said:", error, flush=True)
+entry.enter(pickle.dumps(Broken()), [], b"")
+print("took another task", flush=True)
+"""
+
+
+def test_a_worker_that_cannot_import_says_why_once_and_ends() -> None:
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "said: No module named 'no_such_module'" in ended.stdout
+    assert "took another task" not in ended.stdout
+    assert time.monotonic() - began < 30
