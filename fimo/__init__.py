@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fimo.orchestrator.notebook import load_spec as load_spec
     from fimo.orchestrator.notebook import open_sweep as open_sweep
     from fimo.orchestrator.notebook import run as run
+    from fimo.orchestrator.tables.audit import audit as audit
     from fimo.workers.converters import from_kronfluence as from_kronfluence
     from fimo.workers.converters import from_torch_influence as from_torch_influence
     from fimo.workers.definition import attribution as attribution
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Workload": "fimo.workers.workload",
     "attribution": "fimo.workers.definition",
+    "audit": "fimo.orchestrator.tables.audit",
     "from_kronfluence": "fimo.workers.converters",
     "from_torch_influence": "fimo.workers.converters",
     "load_spec": "fimo.orchestrator.notebook",
@@ -31,6 +33,7 @@ _WHERE = {
 __all__ = [
     "Workload",
     "attribution",
+    "audit",
     "from_kronfluence",
     "from_torch_influence",
     "load_spec",

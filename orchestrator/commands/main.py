@@ -20,6 +20,7 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
     verify,
     estimate,
     import_scores,
+    audit,
 )
 
 # isort: on

@@ -16,6 +16,8 @@ COLUMNS = 6
 """Amounts shown in the score table; all of them are in ``scores.parquet``."""
 
 
+SHOWN_SCORES = (("cosine", "baseline"), ("cosine", "mean"), ("spearman", "baseline"))
+"""What a person is shown of metrics and adjustments: an adjustment moves no rank."""
 METRIC_NAMES = {"lds": "LDS (Spearman over random groups)"}
 
 
@@ -94,6 +96,19 @@ def _score(row: dict[str, Any] | None) -> str:
     if row is None or row["score"] is None:
         return "–"
     return f"{row['score']:.3f}" + (f" ± {row['sem']:.3f}" if row["sem"] is not None else "")
+
+
+def number(value: float | None) -> str:
+    """A figure for people."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def scored(row: Mapping[str, Any]) -> str:
+    """A score with its interval for people."""
+    if row["score"] is None:
+        return "–"
+    interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+    return f"{row['score']:.3f}{interval}"
 
 
 def size(count: float) -> str:

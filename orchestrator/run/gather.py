@@ -31,7 +31,8 @@ from fimo.orchestrator.tables.reduce import (
     training_only_table,
 )
 from fimo.orchestrator.tables.sanity import is_nonsense, warnings
-from fimo.orchestrator.tables.score import EstimateMatrix, Scorer, similarity_table
+from fimo.orchestrator.tables.score import EstimateMatrix, Scorer
+from fimo.orchestrator.tables.similarity import similarity_table
 from fimo.workers.errors import StoreError
 
 Costs = list[tuple[object, ...]]
@@ -187,7 +188,8 @@ def _look(gathered: Gathered, manifest: Manifest, reduction: Reduction) -> None:
         return
     there = np.asarray((reduction.effects.count > 0).all(axis=1))
     seeds, beyond = len(reduction.seeds), reduction.exploded
-    ceilings = gathered.tables["reliability"]["ceiling"].to_pylist()
+    rows = gathered.tables["reliability"].to_pylist()
+    ceilings = [row["ceiling"] for row in rows if row["measured"] and row["adjust"] == "baseline"]
     effects, floor = reduction.effects.mean[there], reduction.floor / np.sqrt(seeds)
     if len(effects) > 1:
         gathered.warnings += warnings(manifest.steps, effects, floor, beyond, ceilings, seeds)
@@ -220,7 +222,7 @@ def _tables(
         "estimates": _estimates_table(estimates, manifest),
         "scores": scorer.table(),
         "similarity": similarity_table(estimates),
-        "reliability": scorer.reliability(reduction.floor),
+        "reliability": scorer.reliability_table(),
         "removals": removals_table(manifest.removals),
         "costs": schemas.table(schemas.COSTS, **{n: list(c) for n, c in zip(names, columns, strict=True)}),
     }

@@ -40,6 +40,7 @@ from fimo.orchestrator.tables.agreement import undefined
 from fimo.orchestrator.tables.calibration import Calibration, calibrate, coverage
 from fimo.orchestrator.tables.ranking import Choice, candidates, choose
 from fimo.orchestrator.tables.reduce import reduce
+from fimo.orchestrator.tables.reliability import trust_at
 from fimo.workers.errors import FimoError, UsageError
 
 Array = NDArray[np.float64]
@@ -61,11 +62,13 @@ class Known:
 
     Attributes:
         effect, sem: index -> (m,) of the sweep's evaluation examples; ``seeds``: index -> how many.
+        ceilings: the highest cosine against these effects, (m,); None with one seed.
     """
 
     effect: dict[int, Array] = field(default_factory=dict)
     sem: dict[int, Array] = field(default_factory=dict)
     seeds: dict[int, int] = field(default_factory=dict)
+    ceilings: Array | None = None
 
     def take(self, other: Known) -> None:
         """Know what the other knows too."""
@@ -226,6 +229,9 @@ def measured(
             [index] = removal.indices
             known.effect[index] = reduction.effects.mean[row, place]
             known.sem[index], known.seeds[index] = sem[row, place], count
+    trust = trust_at(reduction, np.array([r.indices[0] in known.effect for r in manifest.removals]), place, "baseline")
+    if trust is not None:
+        known.ceilings = trust.ceiling()
     floor = reduction.floor[place] / np.sqrt(max(len(reduction.seeds), 1))
     without = np.ones(manifest.evals, dtype=np.bool_)
     if known.effect:
@@ -240,16 +246,13 @@ def _chosen(
     """Of the sweep's own estimators the one with the best normalised score; see ``tables.ranking.choose``."""
     rows = [place for place, r in enumerate(manifest.removals) if r.indices[0] in known.effect]
     gold = known.matrix([manifest.removals[place].indices[0] for place in rows])
-    sem = np.stack([known.sem[manifest.removals[place].indices[0]] for place in rows])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ceilings = np.sqrt(np.maximum(1 - np.square(sem).sum(axis=0) / np.square(gold).sum(axis=0), 0))
     names: list[Named] = []
     matrices: list[Array] = []
     for named, values in _sweeps_own(sweep, manifest, step):
         if named[0] not in TOO_DEAR:
             names.append(named)
             matrices.append(values[rows])
-    choice = choose(matrices, gold, ceilings, without) if names else None
+    choice = choose(matrices, gold, known.ceilings, without) if names else None
     if choice is None:
         raise UsageError("no estimator of the sweep is complete and defined at the step: name one with --estimator")
     return choice, names[choice.place]

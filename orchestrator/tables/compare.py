@@ -3,12 +3,11 @@
 The agreement is that of ``score.py``: cosine or Spearman over removals for each evaluation example, averaged over the
 examples, those that are constant, drowned in rounding or exploded in either standard counted as undefined.
 
-**Ceilings.** A mean over k seeds is the truth plus noise. For an evaluation example with mean effects ē and noise
-N = Σ_r sem_r², the reliability is ρ = 1 − N/‖ē‖², and √ρ the highest cosine that anything can be expected to reach
-against ē (Schoppe et al. 2016); for ``mean`` both are of the effects centred within each seed, since removals share
-the noise of their baseline. Two measurements of one truth agree at √(ρ₁ρ₂), the *joint ceiling*. All three are averaged
-over the examples. For Spearman there is no closed form: ρ = 2r/(1+r) with r the Spearman correlation of the means over
-even and over odd seeds (Spearman and Brown), an approximation.
+**Ceilings.** A mean over k seeds is the truth plus noise. For an evaluation example √ρ, with ρ the reliability of the
+mean effects, is the highest cosine that anything can be expected to reach against it (``tables/trust.py``). Two
+measurements of one truth agree at √(ρ₁ρ₂), the *joint ceiling*. All three are averaged over the examples. For Spearman
+there is no closed form: ρ = 2r/(1+r) with r the Spearman correlation of the means over even and over odd seeds
+(Spearman and Brown), an approximation.
 
 **Shared noise.** Runs of one seed have one batch order in both sweeps, so their noise agrees and so do their means. A
 cosine's ``shared`` is the part of it that this accounts for, from the covariance over common seeds; 0 without any.
@@ -30,7 +29,8 @@ from numpy.typing import NDArray
 from fimo.orchestrator.tables import schemas as tables
 from fimo.orchestrator.tables.agreement import adjusted, cosine, dot, mean_and_sem, norm, ranks, undefined
 from fimo.orchestrator.tables.reduce import Reduction, SeedBlock, Welford, reduce
-from fimo.orchestrator.tables.score import ADJUSTMENTS, METRICS
+from fimo.orchestrator.tables.reliability import ADJUSTMENTS, trust_at
+from fimo.orchestrator.tables.score import METRICS
 
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
@@ -52,14 +52,12 @@ class Standard:
     """One of the two gold standards, R removals × T steps × m evaluation examples, as its seeds stream past."""
 
     def __init__(self, reduction: Reduction, shape: tuple[int, int, int]) -> None:
-        self.reduction, self.centred = reduction, Welford(shape)
+        self.reduction = reduction
         self.halves = (Welford(shape), Welford(shape))
 
     def add(self, block: SeedBlock) -> None:
         """Take one seed; a step at which it lacks a removal is left out of what needs whole seeds."""
-        centred = adjusted(block.effects, "mean")
-        self.centred.add(centred)
-        self.halves[block.seed % 2].add(centred)
+        self.halves[block.seed % 2].add(adjusted(block.effects, "mean"))
 
     def seeds(self) -> NDArray[np.int64]:
         """The most seeds that any removal has, (T,)."""
@@ -75,17 +73,16 @@ class Standard:
         floor = self.reduction.floor / np.sqrt(max(len(self.reduction.seeds), 1))
         return undefined(gold, floor) | self.reduction.exploded[:, None]
 
-    def reliability(self, metric: str, adjust: str, keep: NDArray[np.bool_]) -> Array:
-        """ρ of every evaluation example, (T, m), at least 0; NaN if there are too few seeds."""
+    def ceilings(self, metric: str, adjust: str, keep: NDArray[np.bool_]) -> Array:
+        """√ρ of every evaluation example, (T, m); NaN if there are too few seeds."""
         if metric == "spearman":
             first, second = (ranks(half.mean[keep]) for half in self.halves)
-            r = cosine(first, second)
+            r = np.maximum(cosine(first, second), 0)
             even, odd = (np.asarray((half.count[keep] > 0).all(axis=0)) for half in self.halves)
-            return np.where((even & odd)[:, None], 2 * np.maximum(r, 0) / (1 + np.maximum(r, 0)), np.nan)
-        sem = (self.reduction.effects if adjust == "baseline" else self.centred).sem()[keep]
-        square = dot(gold := self.gold(adjust, keep), gold)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.maximum(1 - dot(sem, sem) / square, 0)
+            return np.where((even & odd)[:, None], np.sqrt(2 * r / (1 + r)), np.nan)
+        steps, m = self.reduction.floor.shape
+        trusts = [trust_at(self.reduction, keep, place, adjust) for place in range(steps)]
+        return np.stack([np.full(m, np.nan) if trust is None else trust.ceiling() for trust in trusts])
 
 
 class Shared:
@@ -177,7 +174,7 @@ def _rows(
     without = seen.own.without(a) | seen.other.without(b)
     agreement = cosine(a, b) if metric == "cosine" else cosine(ranks(a), ranks(b))
     agreement = np.where(without, np.nan, agreement)
-    mine, theirs = (np.sqrt(side.reliability(metric, adjust, keep)) for side in (seen.own, seen.other))
+    mine, theirs = (side.ceilings(metric, adjust, keep) for side in (seen.own, seen.other))
     with np.errstate(divide="ignore", invalid="ignore"):
         shared = seen.shared.of_means(adjust, seen.own, seen.other) / (norm(a) * norm(b))
     if metric == "spearman":

@@ -39,14 +39,15 @@ class Choice:
     same: bool
 
 
-def choose(estimates: Sequence[Array], gold: Array, ceilings: Array, without: NDArray[np.bool_]) -> Choice | None:
+def choose(
+    estimates: Sequence[Array], gold: Array, ceilings: Array | None, without: NDArray[np.bool_]
+) -> Choice | None:
     """The estimator with the highest normalised score on the evaluation examples at even places, scored on the others.
 
     Args:
         estimates: float64 (R, m) of each; NaN = missing.
         gold: the attribution, float64 (R, m).
-        ceilings: √ρ by evaluation example (``compare.Standard.reliability``), (m,); NaN = not known, and then nothing
-            is divided.
+        ceilings: by evaluation example (``tables.trust``), (m,); None or NaN = not known, and then nothing is divided.
         without: where ``gold`` says nothing (``compare.Standard.without``), (m,).
 
     Examples for which a cosine is not defined are left out of its mean. An estimator that is defined for fewer than
@@ -78,12 +79,13 @@ def _count(values: Array, part: NDArray[np.bool_]) -> int:
     return int((part & ~np.isnan(values)).sum())
 
 
-def _score(values: Array, ceilings: Array, part: NDArray[np.bool_]) -> tuple[float, float | None] | None:
+def _score(values: Array, ceilings: Array | None, part: NDArray[np.bool_]) -> tuple[float, float | None] | None:
     """(mean cosine, the same over the mean ceiling) over a part's defined examples."""
     kept = part & ~np.isnan(values)
     if not kept.any():
         return None
-    score, ceiling = float(values[kept].mean()), float(ceilings[kept].mean())
+    score = float(values[kept].mean())
+    ceiling = float(ceilings[kept].mean()) if ceilings is not None else np.nan
     return score, score / ceiling if ceiling > 0 else None
 
 

@@ -17,6 +17,7 @@ from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.tables import schemas as tables
 from fimo.orchestrator.tables.sanity import exploded
+from fimo.orchestrator.tables.significance import p_values
 
 Array = NDArray[np.float64]
 
@@ -107,12 +108,38 @@ class Welford:
         return np.where(k > 1, np.sqrt(self.m2 / np.maximum(k - 1, 1) / np.maximum(k, 1)), np.nan)
 
 
+class Comoment:
+    """Running covariance of effects with their seed's training-only effect, elementwise; cells may be missing."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._count = np.zeros(shape[:-1], dtype=np.int64)
+        self._mean, self._sum = np.zeros(shape), np.zeros(shape)
+
+    def add(self, values: Array, baseline: Array, after: Welford) -> None:
+        """Take one block (R, T, m) with its baseline (T, m); ``after``: the moments of values, with this block."""
+        present = np.asarray(np.isfinite(values).all(axis=-1) & np.isfinite(baseline).all(axis=-1))
+        self._count += present
+        offset = np.where(present[..., None], baseline - self._mean, 0.0)
+        self._mean += offset / np.maximum(self._count, 1)[..., None]
+        self._sum += offset * np.where(present[..., None], values - after.mean, 0.0)
+
+    def spread(self, effects: Welford) -> Array:
+        """Var(Δ_i) − Var(Δ) over seeds, float64 (R, T, m): by how much removing i spreads g; NaN below two seeds.
+
+        With Δ_i = effect + Δ this is Var(effect) + 2 Cov(effect, Δ) (distributional attribution, arXiv 2506.12965).
+        """
+        k = effects.count[..., None]
+        return np.where(k > 1, (effects.m2 + 2 * self._sum) / np.maximum(k - 1, 1), np.nan)
+
+
 @dataclass
 class Reduction:
     """What the blocks of all seeds come to.
 
     Attributes:
         effects, training_only: running moments of the effects (R, T, m) and of the baseline's deltas (1, T, m).
+        centred, shift: of whole seeds, the effects less their mean over removals (R, T, m), and that mean (1, T, m).
+        joint: covariance of the effects with their baseline's deltas.
         floor: root mean square difference of two baselines of one seed, float64 (T, m): the noise of one effect.
         seeds: seeds of which there is at least one part.
         diverged: (removal number, seed, step) of runs that were not finite, −1 for a baseline.
@@ -121,6 +148,9 @@ class Reduction:
 
     effects: Welford
     training_only: Welford
+    centred: Welford
+    shift: Welford
+    joint: Comoment
     floor: Array
     seeds: list[int]
     diverged: list[tuple[int, int, int]]
@@ -138,12 +168,27 @@ def reduce(blocks: Iterable[SeedBlock], removals: int, steps: int, m: int) -> tu
     Returns:
         The blocks again, for whoever else needs them, and the reduction, which is final once they are consumed.
     """
-    result = Reduction(Welford((removals, steps, m)), Welford((1, steps, m)), np.zeros((steps, m)), [], [])
+    each, one = (removals, steps, m), (1, steps, m)
+    result = Reduction(
+        effects=Welford(each),
+        training_only=Welford(one),
+        centred=Welford(each),
+        shift=Welford(one),
+        joint=Comoment(each),
+        floor=np.zeros((steps, m)),
+        seeds=[],
+        diverged=[],
+    )
 
     def stream() -> Iterator[SeedBlock]:
         squares, parts = np.zeros((steps, m)), 0
         for block in blocks:
             result.effects.add(block.effects)
+            result.joint.add(block.effects, block.training_only, result.effects)
+            if block.complete:
+                shift = block.effects.mean(axis=0, keepdims=True)
+                result.centred.add(block.effects - shift)
+                result.shift.add(shift)
             result.training_only.add(block.training_only[None])
             squares, parts = squares + block.floor_squares, parts + block.floor_parts
             result.floor = np.sqrt(squares / max(parts, 1))
@@ -171,8 +216,11 @@ def attribution_table(reduction: Reduction, removals: Sequence[NamedRemoval], st
         eval=column(np.arange(m, dtype=np.int32)),
         step=column(np.array(steps, dtype=np.int32)[:, None]),
         effect=column(moments.mean),
-        sem=column(moments.sem()),
+        sem=column(sem := moments.sem()),
+        p=column(p_values(moments.mean, sem, counts)),
         seeds=column(counts.astype(np.int32)),
+        spread=column(reduction.joint.spread(moments)),
+        under_floor=column(np.abs(moments.mean) <= reduction.floor / np.sqrt(np.maximum(counts, 1))),
     )
 
 

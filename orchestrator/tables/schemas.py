@@ -6,6 +6,7 @@ Every table but ``costs`` is a pure function of the spec, so its bytes are the s
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,17 @@ from fimo.workers.errors import StoreError
 _INT, _REAL, _TEXT = pa.int32(), pa.float64(), pa.string()
 
 ATTRIBUTION = pa.schema(
-    [("removal", _INT), ("eval", _INT), ("step", _INT), ("effect", _REAL), ("sem", _REAL), ("seeds", _INT)]
+    [
+        ("removal", _INT),
+        ("eval", _INT),
+        ("step", _INT),
+        ("effect", _REAL),
+        ("sem", _REAL),
+        ("p", _REAL),
+        ("seeds", _INT),
+        ("spread", _REAL),
+        ("under_floor", pa.bool_()),
+    ]
 )
 TRAINING_ONLY = pa.schema([("eval", _INT), ("step", _INT), ("delta", _REAL), ("sem", _REAL), ("seeds", _INT)])
 ESTIMATES = pa.schema(
@@ -40,6 +51,10 @@ SCORES = pa.schema(
         ("step", _INT),
         ("score", _REAL),
         ("sem", _REAL),
+        ("low", _REAL),
+        ("high", _REAL),
+        ("ceiling", _REAL),
+        ("normalised", _REAL),
         ("evals", _INT),
         ("undefined", _INT),
     ]
@@ -58,7 +73,18 @@ SIMILARITY = pa.schema(
     ]
 )
 RELIABILITY = pa.schema(
-    [("step", _INT), ("seeds", _INT), ("split_half", _REAL), ("ceiling", _REAL), ("noise_floor", _REAL)]
+    [
+        ("step", _INT),
+        ("adjust", _TEXT),
+        ("seeds", _INT),
+        ("measured", pa.bool_()),
+        ("reliability", _REAL),
+        ("ceiling", _REAL),
+        ("noise_floor", _REAL),
+        ("significant", _REAL),
+        ("spearman_lower", _REAL),
+        ("spearman_upper", _REAL),
+    ]
 )
 REMOVALS = pa.schema([("removal", _INT), ("name", _TEXT), ("indices", pa.list_(_INT))])
 COMPARISON = pa.schema(
@@ -131,6 +157,12 @@ def table(schema: pa.Schema, **columns: Any) -> pa.Table:
         for field in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def from_rows(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.Table:
+    """A table of rows, which may be none; NaN and None become null."""
+    columns = list(zip(*rows, strict=True)) or [() for _ in schema]
+    return table(schema, **{field.name: list(c) for field, c in zip(schema, columns, strict=True)})
 
 
 def encode_table(value: pa.Table) -> bytes:

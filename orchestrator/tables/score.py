@@ -1,7 +1,8 @@
 """Scores: how close each estimate comes to the attribution, per step and per number of seeds averaged.
 
 A score is the mean over evaluation examples of the agreement over removals. For k seeds, the effects of disjoint
-windows of k consecutive seeds are averaged, scored, and the scores of the windows averaged. Pure functions over values.
+windows of k consecutive seeds are averaged, scored, and the scores of the windows averaged. An interval is of seeds and
+evaluation examples together (``tables/intervals.py``), a ceiling what a perfect estimate would reach. Pure functions.
 
 **lds**, the linear datamodeling score (Ilyas et al. 2022; Park et al., TRAK, 2023, section 2), is the Spearman
 correlation over random groups S_j of training examples, all of one size, between g after training on S_j and the sum
@@ -15,7 +16,7 @@ drop and mask, whose value is of the group as a whole, and for imported matrices
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,13 +25,17 @@ from numpy.typing import NDArray
 
 from fimo.orchestrator.tables import schemas as tables
 from fimo.orchestrator.tables.agreement import adjusted, cosine, mean_and_sem, norm, ranks, undefined
+from fimo.orchestrator.tables.groups import SeedGroups
+from fimo.orchestrator.tables.intervals import Spread, interval
 from fimo.orchestrator.tables.reduce import Reduction, SeedBlock
+from fimo.orchestrator.tables.reliability import ADJUSTMENTS, Reliability, windows
 from fimo.orchestrator.tables.sanity import exploded
 
 Array = NDArray[np.float64]
 METRICS = ("cosine", "spearman")
 LDS = "lds"
-ADJUSTMENTS = ("baseline", "mean")
+Key = tuple[int, str, str]
+"""Number of an estimate, metric, adjustment."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +62,21 @@ class EstimateMatrix:
         return places, np.moveaxis(chosen, 0, 1)
 
 
-def windows(seeds: int) -> list[int]:
-    """The numbers of seeds averaged: 1, 2, 5, 10, 20, 50, 100 … below ``seeds``, and ``seeds``."""
-    series = [base * 10**power for power in range(10) for base in (1, 2, 5)]
-    return [k for k in series if k < seeds] + ([seeds] if seeds else [])
-
-
 @dataclass
 class _Agreements:
-    """Sums over windows of per-example agreements: [estimate][metric][adjust] -> (T, m), and how many were defined."""
+    """Sums over windows of per-example agreements (T, m), how many were defined, and their spread over windows."""
 
-    total: dict[tuple[int, str, str], Array] = field(default_factory=dict)
-    count: dict[tuple[int, str, str], NDArray[np.int64]] = field(default_factory=dict)
+    total: dict[Key, Array] = field(default_factory=dict)
+    count: dict[Key, NDArray[np.int64]] = field(default_factory=dict)
+    spread: dict[Key, Spread] = field(default_factory=dict)
 
-    def add(self, key: tuple[int, str, str], values: Array) -> None:
+    def add(self, key: Key, values: Array) -> None:
         defined = ~np.isnan(values)
         self.total[key] = self.total.get(key, 0.0) + np.where(defined, values, 0.0)
         self.count[key] = self.count.get(key, 0) + defined
+        self.spread.setdefault(key, Spread()).add(values)
 
-    def mean(self, key: tuple[int, str, str]) -> Array:
+    def mean(self, key: Key) -> Array:
         return np.where(self.count[key] > 0, self.total[key] / np.maximum(self.count[key], 1), np.nan)
 
 
@@ -102,28 +103,28 @@ class Scorer:
         self._sums: dict[int, Array] = {}
         self._beyond: dict[int, NDArray[np.bool_]] = {}
         self._held: dict[int, int] = dict.fromkeys(self.results, 0)
-        self.halves: list[Array | float] = [0.0, 0.0]
-        self.half_counts = [0, 0]
-        self.complete = 0
+        self._without_one: dict[Key, Spread] = {}
+        self.groups = SeedGroups()
+        self.reliability: Reliability | None = None
 
     def add(self, block: SeedBlock, floor: Array) -> None:
         """Take one seed; ``floor`` (T, m) is the noise of one effect as known so far."""
         if not block.complete:
             return
-        half = self.complete % 2
-        self.halves[half] = self.halves[half] + block.effects
-        self.half_counts[half] += 1
-        self.complete += 1
+        self.groups.add(block.effects)
         beyond = exploded(block.training_only, block.scale)
         for k, result in self.results.items():
             self._sums[k] = self._sums[k] + block.effects if self._held[k] else block.effects
             self._beyond[k] = self._beyond[k] | beyond if self._held[k] else beyond
             self._held[k] += 1
             if self._held[k] == k:
-                self._score(result, self._sums[k] / k, floor / np.sqrt(k), self._beyond[k])
+                effects = self._sums[k] / k
+                for key, values in self.agreements(effects, floor / np.sqrt(k), self._beyond[k]):
+                    result.add(key, values)
                 self._held[k] = 0
 
-    def _score(self, result: _Agreements, effects: Array, floor: Array, beyond: NDArray[np.bool_]) -> None:
+    def agreements(self, effects: Array, floor: Array, beyond: NDArray[np.bool_]) -> Iterator[tuple[Key, Array]]:
+        """Each agreement of each estimate with effects (R, T, m), per step and example; NaN where undefined."""
         ranked = ranks(effects)
         ranked_norm = norm(ranked)
         for adjust in ADJUSTMENTS:
@@ -140,92 +141,62 @@ class Scorer:
                     LDS: spearman,
                 }
                 for metric in self.metrics:
-                    result.add((number, metric, adjust), np.where(without[places], np.nan, agreements[metric]))
+                    yield (number, metric, adjust), np.where(without[places], np.nan, agreements[metric])
 
     def finish(self, reduction: Reduction) -> None:
         """Score the attribution itself: all seeds, removals without any finite seed left out."""
+        everywhere = np.asarray((reduction.effects.count > 0).all(axis=1))
+        self.reliability = Reliability(reduction, self.groups, everywhere)
         if not reduction.seeds:
             return
         result = self.results[len(reduction.seeds)] = _Agreements()
-        everywhere = np.asarray((reduction.effects.count > 0).all(axis=1))
         if everywhere.sum() < 2:
             return
         kept = Scorer([_rows(e, everywhere) for e in self.estimates], self.steps, 0, LDS in self.metrics)
         floor = reduction.floor / np.sqrt(len(reduction.seeds))
-        kept._score(result, reduction.effects.mean[everywhere], floor, reduction.exploded)
+        for key, values in kept.agreements(reduction.effects.mean[everywhere], floor, reduction.exploded):
+            result.add(key, values)
+        nowhere = np.zeros_like(reduction.exploded)
+        for _, _, others, _ in self.groups.left_out(everywhere):
+            for key, values in kept.agreements(others, np.zeros_like(floor), nowhere):
+                spread = self._without_one.setdefault(key, Spread())
+                spread.add(np.where(np.isnan(result.mean(key)), np.nan, values))
+
+    def reliability_table(self) -> pa.Table:
+        """``reliability.parquet``; without rows if there is no seed."""
+        return tables.RELIABILITY.empty_table() if self.reliability is None else self.reliability.table(self.steps)
 
     def table(self) -> pa.Table:
         """``scores.parquet``, rows by estimator in spec order, metric, adjustment, seeds, step."""
         rows: list[tuple[object, ...]] = []
         for number, estimate in enumerate(self.estimates):
-            places = self._aligned[number][0]
             for metric in self.metrics:
                 for adjust in ADJUSTMENTS:
-                    for k in sorted(self.results):
-                        result = self.results[k]
-                        if (number, metric, adjust) not in result.total:
-                            continue
-                        agreement = result.mean((number, metric, adjust))
-                        for row, place in enumerate(places):
-                            score, sem, evals = mean_and_sem(agreement[row])
-                            about = (estimate.estimator, estimate.params, metric, adjust, k, self.steps[place])
-                            rows.append((*about, score, sem, evals, agreement.shape[1] - evals))
-        return _table(tables.SCORES, rows)
+                    key = (number, metric, adjust)
+                    for k in sorted(k for k, result in self.results.items() if key in result.total):
+                        about = (estimate.estimator, estimate.params, metric, adjust, k)
+                        rows += ((*about, *row) for row in self._rows(key, k))
+        return tables.from_rows(tables.SCORES, rows)
 
-    def reliability(self, floor: Array) -> pa.Table:
-        """``reliability.parquet``: split halves over alternate seeds, and what they bound.
-
-        ``split_half`` is the mean over evaluation examples of the cosine between the attributions of either half of the
-        seeds; by Spearman and Brown, the attribution of all has reliability 2r/(1+r), whose square root is the highest
-        cosine that an estimator can be expected to reach against it.
-        """
-        rows: list[tuple[object, ...]] = []
-        counts = min(self.half_counts)
-        first, second = (np.asarray(h) / max(c, 1) for h, c in zip(self.halves, self.half_counts, strict=True))
-        noise = np.sqrt((floor * floor).mean(axis=1))
-        for place, step in enumerate(self.steps):
-            split, ceiling = None, None
-            if counts:
-                quiet = floor[place] / np.sqrt(counts)
-                without = undefined(first[:, place], quiet) | undefined(second[:, place], quiet)
-                split, _, _ = mean_and_sem(np.where(without, np.nan, cosine(first[:, place], second[:, place])))
-                ceiling = float(np.sqrt(2 * split / (1 + split))) if split is not None and split > 0 else None
-            rows.append((step, sum(self.half_counts), split, ceiling, float(noise[place])))
-        return _table(tables.RELIABILITY, rows)
+    def _rows(self, key: Key, k: int) -> Iterator[tuple[object, ...]]:
+        """What a row says beside its names, for each step that can be scored."""
+        number, metric, adjust = key
+        places, agreement = self._aligned[number][0], self.results[k].mean(key)
+        last = k == max(self.results) and key in self._without_one
+        spread = self._without_one[key] if last else self.results[k].spread[key]
+        seeds, both = spread.variances(jackknife=last)
+        ceilings = self.reliability.ceilings(metric, adjust, k) if self.reliability is not None else None
+        for row, place in enumerate(places):
+            values = agreement[row]
+            score, sem, evals = mean_and_sem(values)
+            low, high = interval(values, float(seeds[row]), float(both[row]), spread.count) or (None, None)
+            ceiling = None
+            if ceilings is not None and evals:
+                ceiling = float(ceilings[place][~np.isnan(values)].mean())
+            normalised = score / ceiling if score is not None and ceiling else None
+            yield self.steps[place], score, sem, low, high, ceiling, normalised, evals, len(values) - evals
 
 
 def _rows(estimate: EstimateMatrix, keep: NDArray[np.bool_]) -> EstimateMatrix:
     values = estimate.values[keep] if estimate.steps is None else estimate.values[:, keep]
     return EstimateMatrix(estimate.estimator, estimate.params, values, estimate.steps)
-
-
-def similarity_table(estimates: Sequence[EstimateMatrix]) -> pa.Table:
-    """``similarity.parquet``: mean cosine between any two estimators over evaluation examples.
-
-    ``step`` is null if neither depends on the amount of further training.
-    """
-    rows: list[tuple[object, ...]] = []
-    for a in estimates:
-        for b in estimates:
-            steps: list[int | None] = [None]
-            if a.steps is not None or b.steps is not None:
-                steps = [*sorted(set(a.steps or b.steps or ()) & set(b.steps or a.steps or ()))]
-            for step in steps:
-                agreement = cosine(_at(a, step), _at(b, step))
-                score, sem, evals = mean_and_sem(agreement)
-                rows.append(
-                    (a.estimator, a.params, b.estimator, b.params, step, score, sem, evals, len(agreement) - evals)
-                )
-    return _table(tables.SIMILARITY, rows)
-
-
-def _at(estimate: EstimateMatrix, step: int | None) -> Array:
-    if estimate.steps is None or step is None:
-        return estimate.values
-    values: Array = estimate.values[estimate.steps.index(step)]
-    return values
-
-
-def _table(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) or [() for _ in schema]
-    return tables.table(schema, **{f.name: list(c) for f, c in zip(schema, columns, strict=True)})

@@ -6,7 +6,9 @@ from scipy.stats import spearmanr
 
 from fimo.orchestrator.tables.agreement import cosine, ranks, undefined
 from fimo.orchestrator.tables.reduce import SeedBlock, reduce
-from fimo.orchestrator.tables.score import EstimateMatrix, Scorer, similarity_table, windows
+from fimo.orchestrator.tables.reliability import windows
+from fimo.orchestrator.tables.score import EstimateMatrix, Scorer
+from fimo.orchestrator.tables.similarity import similarity_table
 
 R, T, M, SEEDS = 6, 2, 3, 7
 STEPS = (4, 9)
@@ -99,7 +101,7 @@ def test_a_seed_that_lacks_a_removal_is_in_no_window_but_in_the_mean_of_all():
     gold = GOLD.copy()
     gold[3, 2] = np.nan
     scorer, reduction = scored(gold, [FIXED])
-    assert scorer.complete == SEEDS - 1
+    assert scorer.groups.seeds == SEEDS - 1
     assert reduction.effects.count[2].tolist() == [SEEDS - 1] * T
     [row] = [
         r
@@ -134,18 +136,6 @@ def test_ranks_give_ties_their_mean_rank():
 def test_undefined_is_constant_or_not_above_the_floor():
     effects = np.array([[1.0, 1e-9, 1.0], [1.0, -1e-9, -1.0]])
     assert undefined(effects, 1e-8).tolist() == [True, True, False]
-
-
-def test_reliability_is_the_split_half_cosine_and_its_ceiling():
-    scorer, reduction = scored(GOLD, [])
-    rows = scorer.reliability(reduction.floor).to_pylist()
-    for t, row in enumerate(rows):
-        odd, even = GOLD[1::2].mean(axis=0)[:, t], GOLD[::2].mean(axis=0)[:, t]
-        half = np.mean([cosine(odd[:, e], even[:, e]) for e in range(M)])
-        assert row["split_half"] == pytest.approx(half, abs=1e-12)
-        expected = np.sqrt(2 * half / (1 + half)) if half > 0 else None
-        assert row["ceiling"] == (pytest.approx(expected) if expected is not None else None)
-        assert row["noise_floor"] == pytest.approx(1e-10)
 
 
 def test_the_similarity_matrix_has_every_pair_and_ones_on_its_diagonal():
