@@ -3,7 +3,8 @@
 The baseline is θ_{s+1}, m_{s+1} = U_s(θ_s, m_s, ∇L_s(θ_s)), with m the optimizer's state. A removal adds q_s to the
 loss of step s (see ``trajectory``). To first order in the change δ_s of θ_s it changes the step's gradient by
 ∇²L_s(θ_s) δ_s + ∇q_s(θ_s); what the optimizer makes of that is carried along (see ``changes``): as a derivative under
-SGD, as a finite change under Adam and AdamW and through clipping. The estimate is ∇g(z, θ_t)ᵀ δ_t.
+SGD, as a finite change under Adam and AdamW and through clipping. The estimate is ∇g(z, θ_t)ᵀ δ_t / w, with δ_t the
+change that the sweep's removal weight w makes: the same for every w if the optimizer is linear, else not.
 
 **forward** carries one δ for each removal. One pass yields every evaluation example at every step.
 **adjoint** carries one cotangent for each evaluation example back from a recorded step. One pass yields every removal,
@@ -108,7 +109,8 @@ class Unrolled(OwnSeeds):
                     steps, notes["warning"] = _ended(self.name, problem, steps, seed, onset)
                 total = total[: len(steps)] + values[: len(steps)]
                 problem.say(f"unrolled: seed {number} of {len(seeds)} done")
-        return Estimate(finite(total / len(seeds), self.name), steps, notes)
+        weight = settings_of(self, problem).removal_weight
+        return Estimate(finite(total / len(seeds) / weight, self.name), steps, notes)
 
     def _is_forward(self, problem: Problem, steps: Sequence[int]) -> bool:
         assert problem.further_training is not None

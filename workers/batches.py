@@ -5,7 +5,7 @@ ragged last batch kept. Removal modes change nothing but the indices and weights
 
 * **drop** takes the removed indices out of the epoch's permutation and re-batches, so later examples slide forward;
 * **mask** keeps every batch and takes the removed indices out of the mean of the batch they are in;
-* **reweight** keeps every batch whole; the loop adds ``removed_weight(n)`` · Σ_{i∈removal} ℓ_i to every step's loss.
+* **reweight** keeps every batch whole; the loop adds ``removed_weight`` · Σ_{i∈removal} ℓ_i to every step's loss.
 
 This module knows nothing of models: it is arithmetic on indices. The definition, the stacks and the estimators that
 follow a trajectory read it. ``fimo.workers.stacking.folding`` makes one block of a step's blocks.
@@ -31,9 +31,9 @@ Removal = tuple[int, ...]
 BASELINE: Removal = ()
 
 
-def removed_weight(n: int) -> float:
-    """The weight of a removed example's loss in every step of reweight mode: −1/n, with n = |𝒟|."""
-    return -1.0 / n
+def removed_weight(n: int, settings: FurtherTraining) -> float:
+    """What a removed example's loss is multiplied by in every step of reweight mode: −w/n, with n = |𝒟|."""
+    return -settings.removal_weight / n
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The number, defined: further training of one cell in plain torch, and the attribution that it adds up to.
 
     Δ_i(z, t, ξ)  =  g(z, θᶠ + Δθ_t(𝒟₋ᵢ, ξ)) − g(z, θᶠ)                                  a cell's delta
-    a*_i(z, t)    =  E_ξ [ Δ_i(z, t, ξ) − Δ(z, t, ξ) ]                                    (Wei et al. 2025, eq. 17)
+    a*_i(z, t)    =  E_ξ [ Δ_i(z, t, ξ) − Δ(z, t, ξ) ] / w                                (Wei et al. 2025, eq. 17)
     a*_i − mean over the removals of a*                                                    (eq. 13)
 
 with Δ, without a subscript, the *baseline*: the same training on everything, whose delta is the training-only effect.
-ξ is a seed: the batch order and everything that a forward draws.
+ξ is a seed: the batch order and everything that a forward draws. w is the removal weight: in reweight mode w times the
+removed losses are subtracted. It is 1 unless the settings say otherwise.
 
 Nothing here is fast: no vmap, no stack, no trace. Batches, losses, gradients and updates are written out here; only the
 access to data, the seeds of a step and the steps of evaluation are shared with what is fast. ``fimo.workers.stacking``
@@ -153,7 +154,8 @@ def _backward(
     if settings.removal_mode == "reweight" and removal:
         buffers = {name: b.clone() for name, b in model.named_buffers() if name in forward.mutable}
         seed_all(step_seed(*at, "removed"), train.device)
-        loss = loss + removed_weight(len(train)) * _losses(model, workload, train.batch(list(removal))).sum()
+        weight = removed_weight(len(train), settings)
+        loss = loss + weight * _losses(model, workload, train.batch(list(removal))).sum()
     assert isinstance(loss, Tensor)
     loss.backward()
     return buffers
@@ -183,7 +185,7 @@ class Attribution:
 
     Attributes:
         steps: the T amounts of further training.
-        effects: every seed's effects, float64 (S, R, T, m); not finite if a run diverged.
+        effects: every seed's effects, per unit of removal weight, float64 (S, R, T, m); not finite if a run diverged.
         training_only: the baselines' deltas, float64 (S, T, m).
     """
 
@@ -242,4 +244,4 @@ def attribution(
         steps = cells[0][0].steps
         deltas = torch.stack([torch.stack([cell.deltas for cell in of_seed]) for of_seed in cells])
     baseline, without = deltas[:, :1], deltas[:, 1:]
-    return Attribution(steps, without - baseline, baseline[:, 0])
+    return Attribution(steps, (without - baseline) / settings.removal_weight, baseline[:, 0])

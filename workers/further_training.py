@@ -236,7 +236,8 @@ class _Stack:
     def _add_removed(self, total: GradientSum, lanes: tuple[int, ...], batch: Batch, seed: int) -> None:
         """Buffers are read but not updated: the subtracted loss leaves no trace in them."""
         params, buffers = self.take(lanes)
-        weights = torch.tensor([batches.removed_weight(len(self.start.train))], dtype=torch.float64)
+        weight = batches.removed_weight(len(self.start.train), self.start.settings)
+        weights = torch.tensor([weight], dtype=torch.float64)
         seed_all(seed, self.start.model.device)
         with self.start.model.mode(self._subtracted.mode):
             part, _ = self._removed_gradients(params, buffers, batch, weights, False)

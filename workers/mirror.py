@@ -11,7 +11,8 @@ mean over batch orders they are nearly so elsewhere. Adam's A is not symmetric, 
 serves every training example.
 
 Here g is what the sweep reads: in eval mode, of outputs in float64, without dropout. ℓ_i is read in the same way. The
-step's own batch is trained on as the sweep trains on it, with the sweep's stacks.
+step's own batch is trained on as the sweep trains on it, with the sweep's stacks. If the sweep has a removal weight w,
+w g(z) / n is subtracted and what is read is divided by w: the sweep's own finite difference, mirrored.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Mirrored:
     """One seed's mirrored further training.
 
     Attributes:
-        values: float64 (T, R, E), in units of g; positive: removing raises g. A group's is the sum over its members.
+        values: float64 (T, R, E), in units of g and of removal weight; positive: removing raises g. A group's is the
+            sum over its members.
         replicas: the stack size at the end.
     """
 
@@ -118,7 +120,8 @@ def train_mirrored(
         size = min(size, max(1, HELD // (8 * len(steps) * max(1, len(read)))))
         losses = _Losses(removals, read, len(steps), len(lanes), seed)
         size = in_stacks(mirror, lanes, seed, size, losses.take)
-    return Mirrored(losses.values[..., 1:] - losses.values[..., :1], size)
+    effects = (losses.values[..., 1:] - losses.values[..., :1]) / mirror.settings.removal_weight
+    return Mirrored(effects, size)
 
 
 def mirror_of(start: Start, evals: Examples, steps: Sequence[int], read: Sequence[int]) -> Start:

@@ -5,6 +5,7 @@ The one place for its rules and defaults: those of a spec, a notebook and a test
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -139,10 +140,14 @@ class FurtherTraining:
     Attributes:
         removal_mode: None = reweight, or mask if the training forward mixes the examples of a batch
             (``fimo.workers.start`` decides, and writes it down).
+        removal_weight: w of reweight mode: w Σ_{i∈removal} ℓ_i / n is subtracted from every step's loss, and a delta's
+            difference from the baseline's is divided by w to make an effect. 1 = what a removal takes away; more is a
+            wider finite difference of the same derivative, which rounding blurs less.
         trainable: patterns of the parameters that are trained, or all; ``lora``: adapters. See ``Trains``.
 
     Raises:
-        UsageError: no length or two, a batch size or a length below 1, evaluation beyond the last step.
+        UsageError: no length or two, a batch size or a length below 1, evaluation beyond the last step, a weight that
+            is not above 0 and finite, or that drop or mask mode is given.
     """
 
     optimizer: Optimizer
@@ -152,6 +157,7 @@ class FurtherTraining:
     removal_mode: RemovalMode | None = None
     evaluate: Evaluate = field(default_factory=lambda: Evaluate(every_epochs=1))
     clip_norm: float | None = None
+    removal_weight: float = 1.0
     mode: Literal["train", "eval"] = "train"
     precision: Literal["float32", "float64"] = "float32"
     trainable: tuple[str, ...] | Literal["all"] = "all"
@@ -164,6 +170,13 @@ class FurtherTraining:
             raise UsageError("batch_size, epochs and steps must be at least 1")
         if self.steps is not None and self.evaluate.at_steps and max(self.evaluate.at_steps) > self.steps:
             raise UsageError(f"evaluate.at_steps reaches beyond the {self.steps} steps of further training")
+        if not 0 < self.removal_weight < math.inf:
+            raise UsageError(f"removal_weight must be above 0 and finite, got {self.removal_weight}")
+        if self.removal_weight != 1 and self.removal_mode in ("drop", "mask"):
+            raise UsageError(
+                f"removal_mode {self.removal_mode} takes an example out whole and has no removal_weight: leave it out, "
+                "or use removal_mode: reweight"
+            )
 
     @property
     def trains(self) -> Trains:
@@ -180,7 +193,15 @@ class FurtherTraining:
 
         Args:
             mixes: whether the training forward mixes the examples of a batch.
+
+        Raises:
+            UsageError: the mode is mask then, which has no removal weight.
         """
         if self.removal_mode is not None:
             return self
+        if mixes and self.removal_weight != 1:
+            raise UsageError(
+                "removal_weight is for removal_mode reweight, and this model's is mask, since its training forward "
+                "mixes the examples of a batch: leave removal_weight out, or use mode: eval for batch norm"
+            )
         return replace(self, removal_mode="mask" if mixes else "reweight")

@@ -51,7 +51,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Subtracted:
-    """What is subtracted from every step's loss: Σ over a replica's examples of their values, / n.
+    """What is subtracted from every step's loss: Σ over a replica's examples of their values, · w / n.
 
     The sweep's cells subtract the losses of removed training examples in reweight mode. ``fimo.workers.mirror``
     subtracts measures of evaluation examples.

@@ -5,9 +5,9 @@ The losses here are those of ``fimo.workers.further_training``, from the same sc
     step s of the baseline    L_s(θ)     = Σ_j w_j ℓ_j(θ)
     of a removal's cell       L_s(θ) + q_s(θ),    q_s(θ) = Σ_j Δw_j ℓ_j(θ)
 
-with Δw the exact difference of the two cells' weights: −1/n on the removed at every step in the reweight mode; in the
-mask mode the batch that has them loses them from its mean; in the drop mode every later batch of the epoch also slides
-on. Dropout draws what the sweep's own cells draw.
+with Δw the exact difference of the two cells' weights: −w/n on the removed at every step in the reweight mode (w the
+removal weight); in the mask mode the batch that has them loses them from its mean; in the drop mode every later batch
+of the epoch also slides on. Dropout draws what the sweep's own cells draw.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Change:
-    """q_s for all R removals: Σ_j weights[r, j] ℓ_j over ``batch``, or reweight's own −1/n Σ ℓ_i (weights None)."""
+    """q_s for all R removals: Σ_j weights[r, j] ℓ_j over ``batch``, or reweight's own −w/n Σ ℓ_i (weights None)."""
 
     batch: Batch
     weights: Tensor | None
@@ -229,8 +229,9 @@ class Trajectory:
         return lambda row: self.model.loss(self.layout.tensors(row), batch)
 
     def _removed_loss(self, row: Tensor, examples: Batch) -> Tensor:
-        """q_s of one cell in the reweight mode: −1/n Σ ℓ_i over its removal's examples."""
-        return batches.removed_weight(len(self.train)) * self.model.loss(self.layout.tensors(row), examples).sum()
+        """q_s of one cell in the reweight mode: −w/n Σ ℓ_i over its removal's examples."""
+        weight = batches.removed_weight(len(self.train), self.settings)
+        return weight * self.model.loss(self.layout.tensors(row), examples).sum()
 
     def _removed_losses(self, batch: Batch, number: int) -> Callable[[Tensor], Tensor]:
         reseed = partial(self._reseed, number, "removed")

@@ -59,4 +59,5 @@ def take_scores(file: Path, uri: str, name: str, negate: bool) -> tuple[dict[str
     written = write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
     scores = [r for r in gathered.tables["scores"].to_pylist() if r["estimator"] == name]
     values = {"sweep": sweep.uri, "name": name, "negated": negate, "tables": written, "scores": scores}
-    return values, score_tables(gathered.tables["scores"], gathered.tables["costs"])
+    weight = manifest.spec.further_training.removal_weight
+    return values, score_tables(gathered.tables["scores"], gathered.tables["costs"], weight=weight)

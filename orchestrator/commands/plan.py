@@ -70,6 +70,7 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
         "amounts": len(manifest.steps),
         "bytes": planned.part_bytes,
         "removal_mode": spec.further_training.removal_mode,
+        "removal_weight": spec.further_training.removal_weight,
         "estimators": [label(*e) for e in manifest.estimators],
         "left_out": dict(manifest.left_out),
         "coverage": estimators.coverage(resolved.model(torch.device("cpu"))) if kronecker else 1.0,

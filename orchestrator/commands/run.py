@@ -65,8 +65,8 @@ def run_resolved(
         print_json(report_json(report))
     else:
         print_lines(report.gathered.warnings)
-        tables = report.gathered.tables
-        for table in score_tables(tables["scores"], tables["costs"], report.gathered.coverage):
+        tables, weight = report.gathered.tables, resolved.spec.further_training.removal_weight
+        for table in score_tables(tables["scores"], tables["costs"], report.gathered.coverage, weight):
             out.print(table)
         print_lines(report.written.values())
     for line in complaints(report):

@@ -54,11 +54,13 @@ def score_table(
     coverage: Mapping[tuple[str, str], float] | None = None,
     metric: str = "cosine",
     adjust: str = "baseline",
+    weight: float = 1.0,
 ) -> Table | None:
     """Estimator × amount: mean score ± standard error over evaluation examples against all seeds, with its cost.
 
     Args:
         coverage: share of the trainable scalars that an estimator's curvature covers; named where it is not all.
+        weight: the removal weight; named where it is not 1.
     """
     rows = [r for r in scores.to_pylist() if r["metric"] == metric and r["adjust"] == adjust]
     if not rows:
@@ -68,7 +70,8 @@ def score_table(
     steps = spread(sorted({r["step"] for r in rows}))
     spent = {(c["name"], c["params"]): c["device_seconds"] for c in costs.to_pylist() if c["what"] == "estimator"}
     named = METRIC_NAMES.get(metric, metric)
-    title = f"{named} with further training, {seeds} seeds, by step (mean ± SEM over evaluation examples)"
+    training = "further training" + (f" at removal weight {weight:g}" if weight != 1 else "")
+    title = f"{named} with {training}, {seeds} seeds, by step (mean ± SEM over evaluation examples)"
     table = Table(title=title, title_justify="left")
     table.add_column("estimator", no_wrap=True)
     for step in steps:
@@ -85,10 +88,13 @@ def score_table(
 
 
 def score_tables(
-    scores: pa.Table, costs: pa.Table, coverage: Mapping[tuple[str, str], float] | None = None
+    scores: pa.Table,
+    costs: pa.Table,
+    coverage: Mapping[tuple[str, str], float] | None = None,
+    weight: float = 1.0,
 ) -> list[Table]:
     """The score tables that a person is shown: cosines, and the LDS if the removals are random groups."""
-    both = (score_table(scores, costs, coverage, metric) for metric in ("cosine", "lds"))
+    both = (score_table(scores, costs, coverage, metric, weight=weight) for metric in ("cosine", "lds"))
     return [table for table in both if table is not None]
 
 
@@ -132,11 +138,13 @@ def duration(seconds: float) -> str:
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """``fimo plan`` for people."""
     there = f" ({plan['done']} there already)" if plan["done"] else ""
+    weight = f" at weight {plan['removal_weight']:g}" if plan["removal_weight"] != 1 else ""
     lines = [
         f"{plan['name']}: {plan['removals']} removals × {plan['seeds']} seeds = {plan['cells']} cells{there}",
         f"{plan['shards']} shards to train, {plan['steps']} steps a cell, evaluated at {plan['amounts']} amounts on "
         f"{plan['evals']} evaluation examples",
-        f"{plan['scalars']} trainable scalars, {plan['train']} training examples, removal mode {plan['removal_mode']}",
+        f"{plan['scalars']} trainable scalars, {plan['train']} training examples, removal mode "
+        f"{plan['removal_mode']}{weight}",
         f"about {size(plan['bytes'])} of rows before compression",
         f"estimators: {', '.join(plan['estimators']) or 'none'}",
         *(f"{name} is left out of the default estimators: {why}" for name, why in plan["left_out"].items()),

@@ -104,7 +104,7 @@ def result_digest(
 AT_FINAL = ("precision", "trainable", "lora")
 """Keys of the further-training section that move what is estimated at θᶠ too."""
 
-_NEWER: dict[str, Any] = {"trainable": "all", "lora": None}
+_NEWER: dict[str, Any] = {"trainable": "all", "lora": None, "removal_weight": 1.0}
 """Keys that older sweeps have not got, at their defaults: left out, so that those sweeps keep their parts."""
 
 

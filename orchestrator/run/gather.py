@@ -116,7 +116,7 @@ def seed_blocks(
     say: Callable[[str], None],
 ) -> Iterator[SeedBlock]:
     """One seed after another, from those of its parts that verify; ``gathered`` and ``costs`` note what is met."""
-    by_seed: dict[int, list[Listed]] = {}
+    weight, by_seed = manifest.spec.further_training.removal_weight, dict[int, list[Listed]]()
     for one in listed:
         by_seed.setdefault(one.seed, []).append(one)
     wanted = {r.indices for r in manifest.removals}
@@ -137,7 +137,7 @@ def seed_blocks(
         gathered.done += sum(r.indices in held for r in manifest.removals)
         say(f"reducing seed {seed} ({number} of {len(by_seed)})")
         if parts:
-            yield seed_block(seed, parts, manifest.removals, manifest.steps, manifest.evals)
+            yield seed_block(seed, parts, manifest.removals, manifest.steps, manifest.evals, weight)
 
 
 def _estimates(sweep: Sweep, manifest: Manifest, gathered: Gathered, costs: Costs) -> list[EstimateMatrix]:

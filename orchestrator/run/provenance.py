@@ -25,6 +25,7 @@ def provenance(device: torch.device, resolved: Resolved, flags: Mapping[str, obj
         "threads": torch.get_num_threads(),
         "determinism": dict(flags),
         "removal_mode": resolved.spec.further_training.removal_mode,
+        "removal_weight": resolved.spec.further_training.removal_weight,
         "replay": resolved.spec.resources.replay,
     }
 

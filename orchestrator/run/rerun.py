@@ -5,7 +5,8 @@ of the part, its deltas must be the same bits. Otherwise its effect must agree t
 
 And by the plain definition (``fimo.workers.definition``), which finds what the engine gets wrong every time. Here its
 effect must agree to what rounding does to the definition itself, measured from θᶠ moved by a few units in the last
-place. Root mean squares over evaluation examples are compared, step by step.
+place. Root mean squares over evaluation examples are compared, step by step, of effects as trained: not divided by the
+removal weight.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def train_again(sweep: Sweep, manifest: Manifest, cells: Sequence[tuple[Listed, 
 
     Args:
         cells: (part, row of it) of each.
-        floor: the noise floor by step, float64 (T,).
+        floor: the noise floor of differences of deltas by step, float64 (T,).
 
     Raises:
         UsageError: the workload's code or data are not here, or not what they were.

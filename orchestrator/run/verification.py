@@ -35,7 +35,7 @@ class Device:
 
     @property
     def floor(self) -> float:
-        """Root mean square difference of two baselines of one seed."""
+        """Root mean square difference of two baselines of one seed, per unit of removal weight."""
         return float(np.sqrt(self.squares / self.values)) if self.values else 0.0
 
 
@@ -158,7 +158,9 @@ class _Reading:
         if np.isfinite(difference).all():
             squares = (difference**2).sum(axis=1)
             self.squares, self.values = self.squares + squares, self.values + difference.shape[1]
-            device.squares, device.values = device.squares + float(squares.sum()), device.values + difference.size
+            weight = self.manifest.spec.further_training.removal_weight
+            device.squares += float(squares.sum()) / weight**2
+            device.values += difference.size
         for other, theirs in baselines.items():
             drift = float(np.sqrt(((theirs - baseline) ** 2).mean()))
             if other != name and np.isfinite(drift):
@@ -167,7 +169,7 @@ class _Reading:
         baselines.setdefault(name, baseline)
 
     def floor(self) -> Array:
-        """The noise floor by step: root mean square over parts and evaluation examples, float64 (T,)."""
+        """The noise floor of deltas by step: root mean square over parts and evaluation examples, float64 (T,)."""
         return np.sqrt(self.squares / max(1, self.values))
 
     def estimates(self) -> None:

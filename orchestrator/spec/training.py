@@ -82,6 +82,8 @@ class FurtherTraining(Section):
     Attributes:
         removal_mode: None = reweight, or mask if the model's training forward mixes the examples of a batch; written
             out when the spec is resolved.
+        removal_weight: w, in reweight alone: w Σ_{i∈removal} ℓ_i / n is subtracted from every step's loss, and effects
+            are divided by w.
         trainable: patterns of the parameters that are trained; all, or with ``lora`` none, but its adapters.
     """
 
@@ -92,6 +94,7 @@ class FurtherTraining(Section):
     removal_mode: Literal["drop", "mask", "reweight"] | None = None
     evaluate: Evaluate = Evaluate(every_epochs=1)
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    removal_weight: Rate = 1.0
     mode: Literal["train", "eval"] = "train"
     precision: Literal["float32", "float64"] = "float32"
     trainable: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"

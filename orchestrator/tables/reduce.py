@@ -27,9 +27,11 @@ class SeedBlock:
     """One seed's results.
 
     Attributes:
-        effects: delta − its own part's baseline delta, float64 (R, T, m); NaN if missing or diverged.
+        effects: (delta − its own part's baseline delta) / removal weight, float64 (R, T, m); NaN if missing or
+            diverged.
         training_only: the baseline's delta (mean over the seed's parts), float64 (T, m); NaN if it diverged.
-        floor_squares: Σ over the seed's parts (``floor_parts``) of (second baseline − baseline)², float64 (T, m).
+        floor_squares: Σ over the seed's parts (``floor_parts``) of ((second baseline − baseline) / removal weight)²,
+            float64 (T, m).
         diverged: (removal number or −1 for a baseline, step) of every run that was not finite.
         scale: the root mean square of g(z, θᶠ) over evaluation examples.
     """
@@ -49,9 +51,19 @@ class SeedBlock:
 
 
 def seed_block(
-    seed: int, parts: Sequence[Part], removals: Sequence[NamedRemoval], steps: Sequence[int], m: int
+    seed: int,
+    parts: Sequence[Part],
+    removals: Sequence[NamedRemoval],
+    steps: Sequence[int],
+    m: int,
+    weight: float = 1.0,
 ) -> SeedBlock:
-    """Assemble one seed's effects from its parts, in the order given (the first part that holds a cell counts)."""
+    """Assemble one seed's effects from its parts, in the order given (the first part that holds a cell counts).
+
+    Args:
+        weight: the removal weight that the parts' cells were trained with: their deltas are as trained, effects and
+            their noise are per unit of it.
+    """
     shape = (len(removals), len(steps), m)
     effects, taken = np.full(shape, np.nan), np.zeros(len(removals), dtype=bool)
     rows: dict[tuple[int, ...], list[int]] = {}
@@ -61,13 +73,13 @@ def seed_block(
     for part in parts:
         baseline, second = part.deltas[-2], part.deltas[-1]
         baselines.append(baseline)
-        difference = second - baseline
+        difference = (second - baseline) / weight
         if np.isfinite(difference).all():
             squares, floors = squares + difference**2, floors + 1
         for row, removal in enumerate(part.removals):
             for place in rows.get(removal.indices, []):
                 if not taken[place]:
-                    effects[place], taken[place] = part.deltas[row] - baseline, True
+                    effects[place], taken[place] = (part.deltas[row] - baseline) / weight, True
         for row, step in part.diverged:
             number = removals[rows[part.removals[row].indices][0]].number if _known(part, row, rows) else -1
             diverged.append((number, step))
@@ -140,7 +152,8 @@ class Reduction:
         effects, training_only: running moments of the effects (R, T, m) and of the baseline's deltas (1, T, m).
         centred, shift: of whole seeds, the effects less their mean over removals (R, T, m), and that mean (1, T, m).
         joint: covariance of the effects with their baseline's deltas.
-        floor: root mean square difference of two baselines of one seed, float64 (T, m): the noise of one effect.
+        floor: root mean square difference of two baselines of one seed, per unit of removal weight, float64 (T, m): the
+            noise of one effect.
         seeds: seeds of which there is at least one part.
         diverged: (removal number, seed, step) of runs that were not finite, −1 for a baseline.
         scale: the root mean square of g(z, θᶠ) over evaluation examples.

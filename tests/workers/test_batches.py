@@ -19,7 +19,9 @@ from tests.workers.problems import settings
 MODES = ["drop", "mask", "reweight"]
 
 
-def plain(n: int, size: int, seed: int, removal: tuple[int, ...], mode: str, steps: int) -> list[dict[int, float]]:
+def plain(
+    n: int, size: int, seed: int, removal: tuple[int, ...], mode: str, steps: int, w: float = 1.0
+) -> list[dict[int, float]]:
     """{index: weight} of each step, from torch's own samplers."""
     sampler, out = RandomSampler(range(n), generator=torch.Generator().manual_seed(seed)), []
     while len(out) < steps:
@@ -29,7 +31,7 @@ def plain(n: int, size: int, seed: int, removal: tuple[int, ...], mode: str, ste
             weights = {i: 1 / len(stays) for i in stays}
             if mode == "reweight":
                 for i in removal:
-                    weights[i] = weights.get(i, 0.0) - 1 / n
+                    weights[i] = weights.get(i, 0.0) - w / n
             out.append(weights)
     return out[:steps]
 
@@ -39,12 +41,13 @@ def plain(n: int, size: int, seed: int, removal: tuple[int, ...], mode: str, ste
 def test_every_lane_of_every_step_has_the_plain_loops_weights(n, size, seed, mode, mixes, data) -> None:
     sets = st.sets(st.integers(0, n - 1), max_size=n - 1).map(lambda s: tuple(sorted(s)))
     lanes = data.draw(st.lists(sets, min_size=1, max_size=4))
-    chosen = settings(batch_size=size, removal_mode=mode)
+    heavy = data.draw(st.sampled_from([1.0, 0.5, 30.0])) if mode == "reweight" else 1.0
+    chosen = settings(batch_size=size, removal_mode=mode, removal_weight=heavy)
     folds = mode == "reweight" or data.draw(st.booleans())
     steps = list(islice(folded(n, lanes, chosen, seed) if folds else schedule(n, lanes, chosen, seed, mixes), 12))
     for lane, removal in enumerate(lanes):
         assert not folds or mode == "mask" or all(len(blocks) == 1 for blocks in steps)
-        for got, expected in zip(steps, plain(n, size, seed, removal, mode, 12), strict=True):
+        for got, expected in zip(steps, plain(n, size, seed, removal, mode, 12, heavy), strict=True):
             weights: dict[int, float] = {}
             for block in got:
                 if lane in block.lanes:

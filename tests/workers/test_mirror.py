@@ -52,7 +52,7 @@ def order(n: int, chosen: FurtherTraining, seed: int) -> Iterator[list[int]]:
 
 
 def plain_run(workload: Workload, chosen: FurtherTraining, z: int | None, seed: int, steps: Sequence[int]) -> Tensor:
-    """ℓ_i(θ_t) of all training examples, (T, n), with g(z)/n subtracted."""
+    """ℓ_i(θ_t) of all training examples, (T, n), with w g(z) / n subtracted."""
     train, evals = examples_of(workload)
     model, g, n = copy.deepcopy(workload.model).double(), workload.measure or workload.loss, len(train)
     trained = chosen.trainable
@@ -69,7 +69,7 @@ def plain_run(workload: Workload, chosen: FurtherTraining, z: int | None, seed: 
         if z is not None:
             model.eval()
             batch = evals.batch([z])
-            loss = loss - g(workload.outputs(model, batch), batch).sum() / n
+            loss = loss - chosen.removal_weight * g(workload.outputs(model, batch), batch).sum() / n
         loss.backward()
         if chosen.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), chosen.clip_norm)
@@ -89,6 +89,7 @@ def plain(workload: Workload, chosen: FurtherTraining, removals, seed: int, step
     baseline = plain_run(workload, chosen, None, seed, steps)
     count = len(Examples(workload.evals, workload.collate))
     effects = torch.stack([plain_run(workload, chosen, z, seed, steps) - baseline for z in range(count)], dim=-1)
+    effects = effects / chosen.removal_weight
     return torch.stack([effects[:, list(removal)].sum(dim=1) for removal in removals], dim=1)
 
 
@@ -127,6 +128,11 @@ def with_other_evals() -> Workload:
 )
 def test_it_is_the_plain_loop_in_every_stack(optimizer: Optimizer, more: dict) -> None:
     hold(regression(), settings(optimizer, epochs=2, **more), stacks=(1, 3, 5))
+
+
+@pytest.mark.parametrize(("optimizer", "w"), [(MOMENTUM, 0.5), (MOMENTUM, 8.0), (ADAMW, 8.0)])
+def test_a_removal_weight_is_subtracted_and_divided_by(optimizer: Optimizer, w: float) -> None:
+    hold(regression(), settings(optimizer, epochs=2, removal_weight=w), stacks=(1, 3))
 
 
 def test_traced_it_is_the_plain_loop_and_the_sweep_s_own_cells_stay_what_they_are() -> None:

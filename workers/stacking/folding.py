@@ -38,11 +38,11 @@ def folded(
             for parts in batches.dropped(n, lanes, settings, seed)
         )
     if settings.removal_mode == "reweight" and any(lanes):
-        whole = batches.whole(n, lanes, settings, seed)
+        whole, weight = batches.whole(n, lanes, settings, seed), batches.removed_weight(n, settings)
         sizes = {len(removal) for removal in lanes if removal}
         if apart or (random and len(sizes) > 1):
-            return _beside(n, lanes, whole)
-        return _appended(n, lanes, whole)
+            return _beside(weight, lanes, whole)
+        return _appended(weight, lanes, whole)
     return ([_in_place(block) for block in blocks] for blocks in batches.schedule(n, lanes, settings, seed))
 
 
@@ -51,11 +51,11 @@ def _in_place(block: Block) -> Block:
     return replace(block, rows=torch.arange(count), sizes=(count, 0))
 
 
-def _appended(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) -> Iterator[list[Block]]:
+def _appended(weight: float, lanes: Sequence[Removal], whole: Iterator[list[Block]]) -> Iterator[list[Block]]:
     most = max(len(removal) for removal in lanes)
     padded = torch.tensor([[*removal, *[-1] * (most - len(removal))] for removal in lanes], dtype=torch.long)
     present = padded >= 0
-    subtracted = present.to(torch.float64) * batches.removed_weight(n)
+    subtracted = present.to(torch.float64) * weight
     weights: dict[int, Tensor] = {}
     for (block,) in whole:
         size = len(block.indices)
@@ -67,18 +67,14 @@ def _appended(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) ->
         yield [Block(block.lanes, indices, weights[size], torch.arange(size + most), (size, most))]
 
 
-def _beside(n: int, lanes: Sequence[Removal], whole: Iterator[list[Block]]) -> Iterator[list[Block]]:
+def _beside(weight: float, lanes: Sequence[Removal], whole: Iterator[list[Block]]) -> Iterator[list[Block]]:
     """The batch that all lanes share, and the removed examples of the lanes that remove equally many."""
     sizes: dict[int, list[int]] = {}
     for lane, removal in enumerate(lanes):
         if removal:
             sizes.setdefault(len(removal), []).append(lane)
     removed = [
-        (
-            tuple(own),
-            torch.tensor([lanes[i] for i in own]),
-            torch.full((size,), batches.removed_weight(n), dtype=torch.float64),
-        )
+        (tuple(own), torch.tensor([lanes[i] for i in own]), torch.full((size,), weight, dtype=torch.float64))
         for size, own in sizes.items()
     ]
     for (block,) in whole:

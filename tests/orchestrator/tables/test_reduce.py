@@ -46,6 +46,16 @@ def test_attribution_is_the_mean_over_seeds_of_delta_minus_its_own_part_s_baseli
         assert row["seeds"] == 5
 
 
+@pytest.mark.parametrize("weight", [4.0, 0.5])
+def test_effects_and_their_noise_are_per_unit_of_weight_and_the_baseline_is_not(weight: float):
+    parts = seeds(1)[0]
+    plain, divided = (seed_block(0, parts, REMOVALS, STEPS, M, *w) for w in ((), (weight,)))
+    np.testing.assert_array_equal(divided.effects, plain.effects / weight)
+    np.testing.assert_allclose(divided.floor_squares, plain.floor_squares / weight**2, rtol=1e-12)
+    np.testing.assert_array_equal(divided.training_only, plain.training_only)
+    assert plain.floor_squares.min() > 0
+
+
 def test_a_large_common_shift_does_not_spoil_the_moments():
     table = attribution_table(reduced(seeds(6)), REMOVALS, STEPS)
     shifted = attribution_table(reduced(seeds(6, offset=1e6)), REMOVALS, STEPS)

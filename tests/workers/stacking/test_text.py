@@ -108,7 +108,10 @@ def test_what_is_frozen_is_computed_once_for_all_replicas(
     patterns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cheap_parts(monkeypatch)
-    workload, training = text(bert(attention="sdpa", dropout=0.2)), chosen("reweight", trainable=patterns)
+    workload, training = (
+        text(bert(attention="sdpa", dropout=0.2)),
+        chosen("reweight", trainable=patterns, removal_weight=4.0),
+    )
     start = make(workload, training)
     hold(start, workload, training, LANES, 1e-11)
 
