@@ -94,7 +94,7 @@ class Trust:
     def reliability(self, seeds: int | None = None) -> Array:
         """The truth's share of a mean over ``seeds`` (default: those there are), float64 (m,), between 0 and 1."""
         times = self.of.k / (seeds or self.of.k)
-        signal = _Q * self.of.noise[:, None]
+        signal = _power(self.of, _Q)
         if self._shift is None:
             out: Array = (self._q * (_Q / (_Q + times))).sum(axis=1)
             return out
@@ -134,7 +134,7 @@ class Trust:
     def _elsewhere(self, seeds: int) -> Array:
         assert self._shift is not None
         of, shift, times = self.of, self._shift, self.of.k / seeds
-        power = self._points * of.noise[:, None]
+        power = _power(of, self._points)
         centred = power + (of.noise * times)[:, None]
         total = np.zeros(power.shape)
         for theta in shift.points:
@@ -161,7 +161,7 @@ class _Shift:
     def __init__(self, of: Moments, posterior: Array) -> None:
         from scipy.stats import t as student  # slow to import; see ``agreement.ranks``
 
-        self.signal = (posterior * _Q).sum(axis=1) * of.noise
+        self.signal = (posterior * _power(of, _Q)).sum(axis=1)
         self.wobble, freedom = _moderated(of.wobble, of.noise / of.r, of.k - 1)
         known = self.wobble > 0
         if not known.any():
@@ -172,6 +172,11 @@ class _Shift:
         seen = (of.mean[known] / np.sqrt(self.wobble[known]))[:, None]
         logs = student.logpdf(seen / np.sqrt(ratio), freedom[known][:, None]) - np.log(ratio) / 2
         self.points = _quantiles(_THETA, _normalised(logs.sum(axis=0))[None])[0]
+
+
+def _power(of: Moments, q: Array) -> Array:
+    """P for ratios q, float64 (m, …): all that is seen where there is no noise."""
+    return np.where(of.noise[:, None] > 0, q * of.noise[:, None], of.square[:, None])
 
 
 def _ratio_posterior(of: Moments) -> Array:

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
@@ -44,6 +45,36 @@ def test_attribution_is_the_mean_over_seeds_of_delta_minus_its_own_part_s_baseli
         assert row["effect"] == pytest.approx(np.mean(effects), rel=1e-12)
         assert row["sem"] == pytest.approx(np.std(effects, ddof=1) / np.sqrt(5), rel=1e-12)
         assert row["seeds"] == 5
+
+
+def test_p_is_scipy_s_t_test_and_spread_the_difference_of_two_variances():
+    parts = {s: [part(s, REMOVALS, 3.0)] for s in range(6)}
+    for row in attribution_table(reduced(parts), REMOVALS, STEPS).to_pylist():
+        t = STEPS.index(row["step"])
+        of = np.array([one.deltas[row["removal"], t, row["eval"]] for [one] in parts.values()])
+        baseline = np.array([one.deltas[-2, t, row["eval"]] for [one] in parts.values()])
+        assert row["p"] == pytest.approx(ttest_1samp(of - baseline, 0).pvalue, rel=1e-9)
+        assert row["spread"] == pytest.approx(of.var(ddof=1) - baseline.var(ddof=1), rel=1e-9)
+        assert row["under_floor"] is False
+
+
+def test_with_one_seed_there_is_neither_p_nor_spread_and_what_rounding_does_is_marked():
+    parts = seeds(1)
+    for part_ in parts[0]:
+        part_.deltas[:-2] = part_.deltas[-2] + 1e-9
+    for row in attribution_table(reduced(parts), REMOVALS, STEPS).to_pylist():
+        assert row["p"] is row["spread"] is row["sem"] is None
+        assert row["under_floor"] is True
+
+
+def test_a_missing_cell_has_the_spread_of_the_seeds_that_it_has():
+    parts = {s: [part(s, REMOVALS, 3.0)] for s in range(5)}
+    parts[2][0].deltas[1] = np.nan
+    row = next(r for r in attribution_table(reduced(parts), REMOVALS, STEPS).to_pylist() if r["removal"] == 1)
+    kept = [one for s, [one] in parts.items() if s != 2]
+    of, baseline = (np.array([one.deltas[place, 0, 0] for one in kept]) for place in (1, -2))
+    assert row["seeds"] == 4
+    assert row["spread"] == pytest.approx(of.var(ddof=1) - baseline.var(ddof=1), rel=1e-9)
 
 
 @pytest.mark.parametrize("weight", [4.0, 0.5])
