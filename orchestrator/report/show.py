@@ -14,6 +14,8 @@ from fimo.orchestrator.run.plan import EstimateTask, Task, task_name
 
 COLUMNS = 6
 """Amounts shown in the score table; all of them are in ``scores.parquet``."""
+NAMES, CELL = 32, 15
+"""Characters of a terminal's line that names and costs take in the score table, and an amount."""
 
 
 SHOWN_SCORES = (("cosine", "baseline"), ("cosine", "mean"), ("spearman", "baseline"))
@@ -55,25 +57,28 @@ def score_table(
     metric: str = "cosine",
     adjust: str = "baseline",
     weight: float = 1.0,
+    columns: int = COLUMNS,
 ) -> Table | None:
-    """Estimator × amount: mean score ± standard error over evaluation examples against all seeds, with its cost.
+    """Estimator × amount against all seeds: score, share of the ceiling, 95% interval, and what the estimator cost.
 
     Args:
         coverage: share of the trainable scalars that an estimator's curvature covers; named where it is not all.
         weight: the removal weight; named where it is not 1.
+        columns: amounts shown at most.
     """
     rows = [r for r in scores.to_pylist() if r["metric"] == metric and r["adjust"] == adjust]
     if not rows:
         return None
     seeds = max(r["seeds"] for r in rows)
     rows = [r for r in rows if r["seeds"] == seeds]
-    steps = spread(sorted({r["step"] for r in rows}))
+    steps = spread(sorted({r["step"] for r in rows}), columns)
     spent = {(c["name"], c["params"]): c["device_seconds"] for c in costs.to_pylist() if c["what"] == "estimator"}
     named = METRIC_NAMES.get(metric, metric)
     training = "further training" + (f" at removal weight {weight:g}" if weight != 1 else "")
-    title = f"{named} with {training}, {seeds} seeds, by step (mean ± SEM over evaluation examples)"
+    told = " (share of the ceiling), 95% interval" if any(r["ceiling"] is not None for r in rows) else ""
+    title = f"{named} with {training}, {seeds} {'seed' if seeds == 1 else 'seeds'}, by step{told}"
     table = Table(title=title, title_justify="left")
-    table.add_column("estimator", no_wrap=True)
+    table.add_column("estimator")
     for step in steps:
         table.add_column(str(step), justify="right", no_wrap=True)
     table.add_column("seconds", justify="right")
@@ -84,6 +89,10 @@ def score_table(
         share = (coverage or {}).get((estimator, params), 1.0)
         name = label(estimator, params) + (f", covers {share:.0%}" if share < 1 else "")
         table.add_row(name, *cells, f"{cost:.1f}" if cost is not None else "")
+    if told:
+        ceilings = {r["step"]: r["ceiling"] for r in reversed(rows) if r["ceiling"] is not None}
+        table.add_section()
+        table.add_row("ceiling", *(number(ceilings.get(step)) for step in steps), "")
     return table
 
 
@@ -92,16 +101,37 @@ def score_tables(
     costs: pa.Table,
     coverage: Mapping[tuple[str, str], float] | None = None,
     weight: float = 1.0,
+    width: int | None = None,
 ) -> list[Table]:
-    """The score tables that a person is shown: cosines, and the LDS if the removals are random groups."""
-    both = (score_table(scores, costs, coverage, metric, weight=weight) for metric in ("cosine", "lds"))
+    """The score tables that a person is shown: cosines, and the LDS if the removals are random groups.
+
+    ``width``: of the terminal, which decides how many amounts are shown.
+    """
+    columns = COLUMNS if width is None else max(2, min(COLUMNS, (width - NAMES) // CELL))
+    both = (
+        score_table(scores, costs, coverage, metric, weight=weight, columns=columns) for metric in ("cosine", "lds")
+    )
     return [table for table in both if table is not None]
 
 
 def _score(row: dict[str, Any] | None) -> str:
     if row is None or row["score"] is None:
         return "–"
-    return f"{row['score']:.3f}" + (f" ± {row['sem']:.3f}" if row["sem"] is not None else "")
+    share = "" if row["normalised"] is None else f" ({row['normalised']:.2f})"
+    interval = "" if row["low"] is None else f"\n{row['low']:.2f} to {row['high']:.2f}"
+    return f"{row['score']:.3f}{share}{interval}"
+
+
+def trust_lines(reliability: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far a sweep's own seeds can be trusted, for people: from the rows of ``reliability.parquet``."""
+    rows = [r for r in reliability if r["measured"] and r["adjust"] == "baseline" and r["reliability"] is not None]
+    if not rows:
+        return []
+    shown = [r for r in rows if r["step"] in spread([r["step"] for r in rows])]
+    told = ", ".join(f"{r['reliability']:.2f} at step {r['step']}" for r in shown)
+    pairs = ", ".join("–" if r["significant"] is None else f"{r['significant']:.0%}" for r in shown)
+    seeds = rows[0]["seeds"]
+    return [f"reliability of the mean over {seeds} seeds: {told}; pairs that can be told from zero: {pairs}"]
 
 
 def number(value: float | None) -> str:
@@ -193,6 +223,7 @@ def proof_line(proof: Mapping[str, Any]) -> str:
 def status_lines(status: dict[str, Any]) -> list[str]:
     """``fimo status`` for people."""
     lines = [
+        *status["warnings"],
         f"{status['sweep']}: {status['done']} of {status['cells']} cells done, {status['missing']} missing",
         f"seeds: {status['seeds_complete']} of {status['seeds']} whole, {status['seeds_begun']} begun",
         f"{status['parts']} parts, {size(status['part_bytes'])}",
@@ -208,6 +239,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         lines.append(f"estimators still to run: {', '.join(status['estimates_missing'])}")
     lines += [f"{name} is left out of the default estimators: {why}" for name, why in status["left_out"].items()]
     lines += [proof_line(proof) for proof in status["proofs"]]
+    lines += trust_lines(status["reliability"])
     if status["failed"]:
         lines.append(f"{len(status['failed'])} tasks set aside; the first: {status['failed'][0]}")
     if status["complete"]:

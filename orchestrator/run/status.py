@@ -8,7 +8,10 @@ from typing import Any
 
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.owed import missing_estimates, owed_tasks
+from fimo.orchestrator.run.written import is_current, read_table, read_warnings
+from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
+from fimo.workers.errors import StoreError
 
 RECENT_S = 600.0
 """The pace is that of the last ten minutes of commits."""
@@ -53,8 +56,20 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
         "complete": complete,
         "resumable": not complete and bool(owed_tasks(manifest, sweep, recorded)[0]),
         "exit_code": 1 if recorded.aside else 0 if complete else 3,
+        **_told(sweep, manifest),
     }
     return status | _pace(listed, finished, manifest.cells)
+
+
+def _told(sweep: Sweep, manifest: Manifest) -> dict[str, Any]:
+    """What the tables say of themselves; nothing while they are not of what the store holds."""
+    if not is_current(sweep, manifest):
+        return {"warnings": [], "reliability": []}
+    try:
+        rows = read_table(sweep, "reliability").to_pylist()
+    except StoreError:
+        rows = []
+    return {"warnings": read_warnings(sweep), "reliability": [r for r in rows if r["measured"]]}
 
 
 def _pace(listed: Sequence[Listed], done: int, cells: int) -> dict[str, float | None]:
