@@ -113,12 +113,15 @@ class Estimator(Protocol):
         """Whether the values depend on the further-training section."""
         ...
 
-    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
-        """Those of the sweep's seeds that the values depend on."""
+    def follows_seeds(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
+        """Those of the sweep's seeds that the values depend on; ``after`` as for ``runs``."""
         ...
 
-    def runs(self, seeds: Sequence[int]) -> tuple[int, ...]:
-        """The seeds that the estimator itself trains with, given the sweep's: its values are the mean over them."""
+    def runs(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
+        """The seeds that the estimator itself trains with, given the sweep's: its values are the mean over them.
+
+        ``after``: the first seed that the sweep never uses, if it may still come to use more than ``seeds``.
+        """
         ...
 
     def work(self, problem: Problem) -> Work:
@@ -164,11 +167,11 @@ class Hyperparameters:
         """Whether the values depend on the further-training section."""
         return False
 
-    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+    def follows_seeds(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
         """Those of the sweep's seeds that the values depend on."""
         return ()
 
-    def runs(self, seeds: Sequence[int]) -> tuple[int, ...]:
+    def runs(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
         """The seeds that the estimator itself trains with, given the sweep's: its values are the mean over them."""
         return ()
 

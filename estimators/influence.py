@@ -66,7 +66,7 @@ class Influence(Damped, GradientEstimator):
         """A displacement is the sweep's own baseline's."""
         return self.displacement_step is not None or super().follows_training()
 
-    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+    def follows_seeds(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
         """A displacement is the mean over all seeds."""
         return tuple(seeds) if self.displacement_step is not None else ()
 

@@ -42,17 +42,17 @@ class OwnSeeds(Hyperparameters):
         """Every step is the sweep's own."""
         return True
 
-    def runs(self, seeds: Sequence[int]) -> tuple[int, ...]:
-        """Those directly after the sweep's largest; with ``own_seeds`` the sweep's first ones."""
+    def runs(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
+        """Those directly after the sweep's largest, or from ``after`` on; with ``own_seeds`` the sweep's first ones."""
         count = self.seeds if self.seeds is not None else len(seeds[: self.most_seeds])
         if self.own_seeds or not seeds:
             return tuple(seeds)[:count]
-        first = max(seeds) + 1
+        first = max(seeds) + 1 if after is None else after
         return tuple(range(first, first + count))
 
-    def follows_seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+    def follows_seeds(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
         """``runs``: a sweep that grows into them has the values computed anew."""
-        return self.runs(seeds)
+        return self.runs(seeds, after)
 
     def unsuited(self, problem: Problem) -> str | None:
         """There is no further training, or no seed, to train with."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fimo.orchestrator.commands.app import JsonOption, SpecArgument, app, print_json, print_lines
+from fimo.orchestrator.commands.app import JsonOption, app, print_json, print_lines
 
+RELIABILITY = 0.95
+"""Wanted of a sweep's seeds, if nothing is said."""
 TOP = 10
 """Of each sign verified, as `fimo rank` has it by default."""
 
@@ -18,13 +21,22 @@ if TYPE_CHECKING:
 
 @app.command()
 def plan(
-    spec: SpecArgument,
+    spec: Annotated[Path | None, typer.Argument(metavar="SPEC", help="The sweep's spec, a YAML file.")] = None,
     store: Annotated[str | None, typer.Option("--store", help="Subtract what this store holds.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time a few steps: seconds and device-hours.")] = False,
     rank: Annotated[bool, typer.Option("--rank", help="What `fimo rank` would take, in device-hours.")] = False,
+    of: Annotated[
+        str | None,
+        typer.Option("--from", metavar="SWEEP", help="Seeds that this sweep needs, instead of a spec's plan."),
+    ] = None,
+    reliability: Annotated[float | None, typer.Option(help="With --from: wanted; default .95, or no --sem.")] = None,
+    sem: Annotated[float | None, typer.Option(help="With --from: standard error wanted, in units of g.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Cells, shards and bytes of a sweep; nothing is written."""
+    """Cells, shards and bytes of a sweep, or how many seeds it needs; nothing is written."""
+    if of is not None:
+        _seeds(of, spec, reliability, sem, as_json)
+        return
     from fimo.orchestrator.report.show import plan_lines
     from fimo.orchestrator.resolve.resolved import resolve
     from fimo.orchestrator.run import measure as measuring
@@ -33,7 +45,12 @@ def plan(
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import open_store
     from fimo.orchestrator.sweep.sweep import Sweep
+    from fimo.workers.errors import UsageError
 
+    if spec is None:
+        raise UsageError("give a SPEC, or --from SWEEP for the seeds that a sweep needs")
+    if reliability is not None or sem is not None:
+        raise UsageError("--reliability and --sem go with --from SWEEP")
     parsed = read_file(spec)
     resolved = resolve(parsed, spec.resolve().parent)
     sweep = None if store is None else Sweep(open_store(store), parsed.name)
@@ -47,11 +64,31 @@ def plan(
         print_lines(plan_lines(values))
 
 
+def _seeds(uri: str, spec: Path | None, reliability: float | None, sem: float | None, as_json: bool) -> None:
+    from fimo.orchestrator.report.show import seeds_lines
+    from fimo.orchestrator.run.seeds import needed_seeds
+    from fimo.orchestrator.sweep.sweep import open_sweep
+    from fimo.workers.errors import UsageError
+
+    if spec is not None:
+        raise UsageError("give a SPEC or --from SWEEP, not both")
+    if reliability is not None and not 0 < reliability < 1:
+        raise UsageError(f"--reliability lies between 0 and 1, not {reliability:g}")
+    if sem is not None and not sem > 0:
+        raise UsageError(f"--sem is above 0, not {sem:g}")
+    wanted = RELIABILITY if reliability is None and sem is None else reliability
+    values = needed_seeds(open_sweep(uri), wanted, sem)
+    if as_json:
+        print_json(values)
+    else:
+        print_lines(seeds_lines(values))
+
+
 def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
     import torch
 
     from fimo import estimators
-    from fimo.orchestrator.report.show import label
+    from fimo.orchestrator.report.show import label, until
 
     manifest, spec = resolved.manifest, resolved.spec
     kronecker = any(name.startswith("ekfac") for name, _ in manifest.estimators)
@@ -63,6 +100,7 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
         "shards": len(planned.shards),
         "removals": len(manifest.removals),
         "seeds": spec.seeds.count,
+        "until": until(spec.seeds),
         "evals": manifest.evals,
         "train": manifest.train,
         "scalars": manifest.scalars,

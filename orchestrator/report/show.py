@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fimo import estimators
 from fimo.orchestrator.run.plan import EstimateTask, Task, task_name
+from fimo.orchestrator.spec.spec import Seeds
 
 COLUMNS = 6
 """Amounts shown in the score table; all of them are in ``scores.parquet``."""
@@ -170,7 +171,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     there = f" ({plan['done']} there already)" if plan["done"] else ""
     weight = f" at weight {plan['removal_weight']:g}" if plan["removal_weight"] != 1 else ""
     lines = [
-        f"{plan['name']}: {plan['removals']} removals × {plan['seeds']} seeds = {plan['cells']} cells{there}",
+        f"{plan['name']}: {plan['removals']} removals × {plan['seeds']} seeds = {plan['cells']} cells{there}"
+        f"{plan['until']}",
         f"{plan['shards']} shards to train, {plan['steps']} steps a cell, evaluated at {plan['amounts']} amounts on "
         f"{plan['evals']} evaluation examples",
         f"{plan['scalars']} trainable scalars, {plan['train']} training examples, removal mode "
@@ -188,6 +190,30 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         )
     if "rank" in plan:
         lines += rank_cost_lines(plan["rank"])
+    return lines
+
+
+def until(seeds: Seeds) -> str:
+    """That a sweep adds seeds by itself, for people; empty if it does not."""
+    target = seeds.until_reliability
+    return "" if target is None else f"; more seeds until a reliability of {target:g}, at most {seeds.max}"
+
+
+def seeds_lines(found: Mapping[str, Any]) -> list[str]:
+    """How many seeds a sweep needs, for people."""
+    lines = [f"{found['sweep']}: {found['seeds']} seeds, {duration(found['device_seconds_per_seed'])} of a device each"]
+    for name, most in found["wanted"].items():
+        target = found["sem"] if name == "sem" else found["reliability"]
+        what = "a root mean square standard error of" if name == "sem" else "a reliability of"
+        rows = [r for r in found["steps"] if r["step"] in spread([r["step"] for r in found["steps"]])]
+        told = ", ".join(f"{r['step']}: {'not reached' if r[name] is None else r[name]}" for r in rows)
+        lines.append(f"seeds for {what} {target:g}, by step: {told}")
+        if most is None:
+            lines.append("  not reached at any step: the seeds do not agree with each other at all")
+            continue
+        hours = found["device_hours"][name]
+        more = f"{hours:.3g} device-hours more" if most > found["seeds"] else "it has them"
+        lines.append(f"  at every step that reaches it: {most} ({more})")
     return lines
 
 

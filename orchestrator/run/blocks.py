@@ -55,7 +55,8 @@ def held_removals(sweep: Sweep, manifest: Manifest, key: str, set_name: str) -> 
 def runs_of(manifest: Manifest, estimator: str, params: str) -> tuple[int, ...]:
     """The seeds that an estimator trains with on a sweep, ascending; none if it trains no runs of its own."""
     [named] = estimators.parse({"name": estimator, **json.loads(params)})
-    return tuple(sorted(named.runs(tuple(manifest.spec.seeds))))
+    seeds = manifest.spec.seeds
+    return tuple(sorted(named.runs(tuple(seeds), seeds.after)))
 
 
 def shares(manifest: Manifest, estimator: str, params: str) -> Iterator[tuple[int | None, int, int]]:

@@ -16,9 +16,10 @@ from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import Gathered, gather
 from fimo.orchestrator.run.owed import cells_in, estimators_in, owed_tasks
-from fimo.orchestrator.run.plan import EstimateTask, Plan, Task
+from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task
 from fimo.orchestrator.run.pool import on_ray
 from fimo.orchestrator.run.schedule import Outcome, Pool, Result, drive
+from fimo.orchestrator.run.seeds import next_seeds
 from fimo.orchestrator.run.written import write_tables
 from fimo.orchestrator.store import Store
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -107,22 +108,52 @@ def run(
     if retry_failed:
         failures.forget(sweep)
     outcome = Outcome()
+
+    def compute(of: Manifest, tasks: list[Task], plan: Plan) -> None:
+        note_sets(of, sweep, tasks)
+        listener.start(plan, len(tasks))
+        final_model = read_final(of.spec, Path(of.beside))
+        with (where or on_ray(None))(sweep, of, final_model) as pool:
+            _compute(of, sweep, tasks, pool, listener, should_stop, outcome)
+
+    if shards and manifest.spec.seeds.until_reliability is not None:
+        manifest = _grown(manifest, sweep, compute, listener, outcome)
     for _ in range(ROUNDS):
         tasks, plan = _owed(manifest, sweep, shards)
-        if tasks:
-            note_sets(manifest, sweep, tasks)
-            listener.start(plan, len(tasks))
-            final_model = read_final(manifest.spec, Path(manifest.beside))
-            with (where or on_ray(None))(sweep, manifest, final_model) as pool:
-                _compute(manifest, sweep, tasks, pool, listener, should_stop, outcome)
+        if tasks and not outcome.stopped:
+            compute(manifest, tasks, plan)
         gathered = gather(sweep, manifest, listener.say)
-        for _, why in gathered.bad:
-            listener.say(f"{why}; set aside under {sweep.uri}/rejected and computed again")
-        _reject(sweep, gathered)
+        _reject(sweep, gathered, listener)
         if not gathered.bad or outcome.stopped:
             break
     written = write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
     return _report(manifest, sweep, gathered, written, outcome, shards)
+
+
+def _grown(
+    manifest: Manifest,
+    sweep: Sweep,
+    compute: Callable[[Manifest, list[Task], Plan], None],
+    listener: Listener,
+    outcome: Outcome,
+) -> Manifest:
+    """Train shards in rounds of more seeds until they are reliable; estimates wait for the number to be settled."""
+    rounds = 0
+    while not outcome.stopped:
+        tasks, plan = owed_tasks(manifest, sweep, failures.read(sweep, manifest))
+        owed: list[Task] = [task for task in tasks if isinstance(task, Shard)]
+        if owed:
+            compute(manifest, owed, plan)
+        more, met = next_seeds(sweep, manifest, listener.say)
+        _reject(sweep, met, listener)
+        if met.bad and rounds < ROUNDS:
+            rounds += 1
+            continue
+        if more is None or outcome.stopped:
+            break
+        manifest, rounds = manifest.with_seeds(more), 0
+        sweep.write_manifest(manifest)
+    return manifest
 
 
 def _owed(manifest: Manifest, sweep: Sweep, shards: bool) -> tuple[list[Task], Plan]:
@@ -159,9 +190,10 @@ def _compute(
         failures.record(manifest, sweep, given_up)
 
 
-def _reject(sweep: Sweep, gathered: Gathered) -> None:
+def _reject(sweep: Sweep, gathered: Gathered, listener: Listener) -> None:
     """Set every bad object aside, so that the next round computes it again."""
-    for key, _ in gathered.bad:
+    for key, why in gathered.bad:
+        listener.say(f"{why}; set aside under {sweep.uri}/rejected and computed again")
         try:
             sweep.reject(key)
         except StoreError:

@@ -27,7 +27,8 @@ def estimate_identity(result_digest: str, at_final_digest: str, spec: Spec, esti
     """
     [named] = estimators.parse({"name": estimator, **json.loads(params)})
     source = result_digest if named.follows_training() else at_final_digest
-    return digest([source, list(named.follows_seeds(tuple(spec.seeds))), named.version])
+    seeds = named.follows_seeds(tuple(spec.seeds), spec.seeds.after)
+    return digest([source, list(seeds), named.version])
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def rank_cost(resolved: Resolved, evals: int, top: int) -> dict[str, Any]:
         rates = Rates(problem)
         for name, params in manifest.estimators:
             [named] = estimators.parse({"name": name, **json.loads(params)})
-            own = problem.with_seeds(named.runs(tuple(resolved.spec.seeds)))
+            own = problem.with_seeds(named.runs(tuple(resolved.spec.seeds), resolved.spec.seeds.after))
             if named.refuses(own) is None:
                 hours[f"{name} {params}"] = rates.seconds(named.work(own)) / 3600
         # Every example of either top is another one, at worst.

@@ -60,16 +60,41 @@ class RemovalsSection(Section):
 
 
 class Seeds(Section):
-    """Consecutive seeds ``first … first + count − 1``."""
+    """Consecutive seeds ``first … first + count − 1``.
+
+    With ``until_reliability`` a run adds seeds in rounds, from ``min`` to at most ``max``, until the attribution is as
+    reliable at every recorded step; ``count`` is then where it stands.
+    """
 
     first: Index = 0
-    count: Count
+    count: Count = Field(default=None, validate_default=False)  # type: ignore[assignment]
+    until_reliability: Annotated[float, Field(gt=0, lt=1)] | None = None
+    min: Annotated[int, Field(ge=2, strict=True)] = 4
+    max: Count = 100
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begin(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("until_reliability") is not None and values.get("count") is None:
+            return {**values, "count": values.get("min", cls.model_fields["min"].default)}
+        return values
 
     @model_validator(mode="after")
     def _in_range(self) -> Seeds:
-        if self.first + self.count > 2**31:
+        if self.count is None:
+            raise ValueError("give count, or until_reliability")
+        if self.until_reliability is None and self.model_fields_set & {"min", "max"}:
+            raise ValueError("min and max go with until_reliability")
+        if self.until_reliability is not None and not self.min <= self.count <= self.max:
+            raise ValueError(f"count must lie between min {self.min} and max {self.max}")
+        if max(self.first + self.count, self.after or 0) > 2**31:
             raise ValueError("seeds must stay below 2**31")
         return self
+
+    @property
+    def after(self) -> int | None:
+        """The first seed that the sweep never comes to use; None = the one after its last."""
+        return None if self.until_reliability is None else self.first + self.max
 
     def __iter__(self) -> Any:
         return iter(range(self.first, self.first + self.count))
@@ -142,6 +167,8 @@ class Spec(Section):
         """The spec as plain JSON values with every default written out; ``parse`` of it gives the spec back."""
         plain = self.model_dump(mode="json", by_alias=True)
         plain["removals"] = {k: v for k, v in plain["removals"].items() if v is not None}
+        if self.seeds.until_reliability is None:
+            plain["seeds"] = {"first": self.seeds.first, "count": self.seeds.count}
         plain["further_training"]["evaluate"] = {
             k: v for k, v in plain["further_training"]["evaluate"].items() if v is not None
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fimo.orchestrator.spec.removals import NamedRemoval
@@ -46,6 +46,11 @@ class Manifest:
     def cells(self) -> int:
         """Removals × seeds."""
         return len(self.removals) * self.spec.seeds.count
+
+    def with_seeds(self, count: int) -> Manifest:
+        """The same of a sweep that has come to use ``count`` seeds."""
+        seeds = self.spec.seeds.model_copy(update={"count": count})
+        return replace(self, spec=self.spec.model_copy(update={"seeds": seeds}))
 
     def json(self) -> dict[str, Any]:
         """As plain JSON values; ``from_json`` gives the manifest back."""

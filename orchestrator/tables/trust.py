@@ -91,19 +91,28 @@ class Trust:
         self._shift = _Shift(of, self._q) if adjust == "baseline" else None
         self._points = _quantiles(_Q, self._q)
 
-    def reliability(self, seeds: int | None = None) -> Array:
-        """The truth's share of a mean over ``seeds`` (default: those there are), float64 (m,), between 0 and 1."""
+    def reliability(self, seeds: int | None = None, noise: Array | None = None) -> Array:
+        """The truth's share of a mean over ``seeds`` (default: those there are), float64 (m,), between 0 and 1.
+
+        Args:
+            noise: what is known of it from more seeds than these (``noise``), scaled to as many seeds as these.
+        """
         times = self.of.k / (seeds or self.of.k)
         signal = _power(self.of, _Q)
+        noise = ((self.noise if noise is None else noise) * times)[:, None]
         if self._shift is None:
-            out: Array = (self._q * (_Q / (_Q + times))).sum(axis=1)
-            return out
-        noise = ((self.of.noise + self.of.r * self._shift.wobble) * times)[:, None]
+            alone: Array = (self._q * _share(signal, signal + noise)).sum(axis=1)
+            return alone
         out = np.zeros(len(signal))
         for theta in self._shift.points:
             power = signal * (1 + theta)
             out += (self._q * _share(power, power + noise)).sum(axis=1)
         return out / len(self._shift.points)
+
+    @property
+    def noise(self) -> Array:
+        """N: what noise adds to ‖ē‖², float64 (m,)."""
+        return self.of.noise if self._shift is None else self.of.noise + self.of.r * self._shift.wobble
 
     def ceiling(self, seeds: int | None = None) -> Array:
         """The cosine that a perfect estimate is expected to reach, float64 (m,).
