@@ -31,6 +31,7 @@ from fimo.orchestrator.run.gather import Gathered, seed_blocks
 from fimo.orchestrator.run.owed import current_plan, missing_estimates
 from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.schedule import Pool, drive
+from fimo.orchestrator.run.witnesses import read_witnesses
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -216,7 +217,8 @@ def measured(
     place, r = manifest.steps.index(step), len(manifest.removals)
     parts = listed_parts(sweep, manifest)
     blocks = seed_blocks(sweep, manifest, parts, Gathered({}), [], say)
-    blocks, reduction = reduce(blocks, r, len(manifest.steps), manifest.evals)
+    pairs = read_witnesses(sweep, manifest, parts).pairs
+    blocks, reduction = reduce(blocks, r, len(manifest.steps), manifest.evals, pairs)
     for _ in blocks:
         pass
     known, sem = Known(), reduction.effects.sem()

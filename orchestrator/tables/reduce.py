@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.tables import schemas as tables
+from fimo.orchestrator.tables.floor import Floor, Pair, floor
 from fimo.orchestrator.tables.sanity import exploded
 
 Array = NDArray[np.float64]
@@ -45,6 +46,17 @@ class SeedBlock:
     def complete(self) -> bool:
         """Whether every removal has a finite effect at every step."""
         return bool(np.isfinite(self.effects).all())
+
+
+def witness_pair(sweep: Sequence[Part], witness: Part) -> Pair:
+    """A seed's effects of the removals that have witnesses, beside theirs; in both as ``seed_block`` has an effect.
+
+    Args:
+        sweep: the seed's parts, in the order of their keys.
+    """
+    removals, m = witness.removals, witness.deltas.shape[2]
+    own, again = (seed_block(witness.seed, parts, removals, witness.steps, m).effects for parts in (sweep, [witness]))
+    return Pair(tuple(r.indices for r in removals), own, again)
 
 
 def seed_block(
@@ -113,7 +125,8 @@ class Reduction:
 
     Attributes:
         effects, training_only: running moments of the effects (R, T, m) and of the baseline's deltas (1, T, m).
-        floor: root mean square difference of two baselines of one seed, float64 (T, m): the noise of one effect.
+        floor: the noise of one effect, float64 (T, m); ``floors``: the same by adjustment, and of means over seeds
+            (``tables.floor``). As far as it is known so far.
         seeds: seeds of which there is at least one part.
         diverged: (removal number, seed, step) of runs that were not finite, −1 for a baseline.
         scale: the root mean square of g(z, θᶠ) over evaluation examples.
@@ -122,6 +135,7 @@ class Reduction:
     effects: Welford
     training_only: Welford
     floor: Array
+    floors: Floor
     seeds: list[int]
     diverged: list[tuple[int, int, int]]
     scale: float = 0.0
@@ -132,13 +146,20 @@ class Reduction:
         return exploded(self.training_only.mean[0], self.scale)
 
 
-def reduce(blocks: Iterable[SeedBlock], removals: int, steps: int, m: int) -> tuple[Iterator[SeedBlock], Reduction]:
+def reduce(
+    blocks: Iterable[SeedBlock], removals: int, steps: int, m: int, witnesses: Sequence[Pair] = ()
+) -> tuple[Iterator[SeedBlock], Reduction]:
     """Average over seeds as blocks stream past.
+
+    Args:
+        witnesses: known beforehand, since the floor is asked for while blocks stream past.
 
     Returns:
         The blocks again, for whoever else needs them, and the reduction, which is final once they are consumed.
     """
-    result = Reduction(Welford((removals, steps, m)), Welford((1, steps, m)), np.zeros((steps, m)), [], [])
+    known = floor(witnesses, np.zeros((steps, m)))
+    effects, training_only = Welford((removals, steps, m)), Welford((1, steps, m))
+    result = Reduction(effects, training_only, known.one["baseline"], known, [], [])
 
     def stream() -> Iterator[SeedBlock]:
         squares, parts = np.zeros((steps, m)), 0
@@ -146,7 +167,8 @@ def reduce(blocks: Iterable[SeedBlock], removals: int, steps: int, m: int) -> tu
             result.effects.add(block.effects)
             result.training_only.add(block.training_only[None])
             squares, parts = squares + block.floor_squares, parts + block.floor_parts
-            result.floor = np.sqrt(squares / max(parts, 1))
+            result.floors = floor(witnesses, np.sqrt(squares / max(parts, 1)))
+            result.floor = result.floors.one["baseline"]
             result.seeds.append(block.seed)
             result.scale = max(result.scale, block.scale)
             result.diverged += [(number, block.seed, step) for number, step in block.diverged]
