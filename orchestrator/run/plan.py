@@ -173,9 +173,10 @@ def witness_tasks(manifest: Manifest) -> tuple[WitnessTask, ...]:
 
     The same in every seed, so that what of the difference is common to the seeds can be told.
     """
-    count = count_witnesses(manifest)
-    once = list({r.indices: r for r in reversed(manifest.removals)}.values())[::-1]
-    chosen = spread_evenly(once, min(PER_SEED, len(once)))
+    count, once = count_witnesses(manifest), dict[tuple[int, ...], NamedRemoval]()
+    for removal in manifest.removals:
+        once.setdefault(removal.indices, removal)
+    chosen = spread_evenly(list(once.values()), min(PER_SEED, len(once)))
     tasks, seed = list[WitnessTask](), manifest.spec.seeds.first
     while count > 0:
         own = spread_evenly(chosen, min(count, len(chosen)))

@@ -1,9 +1,13 @@
 """The noise floor: what rounding alone makes of an effect, measured on witnesses. Pure functions.
 
 A witness is a cell of the sweep trained again so that it rounds otherwise (``fimo.workers.witness``). With d_ws the
-difference of the effects of removal w in seed s, the noise of one effect is √mean d², and the part of d² that the seeds
-have in common is the mean over pairs of seeds of d_ws · d_ws'. Averaging over k seeds leaves the common part as it is
-and divides the rest by k.
+difference of the effects of removal w in seed s, the noise of one effect is √mean d², by step and evaluation example.
+The share of d² that the seeds have in common is the mean over pairs of seeds of d_ws · d_ws' beside it. Averaging over
+k seeds leaves the common part as it is and divides the rest by k.
+
+The share is one number a step: so few products are mostly chance, of which cutting them off at 0 keeps the half that
+says too much. Measured on Concrete (16 witnesses in 4 seeds, a mean over 20 seeds, step 1): truth 2.3e-8, with one
+share 3.2e-8, with one for each evaluation example 4.2e-8.
 
 For ``adjust: mean`` the differences are centred over the removals first, c of them, and their squares multiplied by
 c/(c−1): what the removals have in common (the baseline's rounding) drops out of centred effects.
@@ -90,11 +94,9 @@ def floor(pairs: Sequence[Pair], second: Array) -> Floor:
     products = {"baseline": _mean_product(both), "mean": _centred_product(both)}
     # One removal has nothing to be centred over, and a step at which all witnesses diverged has only second baselines.
     squares["mean"] = np.where(np.isnan(squares["mean"]), squares["baseline"], squares["mean"])
+    shares = {adjust: _share(products[adjust], square) for adjust, square in squares.items()}
     floors = {adjust: np.fmax(np.sqrt(square), second) for adjust, square in squares.items()}
-    common = {
-        adjust: np.clip(np.broadcast_to(np.nan_to_num(product), second.shape), 0.0, floors[adjust] ** 2)
-        for adjust, product in products.items()
-    }
+    common = {adjust: shares[adjust] * one**2 for adjust, one in floors.items()}
     return Floor(floors, common, True, count)
 
 
@@ -118,6 +120,14 @@ def _centred_product(factors: Sequence[tuple[Array, Array]]) -> Array:
         total = total + (a * b).sum(axis=0) - a.sum(axis=0) * b.sum(axis=0) / np.maximum(c, 1)
         count = count + np.maximum(c - 1, 0)
     return _quotient(total, count)
+
+
+def _share(product: Array, square: Array) -> Array:
+    """The share of the squares that is common to seeds, (T, 1); 0 if no two seeds can be compared."""
+    # At a step without any pair the product is NaN, for all evaluation examples alike.
+    product = np.broadcast_to(np.nan_to_num(product), square.shape).sum(axis=1)
+    total = np.nan_to_num(square).sum(axis=1)
+    return np.clip(np.where(total > 0, product / np.where(total > 0, total, 1), 0.0), 0.0, 1.0)[:, None]
 
 
 def _quotient(total: Array, count: NDArray[np.float64 | np.int64]) -> Array:
