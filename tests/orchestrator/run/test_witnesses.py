@@ -14,6 +14,7 @@ from fimo.orchestrator.run import witnessing
 from fimo.orchestrator.run.gather import Gathered, seed_blocks
 from fimo.orchestrator.run.plan import WitnessTask, count_witnesses, witness_tasks
 from fimo.orchestrator.run.status import sweep_status
+from fimo.orchestrator.run.verification import verify
 from fimo.orchestrator.run.witnesses import read_witnesses
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.spec.removals import NamedRemoval
@@ -247,9 +248,11 @@ def test_a_witness_that_does_not_verify_is_set_aside_and_trained_again(beside, t
     manifest = resolve(spec, beside).manifest
     with pytest.raises(BadPartError):
         Sweep(store, "flowers").read_witness(0, manifest)
+    assert verify(Sweep(store, "flowers")).exit_code == 1
     report, _, heard = run_here(spec, beside, store)
     assert [type(t) for t in heard.tasks] == [WitnessTask]
     assert report.exit_code == 0
+    assert verify(Sweep(store, "flowers")).exit_code == 0
     assert table_bytes(store) == tables
     assert len(list(store.list("flowers/rejected/"))) == 1
 
