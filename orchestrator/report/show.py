@@ -120,7 +120,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     lines = [
         f"{plan['name']}: {plan['removals']} removals × {plan['seeds']} seeds = {plan['cells']} cells{there}",
         f"{plan['shards']} shards to train, {plan['steps']} steps a cell, evaluated at {plan['amounts']} amounts on "
-        f"{plan['evals']} evaluation examples; {plan['witnesses']} cells once more, to measure the noise floor",
+        f"{plan['evals']} evaluation examples; witnesses of the noise floor: {plan['witnesses']}",
         f"{plan['scalars']} trainable scalars, {plan['train']} training examples, removal mode {plan['removal_mode']}",
         f"about {size(plan['bytes'])} of rows before compression",
         f"estimators: {', '.join(plan['estimators']) or 'none'}",
