@@ -85,8 +85,9 @@ def masked(x: Tensor, p: float, order: Order) -> Tensor:
 
 
 def drawn(shape: Sequence[int], p: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Ones with probability 1 − p, else zeros."""
-    return torch.empty(list(shape), dtype=dtype, device=device).bernoulli_(1 - p)
+    """Ones with probability 1 − p, else zeros; the same ones in every precision."""
+    # On CUDA float64 draws another sequence, and a run in it would differ by its masks.
+    return torch.empty(list(shape), dtype=torch.float32, device=device).bernoulli_(1 - p).to(dtype)
 
 
 def dropout_arguments(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimo.workers.batches import BASELINE, Removal, amounts, first_difference
+from fimo.workers.batches import BASELINE, Removal, amounts, first_difference, steps_recorded
 from fimo.workers.errors import FimoError
 from fimo.workers.further_training import Deltas, further_train
 from fimo.workers.stacking.forking import Stack, stacks_of, trained
@@ -55,15 +55,18 @@ def run_shard(
     seed: int,
     replicas: int,
     progress: Callable[[int, int], None] | None = None,
+    second: bool = True,
 ) -> ShardResult:
-    """Train the removals, the baseline and a second baseline for the noise floor.
+    """Train the removals, the baseline and a second baseline.
 
     The second baseline is trained in a stack of another size (alone, or as one of two if the others are trained alone):
-    the same mathematics in another order of rounding. The noise floor is the difference.
+    the same mathematics in another order of rounding. The difference bounds the noise floor from below;
+    ``fimo.workers.witness`` measures it.
 
     Args:
         replicas: cells trained together.
         progress: called with (cells done, cells in all).
+        second: False trains no second baseline; the first one's row stands in its place too.
     """
     started = time.monotonic()
     if start.model.device.type == "cuda":
@@ -77,7 +80,8 @@ def run_shard(
             progress(len(results), len(cells))
 
     replicas = in_stacks(start, cells, seed, replicas, take)
-    floor = _floor(start, seed, replicas)
+    baseline = Deltas(tuple(steps_recorded(len(start.train), start.settings)), *(r[None] for r in results[0]))
+    floor = _floor(start, seed, replicas) if second else baseline
     # Removals first, then the baseline, then the second baseline.
     order = [*range(1, len(cells)), 0]
     deltas = torch.stack([*(results[place][0] for place in order), floor.deltas[0]])

@@ -61,10 +61,10 @@ def where(case: Case, start: Start) -> dict[str, Any]:
     return {"state": case.state, "device": case.device, "evals": case.evals, "forward": start.forward}
 
 
-def moved_state(start: Start) -> dict[str, Tensor]:
-    """θᶠ moved by ``ULPS`` units in the last place of the precision, as a state dict."""
+def moved_state(start: Start, ulps: float = ULPS) -> dict[str, Tensor]:
+    """θᶠ moved by up to ``ulps`` units in the last place of the precision, as a state dict."""
     model, generator = start.model, torch.Generator().manual_seed(0)
-    unit = ULPS * torch.finfo(model.dtype).eps
+    unit = ulps * torch.finfo(model.dtype).eps
     state: dict[str, Tensor] = model.module.state_dict(keep_vars=True)
     moved: dict[int, Tensor] = {}
     for name, p in model.module.named_parameters():

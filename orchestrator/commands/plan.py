@@ -89,6 +89,7 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
 
     from fimo import estimators
     from fimo.orchestrator.report.show import label, until
+    from fimo.orchestrator.run.plan import count_witnesses
 
     manifest, spec = resolved.manifest, resolved.spec
     kronecker = any(name.startswith("ekfac") for name, _ in manifest.estimators)
@@ -98,6 +99,7 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
         "cells": planned.cells,
         "done": planned.done,
         "shards": len(planned.shards),
+        "witnesses": count_witnesses(manifest),
         "removals": len(manifest.removals),
         "seeds": spec.seeds.count,
         "until": until(spec.seeds),

@@ -27,6 +27,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "diverged": len(gathered.diverged),
         "failed": [failure.line for failure in report.failures.aside],
         "left_out": {name: why for (name, _), why in report.failures.left_out.items()},
+        "witnesses_left_out": {str(seed): why for seed, why in report.failures.witnesses.items()},
         "stopped": report.outcome.stopped,
         "tables": report.written,
         "scores": [r for r in scores if r["seeds"] == seeds],
@@ -54,9 +55,9 @@ def complaints(report: Report) -> Iterator[str]:
     if len(gathered.devices) > 1:
         devices = ", ".join(gathered.devices)
         yield f"parts come from several devices ({devices}): differences between them are noise"
-    cells, estimators = report.owed_cells, report.owed_estimators
-    if (cells or estimators) and not outcome.broken:
-        owed = f"{cells} cells and {estimators} estimators"
+    cells, estimators, witnesses = report.owed_cells, report.owed_estimators, report.owed_witnesses
+    if (cells or estimators or witnesses) and not outcome.broken:
+        owed = f"{cells} cells and {estimators} estimators" + (f" and {witnesses} witnesses" if witnesses else "")
         yield f"incomplete: {owed} are missing; `fimo resume {uri}` computes them"
 
 

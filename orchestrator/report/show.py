@@ -174,7 +174,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"{plan['name']}: {plan['removals']} removals × {plan['seeds']} seeds = {plan['cells']} cells{there}"
         f"{plan['until']}",
         f"{plan['shards']} shards to train, {plan['steps']} steps a cell, evaluated at {plan['amounts']} amounts on "
-        f"{plan['evals']} evaluation examples",
+        f"{plan['evals']} evaluation examples; witnesses of the noise floor: {plan['witnesses']}",
         f"{plan['scalars']} trainable scalars, {plan['train']} training examples, removal mode "
         f"{plan['removal_mode']}{weight}",
         f"about {size(plan['bytes'])} of rows before compression",
@@ -263,6 +263,9 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         )
     if status["estimates_missing"]:
         lines.append(f"estimators still to run: {', '.join(status['estimates_missing'])}")
+    if status["witnesses_missing"]:
+        lines.append(f"{status['witnesses_missing']} witnesses of the noise floor still to train")
+    lines += [f"no witnesses of seed {seed}: {why}" for seed, why in status["witnesses_left_out"].items()]
     lines += [f"{name} is left out of the default estimators: {why}" for name, why in status["left_out"].items()]
     lines += [proof_line(proof) for proof in status["proofs"]]
     lines += trust_lines(status["reliability"])

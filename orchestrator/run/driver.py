@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fimo.orchestrator.resolve.resolved import Resolved, read_final
@@ -16,7 +16,7 @@ from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import Gathered, gather
 from fimo.orchestrator.run.owed import cells_in, estimators_in, owed_tasks
-from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task
+from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask
 from fimo.orchestrator.run.pool import on_ray
 from fimo.orchestrator.run.schedule import Outcome, Pool, Result, drive
 from fimo.orchestrator.run.seeds import next_seeds
@@ -41,7 +41,7 @@ class Report:
         gathered: the tables, and what was met in making them.
         written: the tables' URIs by name.
         failures: tasks set aside and estimators left out, of this run and of those before.
-        owed_cells, owed_estimators: what a further run would compute.
+        owed_cells, owed_estimators, owed_witnesses: what a further run would compute.
         shards: False if the run was of estimates alone.
     """
 
@@ -53,6 +53,7 @@ class Report:
     owed_cells: int = 0
     owed_estimators: int = 0
     shards: bool = True
+    owed_witnesses: int = 0
 
     @property
     def complete(self) -> bool:
@@ -163,7 +164,7 @@ def _owed(manifest: Manifest, sweep: Sweep, shards: bool) -> tuple[list[Task], P
 
 def note_sets(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task]) -> None:
     """A set of removals is in the store before anything that its hash names."""
-    for removals in {task.removals for task in tasks}:
+    for removals in {task.removals for task in tasks if not isinstance(task, WitnessTask)}:
         sweep.write_set(manifest.digest, removals)
 
 
@@ -208,4 +209,5 @@ def _report(
         return report
     tasks, _ = _owed(manifest, sweep, shards)
     cells, lacking = cells_in(tasks), len(estimators_in(tasks))
-    return Report(sweep.uri, gathered, written, outcome, report.failures, cells, lacking, shards)
+    witnesses = sum(len(task.removals) for task in tasks if isinstance(task, WitnessTask))
+    return replace(report, owed_cells=cells, owed_estimators=lacking, owed_witnesses=witnesses)

@@ -1,19 +1,20 @@
 """Tasks that were given up, as recorded under ``failed/``, and what each means for the sweep.
 
-Two kinds. A task is *set aside*: it counts against the run until ``--retry-failed`` has it tried again. An estimator of
-the default set is *left out*, whatever it failed of: nobody asked for it by name, so the sweep is complete without it.
-An estimator that the spec names is never left out.
+A task is *set aside*: it counts against the run until ``--retry-failed`` has it tried again. Or it is *left out*,
+whatever it failed of, and the sweep is complete without it: an estimator of the default set, since nobody asked for it
+by name, and a witness, without which the noise floor is a lower bound. An estimator that the spec names is never left
+out.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from fimo.orchestrator.run.plan import Shard, Task, task_name
+from fimo.orchestrator.run.plan import Shard, Task, WitnessTask, task_name
 from fimo.orchestrator.run.schedule import SetAside
 from fimo.orchestrator.spec.canonical import canonical, digest
 from fimo.orchestrator.store import NotFound
@@ -44,10 +45,12 @@ class Failures:
     Attributes:
         aside: tasks set aside.
         left_out: (estimator, params) of the default set -> why it is left out, in one line.
+        witnesses: seed -> why its witnesses are left out, in one line.
     """
 
     aside: tuple[Failure, ...]
     left_out: dict[tuple[str, str], str]
+    witnesses: dict[int, str] = field(default_factory=dict)
 
     @property
     def ids(self) -> set[str]:
@@ -59,6 +62,8 @@ def task_id(manifest: Manifest, task: Task) -> str:
     """A name for a task that is the same in every run of it."""
     if isinstance(task, Shard):
         return f"{manifest.digest[:16]}-seed-{task.seed:010d}-{keys.set_hash(task.removals)}"
+    if isinstance(task, WitnessTask):
+        return f"{manifest.digest[:16]}-witness-{task.seed:010d}"
     about = [task.estimator, task.params, keys.set_hash(task.removals), task.first]
     about += [] if task.seed is None else [task.seed]
     about += [] if task.at is None else ["at", task.at]
@@ -68,9 +73,13 @@ def task_id(manifest: Manifest, task: Task) -> str:
 def record(manifest: Manifest, sweep: Sweep, given_up: SetAside) -> None:
     """Keep a task's error and traceback in the store; raises StoreError."""
     task = given_up.task
-    about: dict[str, Any] = (
-        {"seed": task.seed} if isinstance(task, Shard) else {"estimator": task.estimator, "params": task.params}
-    )
+    about: dict[str, Any]
+    if isinstance(task, Shard):
+        about = {"seed": task.seed}
+    elif isinstance(task, WitnessTask):
+        about = {"witness": task.seed, "asked": manifest.spec.resources.witnesses}
+    else:
+        about = {"estimator": task.estimator, "params": task.params}
     body = {
         "task": task_name(task),
         **about,
@@ -91,11 +100,17 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
     """
     aside: list[Failure] = []
     left_out: dict[tuple[str, str], str] = {(name, "{}"): why for name, why in manifest.left_out}
+    witnesses: dict[int, str] = {}
     for name, body in _records(sweep):
         if not name.startswith(manifest.digest[:16]):
             continue
         try:
             line, final = f"{body['task']}: {body['error']}", body["final"] is True
+            if "witness" in body:
+                # One for what it costs holds for the count that it was asked for under.
+                if body["witness"] in manifest.spec.seeds and body["asked"] == manifest.spec.resources.witnesses:
+                    witnesses[int(body["witness"])] = str(body["error"])
+                continue
             if "seed" in body:
                 wanted = body["seed"] in manifest.spec.seeds
             else:
@@ -110,7 +125,7 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
             line, final, wanted = "its record cannot be read", False, True
         if wanted:
             aside.append(Failure(name, line, final))
-    return Failures(tuple(aside), left_out)
+    return Failures(tuple(aside), left_out, witnesses)
 
 
 def _still_dear(budget: object, manifest: Manifest) -> bool:

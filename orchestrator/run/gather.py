@@ -14,7 +14,14 @@ import pyarrow as pa
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.blocks import assemble, common_steps, listed_blocks, runs_of, value_digest
 from fimo.orchestrator.run.owed import is_complete
-from fimo.orchestrator.run.written import is_current, listed_parts, read_table, read_warnings, stamp
+from fimo.orchestrator.run.witnesses import Witnesses, read_witnesses
+from fimo.orchestrator.run.written import (
+    is_current,
+    listed_parts,
+    read_table,
+    read_warnings,
+    stamp,
+)
 from fimo.orchestrator.sweep.estimates import EstimateBlock
 from fimo.orchestrator.sweep.imported import imported
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -48,6 +55,7 @@ class Gathered:
         diverged: (removal number or −1 for a baseline, seed, step).
         cells, done: of the whole sweep, and those with a verified part.
         estimators_wanted, estimators_done: those not left out of the default set, and those that are complete.
+        witnesses_missing: seeds whose witnesses are still to be trained.
         devices: device types that parts come from.
         stamp: digest of everything the tables were made from.
         warnings: what a reader of the tables must be told first.
@@ -62,6 +70,7 @@ class Gathered:
     done: int = 0
     estimators_wanted: int = 0
     estimators_done: int = 0
+    witnesses_missing: int = 0
     devices: list[str] = field(default_factory=list)
     stamp: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -75,8 +84,8 @@ class Gathered:
 
     @property
     def complete(self) -> bool:
-        """Whether every cell and every estimate is there."""
-        return self.done == self.cells and self.estimated
+        """Whether every cell, estimate and witness is there."""
+        return self.done == self.cells and self.estimated and not self.witnesses_missing
 
 
 def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda line: None) -> Gathered:
@@ -95,7 +104,10 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     seeds = len({part.seed for part in listed})
     scorer = Scorer(estimates, manifest.steps, seeds, manifest.spec.removals.random_groups)
     blocks = seed_blocks(sweep, manifest, listed, gathered, costs, say)
-    blocks, reduction = reduce(blocks, len(manifest.removals), len(manifest.steps), manifest.evals)
+    # Known before the first seed is reduced: scores are taken under the floor as seeds stream past.
+    witnesses = read_witnesses(sweep, manifest, listed)
+    _note_witnesses(witnesses, gathered, costs)
+    blocks, reduction = reduce(blocks, len(manifest.removals), len(manifest.steps), manifest.evals, witnesses.pairs)
     for block in blocks:
         scorer.add(block, reduction.floor)
     scorer.finish(reduction)
@@ -138,6 +150,16 @@ def seed_blocks(
         say(f"reducing seed {seed} ({number} of {len(by_seed)})")
         if parts:
             yield seed_block(seed, parts, manifest.removals, manifest.steps, manifest.evals, weight)
+
+
+def _note_witnesses(witnesses: Witnesses, gathered: Gathered, costs: Costs) -> None:
+    gathered.bad += witnesses.bad
+    gathered.witnesses_missing = witnesses.missing
+    gathered.warnings += [
+        f"no witnesses of seed {seed}, so that the noise floor may be a lower bound: {why}"
+        for seed, why in witnesses.left_out.items()
+    ]
+    costs += [_cost("witness", f"seed {seed}", "", about) for seed, about in witnesses.provenance.items()]
 
 
 def _estimates(sweep: Sweep, manifest: Manifest, gathered: Gathered, costs: Costs) -> list[EstimateMatrix]:
@@ -190,7 +212,7 @@ def _look(gathered: Gathered, manifest: Manifest, reduction: Reduction) -> None:
     seeds, beyond = len(reduction.seeds), reduction.exploded
     rows = gathered.tables["reliability"].to_pylist()
     ceilings = [row["ceiling"] for row in rows if row["measured"] and row["adjust"] == "baseline"]
-    effects, floor = reduction.effects.mean[there], reduction.floor / np.sqrt(seeds)
+    effects, floor = reduction.effects.mean[there], reduction.floors.of_mean(seeds)
     if len(effects) > 1:
         gathered.warnings += warnings(manifest.steps, effects, floor, beyond, ceilings, seeds)
     gathered.nonsense = is_nonsense(beyond)

@@ -9,7 +9,16 @@ from itertools import chain, zip_longest
 
 from fimo.orchestrator.run.blocks import Named, held_removals, listed_blocks, shares, value_digest
 from fimo.orchestrator.run.failures import Failures, task_id
-from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, make_plan, size_of_shards
+from fimo.orchestrator.run.plan import (
+    EstimateTask,
+    Plan,
+    Shard,
+    Task,
+    WitnessTask,
+    make_plan,
+    size_of_shards,
+    witness_tasks,
+)
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -55,14 +64,24 @@ def missing_estimates(
     return tasks
 
 
+def missing_witnesses(manifest: Manifest, sweep: Sweep, failures: Failures) -> list[WitnessTask]:
+    """The seeds that still lack witnesses; any witnesses of a seed will do, and one that is left out owes nothing."""
+    wanted = [task for task in witness_tasks(manifest) if task.seed not in failures.witnesses]
+    held = set(sweep.list_witnesses(manifest.digest)) if wanted else set()
+    return [task for task in wanted if task.seed not in held]
+
+
 def owed_tasks(manifest: Manifest, sweep: Sweep, failures: Failures) -> tuple[list[Task], Plan]:
-    """What a run would compute now, in order: shards by seed, estimates in between; what was set aside is left out."""
+    """What a run would compute now, in order: shards by seed, estimates in between, witnesses last.
+
+    What was set aside is left out.
+    """
     plan = current_plan(manifest, sweep)
     shards = [s for s in plan.shards if task_id(manifest, s) not in failures.ids]
     missing = missing_estimates(manifest, sweep, failures)
     owed = [e for e in missing if task_id(manifest, e) not in failures.ids]
     mixed = chain.from_iterable(zip_longest(owed, shards))
-    return [task for task in mixed if task is not None], plan
+    return [*(task for task in mixed if task is not None), *missing_witnesses(manifest, sweep, failures)], plan
 
 
 def cells_in(tasks: list[Task]) -> int:
@@ -76,5 +95,9 @@ def estimators_in(tasks: list[Task]) -> set[Named]:
 
 
 def is_complete(manifest: Manifest, sweep: Sweep, failures: Failures) -> bool:
-    """Whether the store lists every cell and every estimate; raises StoreError."""
-    return not current_plan(manifest, sweep).missing and not missing_estimates(manifest, sweep, failures)
+    """Whether the store lists every cell, estimate and witness; raises StoreError."""
+    return not (
+        current_plan(manifest, sweep).missing
+        or missing_estimates(manifest, sweep, failures)
+        or missing_witnesses(manifest, sweep, failures)
+    )

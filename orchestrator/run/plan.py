@@ -17,6 +17,8 @@ from fimo.workers.settings import FurtherTraining
 SHARD_WORK = 4e12
 """Trained scalars × steps that one part may hold before its shard is cut smaller: about an hour and a half of BERT."""
 SMALLEST, LARGEST = 8, 100
+PER_SEED, MOST_WITNESSES, WITNESS_SHARE = 4, 16, 0.05
+"""Removals that a seed's witnesses are of at most; in all, unless the spec says; and their share of a sweep's cost."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,23 @@ class EstimateTask:
         return seed + ("" if self.whole else f", evaluation examples {self.first} to {self.first + self.count - 1}")
 
 
-Task = Shard | EstimateTask
+@dataclass(frozen=True)
+class WitnessTask:
+    """Removals of one seed, trained again with their baseline to measure the noise floor."""
+
+    seed: int
+    removals: tuple[NamedRemoval, ...]
+
+
+Task = Shard | EstimateTask | WitnessTask
 
 
 def task_name(task: Task) -> str:
     """How a task is called in progress and errors."""
     if isinstance(task, Shard):
         return f"seed {task.seed}, {len(task.removals)} removals"
+    if isinstance(task, WitnessTask):
+        return f"witness, seed {task.seed}"
     return f"estimator {task.estimator} {task.params}{task.span}"
 
 
@@ -132,3 +144,47 @@ def make_plan(
     steps = tuple(steps_recorded(n, settings))
     rows = len(every) * (len(removals) + 2 * -(-len(removals) // size)) * len(steps)
     return Plan(len(removals) * len(every), finished, tuple(shards), steps, rows * (8 * evals + 24))
+
+
+def trained_cells(manifest: Manifest, removals: int) -> int:
+    """Cells that the shards of a whole sweep train: removals, a baseline and a second one of every shard."""
+    return manifest.spec.seeds.count * (removals + 2 * -(-removals // size_of_shards(manifest)))
+
+
+def count_witnesses(manifest: Manifest) -> int:
+    """How many witnesses there are in all: as the spec says, as far as there are cells, or by what the sweep costs.
+
+    A witness and its seed's baseline count as two cells each if the sweep is in float32: float64 takes about twice as
+    long where it is computed as fast as the machine can.
+    """
+    asked, spec = manifest.spec.resources.witnesses, manifest.spec
+    removals = len({r.indices for r in manifest.removals})
+    most = min(PER_SEED, removals) * spec.seeds.count
+    if asked != "auto":
+        return min(asked, most)
+    times = 1 if spec.further_training.precision == "float64" else 2
+    budget = WITNESS_SHARE * trained_cells(manifest, removals)
+    affordable = [c for c in range(1, MOST_WITNESSES + 1) if times * (c + -(-c // PER_SEED)) <= budget]
+    return min(max(affordable, default=1), most)
+
+
+def witness_tasks(manifest: Manifest) -> tuple[WitnessTask, ...]:
+    """The witnesses of a whole sweep: of the same removals, spread over all, in as many of the first seeds as it takes.
+
+    The same in every seed, so that what of the difference is common to the seeds can be told.
+    """
+    count, once = count_witnesses(manifest), dict[tuple[int, ...], NamedRemoval]()
+    for removal in manifest.removals:
+        once.setdefault(removal.indices, removal)
+    chosen = spread_evenly(list(once.values()), min(PER_SEED, len(once)))
+    tasks, seed = list[WitnessTask](), manifest.spec.seeds.first
+    while count > 0:
+        own = spread_evenly(chosen, min(count, len(chosen)))
+        tasks.append(WitnessTask(seed, tuple(own)))
+        count, seed = count - len(own), seed + 1
+    return tuple(tasks)
+
+
+def spread_evenly(removals: Sequence[NamedRemoval], count: int) -> list[NamedRemoval]:
+    """``count`` of the removals at even distances, in their order."""
+    return [removals[(2 * place + 1) * len(removals) // (2 * count)] for place in range(count)]

@@ -31,6 +31,7 @@ from fimo.orchestrator.run.gather import Gathered, seed_blocks
 from fimo.orchestrator.run.owed import current_plan, missing_estimates
 from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.schedule import Pool, drive
+from fimo.orchestrator.run.witnesses import read_witnesses
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -219,7 +220,8 @@ def measured(
     place, r = manifest.steps.index(step), len(manifest.removals)
     parts = listed_parts(sweep, manifest)
     blocks = seed_blocks(sweep, manifest, parts, Gathered({}), [], say)
-    blocks, reduction = reduce(blocks, r, len(manifest.steps), manifest.evals)
+    pairs = read_witnesses(sweep, manifest, parts).pairs
+    blocks, reduction = reduce(blocks, r, len(manifest.steps), manifest.evals, pairs)
     for _ in blocks:
         pass
     known, sem = Known(), reduction.effects.sem()
@@ -232,7 +234,7 @@ def measured(
     trust = trust_at(reduction, np.array([r.indices[0] in known.effect for r in manifest.removals]), place, "baseline")
     if trust is not None:
         known.ceilings = trust.ceiling()
-    floor = reduction.floor[place] / np.sqrt(max(len(reduction.seeds), 1))
+    floor = reduction.floors.of_mean(len(reduction.seeds))[place]
     without = np.ones(manifest.evals, dtype=np.bool_)
     if known.effect:
         gold = known.matrix(sorted(known.effect))

@@ -17,8 +17,9 @@ from typing import Protocol
 import torch
 
 from fimo.orchestrator.run.budget import TooDearError
-from fimo.orchestrator.run.plan import EstimateTask, Task
+from fimo.orchestrator.run.plan import Shard, Task
 from fimo.orchestrator.run.tasks import CannotEstimateError, ConflictError, Receipt, run_task
+from fimo.orchestrator.run.witnessing import NoWitnessError
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import DivergedError, FimoError, StoreError, UsageError, WorkloadError
@@ -198,7 +199,9 @@ class _Loop:
         dear = isinstance(result.error, TooDearError)
         final = dear or isinstance(result.error, CannotEstimateError)
         # These errors come again at every try.
-        certain = final or isinstance(result.error, UsageError | WorkloadError | DivergedError | ConflictError)
+        certain = final or isinstance(
+            result.error, UsageError | WorkloadError | DivergedError | ConflictError | NoWitnessError
+        )
         if certain or self.failures[name] >= ATTEMPTS:
             self.outcome.set_aside.append(SetAside(task, error_line(result.error), result.traceback, final, dear))
         else:
@@ -227,11 +230,11 @@ class _Loop:
         """The reason to stop if the first shards all fail, or the store does; else None."""
         if self.store_failures >= BREAKER:
             return f"stopped, since the store fails: {self.store_line}"
-        aside = [a for a in self.outcome.set_aside if not isinstance(a.task, EstimateTask)]
+        aside = [a for a in self.outcome.set_aside if isinstance(a.task, Shard)]
         shards = any(r.cells for r in self.outcome.receipts)
         if shards or not aside:
             return None
-        owed = any(not isinstance(f.task, EstimateTask) for f in self.flying.values()) or self.again
+        owed = any(isinstance(f.task, Shard) for f in self.flying.values()) or self.again
         if len(aside) >= BREAKER or not owed:
             self.outcome.broken = True
             return f"every shard fails: {aside[0].line}"

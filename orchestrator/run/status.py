@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fimo.orchestrator.run import failures
-from fimo.orchestrator.run.owed import missing_estimates, owed_tasks
+from fimo.orchestrator.run.owed import missing_estimates, missing_witnesses, owed_tasks
 from fimo.orchestrator.run.written import is_current, read_table, read_warnings
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
@@ -35,7 +35,8 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
     by_seed = {seed: sum(i in done.get(seed, set()) for i in wanted) for seed in manifest.spec.seeds}
     finished = sum(by_seed.values())
     missing = missing_estimates(manifest, sweep, recorded)
-    complete = finished == manifest.cells and not missing
+    witnesses = missing_witnesses(manifest, sweep, recorded)
+    complete = finished == manifest.cells and not missing and not witnesses
     status: dict[str, Any] = {
         "sweep": sweep.uri,
         "cells": manifest.cells,
@@ -50,6 +51,8 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
         "part_bytes": sum(p.size for p in listed),
         "estimators": len(manifest.estimators),
         "estimates_missing": sorted({task.estimator for task in missing}),
+        "witnesses_missing": sum(len(task.removals) for task in witnesses),
+        "witnesses_left_out": {str(seed): why for seed, why in recorded.witnesses.items()},
         "left_out": {name: why for (name, _), why in recorded.left_out.items()},
         "proofs": sweep.proofs(manifest.digest),
         "failed": [failure.line for failure in recorded.aside],

@@ -1,4 +1,4 @@
-"""What runs in a worker process: one shard or one block of estimates, from the manifest to a committed object.
+"""What runs in a worker process: a shard, a block of estimates or a seed's witnesses, from manifest to committed bytes.
 
 A task returns a receipt (key, counts, timings), never data: everything of value is in the store before it returns. Ray
 is not imported here; the same functions run in process under test.
@@ -18,9 +18,10 @@ from fimo.estimators import REGISTRY
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
 from fimo.orchestrator.run import estimating
 from fimo.orchestrator.run.blocks import shares, value_digest
-from fimo.orchestrator.run.plan import EstimateTask, Shard, Task
+from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, WitnessTask
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
 from fimo.orchestrator.run.proving import Proven, proven
+from fimo.orchestrator.run.witnessing import witnessed
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import estimates, keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -46,7 +47,7 @@ class Receipt:
     Attributes:
         key: the committed object.
         written: by this task, rather than met there.
-        cells: cells in it, 0 for estimates; ``diverged``: how many of its runs were not finite.
+        cells: in it, 0 for estimates and witnesses; ``diverged``: how many of its runs were not finite.
         seconds: wall time of the task.
         lines: what a person should know of it.
     """
@@ -77,6 +78,8 @@ def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: 
     torch.set_num_threads(max(1, int(manifest.spec.resources.cpus)))
     if isinstance(task, Shard):
         return _shard(sweep, resolved, device, task)
+    if isinstance(task, WitnessTask):
+        return _witness(sweep, resolved, device, task)
     return _estimate(sweep, resolved, device, task)
 
 
@@ -175,6 +178,34 @@ def _diverged_at(sweep: Sweep, key: str, manifest: Manifest) -> int:
         return len({row for row, _ in sweep.read_part(key, manifest).diverged})
     except parts.BadPartError:
         return 0
+
+
+# -- witnesses -----------------------------------------------------------------------------------------------------
+
+
+def _witness(sweep: Sweep, resolved: Resolved, device: torch.device, task: WitnessTask) -> Receipt:
+    started, manifest = time.monotonic(), resolved.manifest
+    key = keys.witness(sweep.name, manifest.digest, task.seed)
+
+    def receipt(written: bool, lines: tuple[str, ...] = ()) -> Receipt:
+        return Receipt(key, written, 0, 0, time.monotonic() - started, device_name(device), lines)
+
+    # As with parts: one that does not verify is the reduction's to set aside.
+    with contextlib.suppress(NotFound):
+        with contextlib.suppress(parts.BadPartError):
+            sweep.read_witness(task.seed, manifest)
+        return receipt(False)
+    with deterministic(device) as flags:
+        engine = _engine(sweep, resolved, device, tuple(r.indices for r in task.removals))
+        done = witnessed(sweep, resolved, engine, task)
+    about = {
+        **provenance(device, resolved, flags),
+        **done.about,
+        "peak_bytes": done.result.peak_bytes or peak_host_bytes(),
+    }
+    data, _ = parts.encode_part(done.result, done.removals, keys.witness_digest(manifest.digest), about)
+    # Whoever was first is as good a witness.
+    return receipt(sweep.store.create(key, data), engine.lines)
 
 
 # -- estimates -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.blocks import assemble, listed_blocks, runs_of, value_digest
 from fimo.orchestrator.run.rerun import Array, Rerun, train_again
-from fimo.orchestrator.run.written import listed_parts
+from fimo.orchestrator.run.written import listed_parts, listed_witnesses
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError, Part
@@ -103,6 +103,7 @@ def verify(sweep: Sweep, rerun: int = 0, seed: int = 0) -> Verification:
     reading = _Reading(sweep, manifest, verification)
     good = reading.parts()
     reading.estimates()
+    reading.witnesses()
     if rerun:
         cells = [(part, row) for part, rows in good for row in rows]
         chosen = np.random.default_rng(seed).permutation(len(cells))[:rerun]
@@ -171,6 +172,14 @@ class _Reading:
     def floor(self) -> Array:
         """The noise floor of deltas by step: root mean square over parts and evaluation examples, float64 (T,)."""
         return np.sqrt(self.squares / max(1, self.values))
+
+    def witnesses(self) -> None:
+        """Every seed's witnesses."""
+        for seed in listed_witnesses(self.sweep, self.manifest):
+            try:
+                self.sweep.read_witness(seed, self.manifest)
+            except (BadPartError, NotFound) as error:
+                self.into.bad.append(str(error))
 
     def estimates(self) -> None:
         """Every block of estimates of the sweep."""

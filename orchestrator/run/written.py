@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from fimo.orchestrator.run.blocks import listed_blocks
+from fimo.orchestrator.run.plan import witness_tasks
 from fimo.orchestrator.spec.canonical import canonical, digest
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.imported import imported_keys
@@ -25,6 +26,13 @@ def listed_parts(sweep: Sweep, manifest: Manifest) -> list[Listed]:
     """The parts of the spec's own seeds; raises StoreError."""
     seeds = set(manifest.spec.seeds)
     return [part for part in sweep.list_parts(manifest.digest) if part.seed in seeds]
+
+
+def listed_witnesses(sweep: Sweep, manifest: Manifest) -> list[int]:
+    """The seeds whose witnesses are asked for and there; raises StoreError."""
+    wanted = [task.seed for task in witness_tasks(manifest)]
+    held = set(sweep.list_witnesses(manifest.digest)) if wanted else set()
+    return [seed for seed in wanted if seed in held]
 
 
 def stamp(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed]) -> str:
@@ -41,7 +49,8 @@ def stamp(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed]) -> str:
     # The form counts beside the indices: over random groups there is one metric more.
     removals = [manifest.spec.removals.random_groups, [[r.name, list(r.indices)] for r in manifest.removals]]
     others = [hashlib.sha256(sweep.store.get(key)).hexdigest() for key in imported_keys(sweep)]
-    return digest([wanted, removals, manifest.evals, [part.key for part in listed], blocks, others])
+    witnesses = listed_witnesses(sweep, manifest)
+    return digest([wanted, removals, manifest.evals, [part.key for part in listed], blocks, others, witnesses])
 
 
 def write_tables(

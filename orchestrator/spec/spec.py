@@ -112,6 +112,8 @@ class Resources(Section):
             before it runs; auto = 60, or a quarter of what the sweep's cells take. What the spec names has no budget.
         replay: trace the steps of small models; off computes every step as written, with the same numbers to rounding.
         proof: hold a few cells against the plain definition before the first shard; off trusts the engine unproven.
+        witnesses: cells trained again in float64 to measure the noise floor; auto = up to 16, for at most a twentieth
+            of what the sweep costs, at least 1. 0 = none, and the floor is a lower bound.
     """
 
     gpus: NonNegative = 0.0
@@ -122,6 +124,7 @@ class Resources(Section):
     estimator_budget_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     replay: Annotated[bool, Field(strict=True)] = True
     proof: Annotated[bool, Field(strict=True)] = True
+    witnesses: Index | Literal["auto"] = "auto"
 
 
 class Spec(Section):

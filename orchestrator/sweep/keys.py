@@ -3,6 +3,8 @@
     NAME/sweep.json                         the manifest: every run, before it computes anything (put)
     NAME/sets/DIGEST/SET.json               the removals called SET: a run, before the first task on them (create)
     NAME/parts/DIGEST/seed-N/SET.parquet    one shard's results: the worker that trained it (create, never replaced)
+    NAME/witnesses/DIGEST/seed-N.parquet    a seed's cells trained again to measure the noise floor, as a part: the
+                                            worker that trained them (create, never replaced)
     NAME/estimates/DIGEST/ESTIMATOR-PARAMS/SET-FIRST-COUNT.parquet
                                             an estimator's values: the worker that computed them (create); under
                                             …/ESTIMATOR-PARAMS/seed-N/ those of one seed that it trains with
@@ -33,6 +35,7 @@ from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.removals import NamedRemoval
 
 _PART = re.compile(r"seed-(\d{10})/([0-9a-f]{16})\.parquet$")
+_WITNESS = re.compile(r"seed-(\d{10})\.parquet$")
 _BLOCK = re.compile(r"(?:seed-(\d{10})/)?([0-9a-f]{16})-(\d{8})-(\d{8})\.parquet")
 
 
@@ -65,6 +68,27 @@ def read_part_key(key: str) -> tuple[int, str] | None:
     """(seed, set) of a part's key; None for any other key."""
     match = _PART.search(key)
     return (int(match[1]), match[2]) if match else None
+
+
+def witnesses(sweep: str, result_digest: str) -> str:
+    """The prefix of all witnesses of a digest."""
+    return f"{sweep}/witnesses/{result_digest[:32]}/"
+
+
+def witness(sweep: str, result_digest: str, seed: int) -> str:
+    """A seed's witnesses, whatever removals they are of: once there, they are not trained again."""
+    return f"{witnesses(sweep, result_digest)}seed-{seed:010d}.parquet"
+
+
+def read_witness_key(key: str) -> int | None:
+    """The seed of a witness's key; None for any other key."""
+    match = _WITNESS.search(key)
+    return int(match[1]) if match else None
+
+
+def witness_digest(result_digest: str) -> str:
+    """What a witness says that it depends on: never a part's digest, so that it cannot pass for one."""
+    return digest([result_digest, "witness"])
 
 
 def estimates(sweep: str, estimate_digest: str, estimator: str, params: str) -> str:

@@ -143,9 +143,22 @@ class Sweep:
         part = decode_part(self.store.get(key), key)
         if part.digest != manifest.digest or (part.seed, keys.set_hash(part.removals)) != keys.read_part_key(key):
             raise BadPartError(f"part {key}: it belongs under another key")
-        if part.steps != manifest.steps or part.deltas.shape[2] != manifest.evals:
-            raise BadPartError(f"part {key}: its steps or evaluation examples are not the sweep's")
-        return part
+        return _of_the_sweep(part, key, manifest)
+
+    # -- witnesses ----------------------------------------------------------------------------------------------------
+
+    def list_witnesses(self, digest: str) -> list[int]:
+        """The seeds that have witnesses; raises StoreError."""
+        found = [keys.read_witness_key(entry.key) for entry in self.store.list(keys.witnesses(self.name, digest))]
+        return sorted(seed for seed in found if seed is not None)
+
+    def read_witness(self, seed: int, manifest: Manifest) -> Part:
+        """Read and verify a seed's witnesses; errors as ``read_part``."""
+        key = keys.witness(self.name, manifest.digest, seed)
+        part = decode_part(self.store.get(key), key)
+        if (part.digest, part.seed) != (keys.witness_digest(manifest.digest), seed):
+            raise BadPartError(f"witness {key}: it belongs under another key")
+        return _of_the_sweep(part, key, manifest)
 
     # -- estimates ----------------------------------------------------------------------------------------------------
 
@@ -185,6 +198,12 @@ class Sweep:
         """Move a bad object to ``rejected/``, so that it is computed again; raises StoreError."""
         self.store.put(keys.rejected(self.name, key), self.store.get(key))
         self.store.delete(key)
+
+
+def _of_the_sweep(part: Part, key: str, manifest: Manifest) -> Part:
+    if part.steps != manifest.steps or part.deltas.shape[2] != manifest.evals:
+        raise BadPartError(f"part {key}: its steps or evaluation examples are not the sweep's")
+    return part
 
 
 def open_sweep(uri: str) -> Sweep:

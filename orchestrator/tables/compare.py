@@ -70,7 +70,7 @@ class Standard:
 
     def without(self, gold: Array) -> NDArray[np.bool_]:
         """Where ``gold`` says nothing, (T, m)."""
-        floor = self.reduction.floor / np.sqrt(max(len(self.reduction.seeds), 1))
+        floor = self.reduction.floors.of_mean(len(self.reduction.seeds))
         return undefined(gold, floor) | self.reduction.exploded[:, None]
 
     def ceilings(self, metric: str, adjust: str, keep: NDArray[np.bool_]) -> Array:

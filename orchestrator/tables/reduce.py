@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.tables import schemas as tables
+from fimo.orchestrator.tables.floor import Floor, Pair, floor
 from fimo.orchestrator.tables.sanity import exploded
 from fimo.orchestrator.tables.significance import p_values
 
@@ -48,6 +49,19 @@ class SeedBlock:
     def complete(self) -> bool:
         """Whether every removal has a finite effect at every step."""
         return bool(np.isfinite(self.effects).all())
+
+
+def witness_pair(sweep: Sequence[Part], witness: Part, weight: float = 1.0) -> Pair:
+    """A seed's effects of the removals that have witnesses, beside theirs; in both as ``seed_block`` has an effect.
+
+    Args:
+        sweep: the seed's parts, in the order of their keys.
+        weight: as for ``seed_block``.
+    """
+    about = witness.removals, witness.steps, witness.deltas.shape[2], weight
+    removals = witness.removals
+    own, again = (seed_block(witness.seed, parts, *about).effects for parts in (sweep, [witness]))
+    return Pair(tuple(r.indices for r in removals), own, again)
 
 
 def seed_block(
@@ -152,8 +166,7 @@ class Reduction:
         effects, training_only: running moments of the effects (R, T, m) and of the baseline's deltas (1, T, m).
         centred, shift: of whole seeds, the effects less their mean over removals (R, T, m), and that mean (1, T, m).
         joint: covariance of the effects with their baseline's deltas.
-        floor: root mean square difference of two baselines of one seed, per unit of removal weight, float64 (T, m): the
-            noise of one effect.
+        floors: the noise that rounding makes, of an effect and of means over seeds, as far as it is known so far.
         seeds: seeds of which there is at least one part.
         diverged: (removal number, seed, step) of runs that were not finite, −1 for a baseline.
         scale: the root mean square of g(z, θᶠ) over evaluation examples.
@@ -164,10 +177,15 @@ class Reduction:
     centred: Welford
     shift: Welford
     joint: Comoment
-    floor: Array
+    floors: Floor
     seeds: list[int]
     diverged: list[tuple[int, int, int]]
     scale: float = 0.0
+
+    @property
+    def floor(self) -> Array:
+        """The noise of one effect, float64 (T, m)."""
+        return self.floors.one["baseline"]
 
     @property
     def exploded(self) -> NDArray[np.bool_]:
@@ -175,20 +193,26 @@ class Reduction:
         return exploded(self.training_only.mean[0], self.scale)
 
 
-def reduce(blocks: Iterable[SeedBlock], removals: int, steps: int, m: int) -> tuple[Iterator[SeedBlock], Reduction]:
+def reduce(
+    blocks: Iterable[SeedBlock], removals: int, steps: int, m: int, witnesses: Sequence[Pair] = ()
+) -> tuple[Iterator[SeedBlock], Reduction]:
     """Average over seeds as blocks stream past.
+
+    Args:
+        witnesses: known beforehand, since the floor is asked for while blocks stream past.
 
     Returns:
         The blocks again, for whoever else needs them, and the reduction, which is final once they are consumed.
     """
     each, one = (removals, steps, m), (1, steps, m)
+    known = floor(witnesses, np.zeros((steps, m)))
     result = Reduction(
         effects=Welford(each),
         training_only=Welford(one),
         centred=Welford(each),
         shift=Welford(one),
         joint=Comoment(each),
-        floor=np.zeros((steps, m)),
+        floors=known,
         seeds=[],
         diverged=[],
     )
@@ -204,7 +228,7 @@ def reduce(blocks: Iterable[SeedBlock], removals: int, steps: int, m: int) -> tu
                 result.shift.add(shift)
             result.training_only.add(block.training_only[None])
             squares, parts = squares + block.floor_squares, parts + block.floor_parts
-            result.floor = np.sqrt(squares / max(parts, 1))
+            result.floors = floor(witnesses, np.sqrt(squares / max(parts, 1)))
             result.seeds.append(block.seed)
             result.scale = max(result.scale, block.scale)
             result.diverged += [(number, block.seed, step) for number, step in block.diverged]
@@ -233,7 +257,7 @@ def attribution_table(reduction: Reduction, removals: Sequence[NamedRemoval], st
         p=column(p_values(moments.mean, sem, counts)),
         seeds=column(counts.astype(np.int32)),
         spread=column(reduction.joint.spread(moments)),
-        under_floor=column(np.abs(moments.mean) <= reduction.floor / np.sqrt(np.maximum(counts, 1))),
+        under_floor=column(np.abs(moments.mean) <= reduction.floors.of_mean(len(reduction.seeds))),
     )
 
 

@@ -73,7 +73,7 @@ class Reliability:
         """The evaluation examples that say nothing at a step, bool (T, m): constant, drowned in rounding, exploded."""
         reduction = self._reduction
         gold = adjusted(reduction.effects.mean[self._keep], adjust)
-        floor = reduction.floor / np.sqrt(max(len(reduction.seeds), 1))
+        floor = reduction.floors.of_mean(len(reduction.seeds), adjust)
         return undefined(gold, floor) | reduction.exploded[:, None]
 
     def trust(self, adjust: str, place: int) -> Trust:
@@ -115,7 +115,7 @@ class Reliability:
         for k in sorted({*others, seeds} - {0}):
             measured = k == seeds
             rho, ceiling, lower, upper = self._figures(place, adjust, k)
-            floor = self._floor(place, k)
+            floor = self._floor(place, k, adjust)
             share = self._significant(place, adjust) if measured else None
             yield step, adjust, k, measured, rho, ceiling, floor, share, lower, upper
 
@@ -132,14 +132,14 @@ class Reliability:
         lower, _, upper = self._ranks.at(k)
         return rho, ceiling, float(lower[place][defined].mean()), float(upper[place][defined].mean())
 
-    def _floor(self, place: int, k: int) -> float:
+    def _floor(self, place: int, k: int, adjust: str) -> float:
         """Root mean square over evaluation examples of what rounding alone does to a mean over ``k`` seeds."""
-        return float(np.sqrt(np.square(self._reduction.floor[place]).mean() / k))
+        return float(np.sqrt(np.square(self._reduction.floors.of_mean(k, adjust)[place]).mean()))
 
     def _significant(self, place: int, adjust: str) -> float | None:
         reduction, keep = self._reduction, self._keep
         of = reduction.effects if adjust == "baseline" else reduction.centred
         if adjust not in self._p:
             self._p[adjust] = p_values(of.mean[keep], of.sem()[keep], of.count[keep][..., None])
-        floor = reduction.floor[place] / np.sqrt(max(len(reduction.seeds), 1))
+        floor = reduction.floors.of_mean(len(reduction.seeds), adjust)[place]
         return share_significant(self._p[adjust][:, place], np.abs(of.mean[keep, place]) <= floor)

@@ -60,7 +60,7 @@ def warnings(
     if drowned.any():
         yield (
             f"nothing to see at {_steps(steps, drowned)}: rounding drowns the effects on most evaluation examples; use "
-            "precision: float64, more steps, or groups"
+            "precision: float64, removal_weight above 1, more steps, or groups"
         )
     if seeds == 1:
         yield "one seed: no standard errors, and no ceiling to hold a score against; use more seeds"

@@ -153,7 +153,7 @@ class Scorer:
         if everywhere.sum() < 2:
             return
         kept = Scorer([_rows(e, everywhere) for e in self.estimates], self.steps, 0, LDS in self.metrics)
-        floor = reduction.floor / np.sqrt(len(reduction.seeds))
+        floor = reduction.floors.of_mean(len(reduction.seeds))
         for key, values in kept.agreements(reduction.effects.mean[everywhere], floor, reduction.exploded):
             result.add(key, values)
         nowhere = np.zeros_like(reduction.exploded)

@@ -26,6 +26,7 @@ PART = "runs/" + keys.part("concrete", "d" * 64, 3, REMOVALS)
 ESTIMATE = "runs/" + keys.block(keys.estimates("concrete", "d" * 64, "cg", "{}"), REMOVALS, 0, 10)
 REPLICAS = "runs/" + keys.replicas("concrete", "d" * 64, "cpu")
 PROOF = "runs/" + keys.proof("concrete", "d" * 64, "cpu", "0" * 16)
+WITNESS = "runs/" + keys.witness("concrete", "d" * 64, 3)
 SPEC = "runs/concrete/sweep.json"
 TABLE = "runs/concrete/tables/scores.parquet"
 REJECTED = "runs/concrete/rejected/parts_dddd_seed-0000000003_0123.parquet"  # flat: "*/parts/*" must not match it
@@ -124,13 +125,13 @@ def test_no_policy_allows_everything_of_a_service(path: str) -> None:
 
 
 def test_workers_create_results_and_read_and_nothing_else() -> None:
-    for key in (PART, ESTIMATE, REPLICAS, PROOF):
+    for key in (PART, WITNESS, ESTIMATE, REPLICAS, PROOF):
         assert allows(WORKER, "s3:PutObject", key)
         assert not allows(WORKER, "s3:PutObject", key, conditional=False)
         assert allows(WORKER, "s3:GetObject", key)
     for key in (SPEC, TABLE, REJECTED, FAILED, PROBE, FOREIGN):
         assert not allows(WORKER, "s3:PutObject", key)
-    for key in (PART, ESTIMATE, REPLICAS, PROOF, SPEC, TABLE, REJECTED, FAILED, PROBE, FOREIGN):
+    for key in (PART, WITNESS, ESTIMATE, REPLICAS, PROOF, SPEC, TABLE, REJECTED, FAILED, PROBE, FOREIGN):
         assert not allows(WORKER, "s3:DeleteObject", key)
         assert not allows([*DRIVER, *WORKER], "s3:DeleteObject", key), "an attached driver policy must not help"
     assert allows(WORKER, "s3:GetObject", SPEC)
@@ -139,14 +140,14 @@ def test_workers_create_results_and_read_and_nothing_else() -> None:
 
 
 def test_the_driver_writes_everything_sets_results_aside_and_never_replaces_one() -> None:
-    for key in (PART, ESTIMATE, SPEC, TABLE, REJECTED, FAILED, REPLICAS, PROOF, PROBE):
+    for key in (PART, WITNESS, ESTIMATE, SPEC, TABLE, REJECTED, FAILED, REPLICAS, PROOF, PROBE):
         assert allows(DRIVER, "s3:PutObject", key)
         assert allows(DRIVER, "s3:GetObject", key)
-    for key in (PART, ESTIMATE):
+    for key in (PART, WITNESS, ESTIMATE):
         assert not allows(DRIVER, "s3:PutObject", key, conditional=False)
     for key in (SPEC, TABLE, REJECTED, FAILED):
         assert allows(DRIVER, "s3:PutObject", key, conditional=False)
-    for key in (PART, ESTIMATE, FAILED, PROBE):
+    for key in (PART, WITNESS, ESTIMATE, FAILED, PROBE):
         assert allows(DRIVER, "s3:DeleteObject", key)
     for key in (SPEC, TABLE, REJECTED):
         assert not allows(DRIVER, "s3:DeleteObject", key)

@@ -60,7 +60,7 @@ further_training:
   epochs: %d
   removal_mode: drop
 estimators: [grad_dot]
-resources: {replicas: 4, shard: 3}
+resources: {replicas: 4, shard: 3, witnesses: 0}
 """
 
 

@@ -31,7 +31,7 @@ SPEC: dict[str, Any] = {
         "evaluate": {"every_steps": 3},
     },
     "estimators": ["grad_dot", "grad_cos"],
-    "resources": {"replicas": 3, "shard": 2},
+    "resources": {"replicas": 3, "shard": 2, "witnesses": 0},
 }
 
 

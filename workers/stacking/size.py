@@ -37,7 +37,7 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
     for size in [c for c in CANDIDATES if c <= (cells if start.engine.stack else 1)] or [1]:
         lanes = [BASELINE, *[removal] * (size - 1)]
         try:
-            seconds[size] = _time(start, lanes)
+            seconds[size] = time_stack(start, lanes)
         except FimoError:
             raise
         except Exception as error:
@@ -49,7 +49,7 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
     return min(seconds, key=lambda s: seconds[s]), seconds
 
 
-def _time(start: Start, lanes: list[Removal], steps: int = 9) -> float:
+def time_stack(start: Start, lanes: list[Removal], steps: int = 9) -> float:
     """Seconds per replica and step: the median step of a run, the better of two runs, the first steps apart."""
     device = start.model.device
     # Read CPU time on one thread: wall time would count the machine's other processes.

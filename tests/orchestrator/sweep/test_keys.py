@@ -28,6 +28,9 @@ def test_keys_of_parts_and_blocks_are_read_back():
     assert of_seed.startswith(f"{prefix}seed-0000000012/")
     assert keys.read_block_key(of_seed, prefix) == (12, keys.set_hash(ONE), 128, 7)
     assert keys.part("s", D, 12, ONE).startswith(keys.parts("s", D))
+    assert keys.read_witness_key(keys.witness("s", D, 12)) == 12
+    assert keys.read_part_key(keys.witness("s", D, 12)) is None
+    assert keys.read_witness_key(keys.part("s", D, 12, ONE)) is None
     for foreign in ("s/parts/x", "s/tables/costs.parquet", ""):
         assert keys.read_part_key(foreign) is None
         assert keys.read_block_key(foreign, prefix) is None
@@ -40,7 +43,7 @@ def test_a_rejected_key_is_one_flat_name():
 
 
 def test_everything_that_a_sweep_writes_has_a_key_of_its_own(beside):
-    _, store, _ = run_here(make_spec(resources={"replicas": "auto"}), beside)
+    _, store, _ = run_here(make_spec(resources={"replicas": "auto", "witnesses": "auto"}), beside)
     sweep, manifest = Sweep(store, "flowers"), resolve(make_spec(), beside).manifest
     imported.import_scores(sweep, manifest, _npy(np.ones((5, 7))), "x.npy", "theirs", False)
     digest = manifest.digest
@@ -48,6 +51,7 @@ def test_everything_that_a_sweep_writes_has_a_key_of_its_own(beside):
         keys.manifest("flowers"),
         keys.removal_set("flowers", digest, "").rpartition("/")[0],
         keys.parts("flowers", digest),
+        keys.witnesses("flowers", digest),
         *(keys.estimates("flowers", value_digest(manifest, *e), *e) for e in manifest.estimators),
         keys.imported("flowers"),
         keys.replicas("flowers", digest, "").rpartition("-")[0],
