@@ -61,7 +61,11 @@ def test_defaults_are_the_design_s():
         ("replicas: auto", "replica: auto", "unknown key 'resources.replica' (did you mean 'replicas'?)"),
         ("name: sgd", "name: sdg", "(did you mean 'sgd'?)"),
         ("seeds: 100", "seeds: -1", "'seeds.count'"),
-        ("seeds: 100", "seeds: {first: 0}", "'seeds.count' is missing"),
+        ("seeds: 100", "seeds: {first: 0}", "give count, or until_reliability"),
+        ("seeds: 100", "seeds: {until_reliability: 1.0}", "less than 1"),
+        ("seeds: 100", "seeds: {until_relaibility: 0.9}", "(did you mean 'until_reliability'?)"),
+        ("seeds: 100", "seeds: {until_reliability: 0.9, min: 9, max: 5}", "between min 9 and max 5"),
+        ("seeds: 100", "seeds: {count: 5, max: 9}", "min and max go with until_reliability"),
         ("name: concrete", "name: ../concrete", "'name': use letters"),
         ("workloads.tabular:concrete", "workloads.tabular", "module:function"),
         ("{every: 9, count: 100}", "some", "'removals' must be a mapping"),
@@ -92,6 +96,17 @@ def test_a_mistake_is_named_in_one_line(old, new, said):
         read(DESIGN_EXAMPLE.replace(old, new, 1))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_seeds_that_a_run_adds_by_itself_begin_with_min_and_remember_where_they_stand():
+    spec = read(DESIGN_EXAMPLE.replace("seeds: 100", "seeds: {until_reliability: 0.9, min: 6, max: 40, first: 3}"))
+    assert (list(spec.seeds), spec.seeds.after) == ([3, 4, 5, 6, 7, 8], 43)
+    grown = spec.model_copy(update={"seeds": spec.seeds.model_copy(update={"count": 12})})
+    assert parse(grown.canonical()) == grown
+    assert len(list(parse(grown.canonical()).seeds)) == 12
+    fixed = read(DESIGN_EXAMPLE)
+    assert fixed.canonical()["seeds"] == {"first": 0, "count": 100}
+    assert fixed.seeds.after is None
 
 
 @given(st.text(max_size=200))
