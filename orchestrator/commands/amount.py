@@ -31,7 +31,7 @@ def amount(
     as_json: JsonOption = False,
 ) -> None:
     """How much further training: what each recorded amount is worth, and which to take."""
-    from fimo.orchestrator.report.amount import advice_lines, amounts_json, amounts_table, legend
+    from fimo.orchestrator.report.amount import advice_lines, amounts_json, amounts_tables, legend
     from fimo.orchestrator.report.progress import ProgressReport
     from fimo.orchestrator.run.amount import how_much
     from fimo.orchestrator.run.pool import on_ray
@@ -44,7 +44,8 @@ def amount(
     if as_json:
         print_json(values)
     else:
-        out.print(amounts_table(found))
+        for table in amounts_tables(found):
+            out.print(table)
         print_lines(legend(found))
         print_lines(["", *advice_lines(found)])
     for line in found.notes:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
+from fimo.orchestrator.report.show import number
 from fimo.orchestrator.run.amount import Amounts
 from fimo.orchestrator.tables.advice import faults
-from fimo.orchestrator.tables.amounts import Amount, Linear
+from fimo.orchestrator.tables.amounts import Linear
 
 
 def amounts_json(found: Amounts) -> dict[str, Any]:
@@ -39,41 +40,34 @@ def amounts_json(found: Amounts) -> dict[str, Any]:
     }
 
 
-def amounts_table(found: Amounts) -> Table:
-    """A row for each amount; what speaks against it last."""
-    weighed = found.weighed is not None and bool(found.weighed.effects)
-    table = Table(title="amounts of further training, in steps", title_justify="left")
-    names = ["step", "drift", "moved", "reliability", "ceiling", "drowned", "significant", "before", "after", "limit"]
-    for name in names + (["smooth", "×10", "×100"] if weighed else []):
-        table.add_column(name, justify="right", no_wrap=True)
+def amounts_tables(found: Amounts) -> Iterator[Table]:
+    """Two tables with a row for each amount: what decides, and what it was measured on."""
+    alone, weighed = len(found.amounts) == 1, found.weighed is not None and bool(found.weighed.effects)
+    names = ["reliability", "ceiling", "before", "after", "limit", *(["smooth"] if weighed else [])]
+    table = _empty("amounts of further training, in steps", names)
     table.add_column("against it")
-    alone = len(found.amounts) == 1
     for a in found.amounts:
-        table.add_row(*_row(a, weighed), ", ".join(faults(a, alone)))
+        values = [a.reliability, a.ceiling, a.before, a.after, a.first_order, *([a.metasmoothness] if weighed else [])]
+        table.add_row(str(a.step), *map(number, values), ", ".join(faults(a, alone)))
+    yield table
+    names = ["drift", "moved", "drowned", "significant", *(["×10", "×100"] if weighed else [])]
+    table = _empty("their effects", names)
+    for a in found.amounts:
+        sizes = ("–" if value is None else f"{value:.3g}" for value in (a.distance, a.relative))
+        shares = ("–" if value is None else f"{value:.0%}" for value in (a.under_floor, a.significant))
+        table.add_row(str(a.step), *sizes, *shares, *(_linear(pair) for pair in a.linear if pair.against == 1))
+    yield table
+
+
+def _empty(title: str, names: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("step", *names):
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
-def _row(a: Amount, weighed: bool) -> Iterator[str]:
-    yield str(a.step)
-    yield "–" if a.distance is None else f"{a.distance:.3g}"
-    yield "–" if a.relative is None else f"{a.relative:.3g}"
-    for value in (a.reliability, a.ceiling):
-        yield _two(value)
-    for share in (a.under_floor, a.significant):
-        yield "–" if share is None else f"{share:.0%}"
-    for value in (a.before, a.after, a.first_order):
-        yield _two(value)
-    if weighed:
-        yield _two(a.metasmoothness)
-        yield from (_linear(pair) for pair in a.linear if pair.against == 1)
-
-
 def _linear(pair: Linear) -> str:
-    return "–" if pair.cosine is None or pair.size is None else f"{pair.cosine:.3f}, {pair.size:.2f}"
-
-
-def _two(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return "–" if pair.cosine is None or pair.size is None else f"{pair.cosine:.3f}, size {pair.size:.3g}"
 
 
 def legend(found: Amounts) -> Iterator[str]:

@@ -34,9 +34,11 @@ class Advice:
 
 def faults(amount: Amount, alone: bool = False) -> tuple[str, ...]:
     """What speaks against an amount, the worst first; one that is ``alone`` has no neighbour to agree with."""
+    if amount.exploded:
+        # Of what has exploded no other figure means anything.
+        return (EXPLODED,)
     rough = amount.metasmoothness is not None and amount.metasmoothness < SMOOTH
     found = [
-        (EXPLODED, amount.exploded),
         (UNDER, amount.under_floor is None or amount.under_floor > DROWNED),
         (UNRELIABLE, amount.reliability is None or amount.reliability < RELIABLE),
         (UNSTABLE, not alone and (amount.stability is None or amount.stability < STABLE)),

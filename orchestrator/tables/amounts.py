@@ -28,7 +28,7 @@ Array = NDArray[np.float64]
 Agreements = Mapping[tuple[int, int], float | None]
 """Pair of steps -> the agreement of the attributions there, their common noise and their ceilings taken out."""
 
-MOST = 12
+MOST = 16
 """Amounts that are looked at, at most: between closer ones any attribution is stable."""
 EXACT, SIZE = 0.99, 0.1
 """A heavier removal is as good as one of weight 1: cosine at least, size off by at most."""
@@ -127,7 +127,7 @@ def amounts(
     only, pairs = tables["training_only"], tables["attribution"]
     trust = [row for row in tables["reliability"].to_pylist() if row["adjust"] == "baseline"]
     delta, at, of = only["delta"].to_numpy(), only["step"].to_numpy(), pairs["step"].to_numpy()
-    drowned = pairs["under_floor"].to_numpy(zero_copy_only=False)
+    drowned = pairs["under_floor"].to_numpy()
     finite = finite_steps(pairs, steps)
     found: list[Amount] = []
     for step in steps:
