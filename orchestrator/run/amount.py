@@ -32,6 +32,7 @@ from fimo.orchestrator.tables.amounts import (
     finite_steps,
     limit_of,
     neighbours,
+    share,
     thinned,
 )
 from fimo.orchestrator.tables.compare import compare, cut
@@ -195,7 +196,7 @@ def _agreements(
     )
     table = compare(own, other, len(manifest.removals), pairs, manifest.evals)
     return {
-        (row["step"], row["other_step"]): row["normalised"]
+        (row["step"], row["other_step"]): share(row["normalised"], row["joint_ceiling"])
         for row in table.to_pylist()
         if (row["metric"], row["adjust"]) == ("cosine", "baseline")
     }

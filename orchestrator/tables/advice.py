@@ -162,7 +162,7 @@ def _more_seeds(unreliable: Sequence[Amount]) -> str:
     enough = [a.enough for a in unreliable if a.enough is not None]
     where = f"unreliable at {_steps([a.step for a in unreliable])}"
     if all(a.reliability is None for a in unreliable):
-        return f"{where}: more seeds, one seed or none that agree say nothing of their noise"
+        return f"{where}: nothing is known of the noise; use more seeds (and two removals at least)"
     if not enough:
         return (
             f"{where}: no number of seeds that was extrapolated to is enough; larger groups, or removal_mode: reweight"

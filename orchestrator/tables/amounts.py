@@ -30,6 +30,8 @@ Agreements = Mapping[tuple[int, int], float | None]
 
 MOST = 16
 """Amounts that are looked at, at most: between closer ones any attribution is stable."""
+LEAST_CEILING = 0.3
+"""Under it, a share of a ceiling is mostly noise."""
 EXACT, SIZE = 0.99, 0.1
 """A heavier removal is as good as one of weight 1: cosine at least, size off by at most."""
 
@@ -181,14 +183,19 @@ def compared(found: Sequence[Amount], agreements: Agreements, limit: Mapping[int
 
 
 def limit_of(scores: pa.Table, estimator: str, params: str) -> dict[int, float | None]:
-    """Step -> an estimator's cosine with the attribution of all seeds, divided by its ceiling."""
+    """Step -> an estimator's cosine with the attribution of all seeds, divided by its ceiling (``share``)."""
     rows = [
         r
         for r in scores.to_pylist()
         if (r["estimator"], r["params"], r["metric"], r["adjust"]) == (estimator, params, "cosine", "baseline")
     ]
     most = max((r["seeds"] for r in rows), default=0)
-    return {r["step"]: r["normalised"] for r in rows if r["seeds"] == most}
+    return {r["step"]: share(r["normalised"], r["ceiling"]) for r in rows if r["seeds"] == most}
+
+
+def share(normalised: float | None, ceiling: float | None) -> float | None:
+    """An agreement in shares of what noise leaves possible; None if that is so little that the share is noise."""
+    return normalised if ceiling is not None and ceiling >= LEAST_CEILING else None
 
 
 # -- of a few cells at several weights -------------------------------------------------------------------------------

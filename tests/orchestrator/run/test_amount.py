@@ -15,6 +15,7 @@ from fimo.orchestrator.report.amount import amounts_json, amounts_tables, legend
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run.amount import first_order, how_much
 from fimo.orchestrator.run.schedule import in_process
+from fimo.orchestrator.run.weighing import proven_whole
 from fimo.orchestrator.store import MemoryStore, open_store
 from fimo.orchestrator.sweep import parts
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -128,17 +129,20 @@ def test_a_sweep_of_drop_or_of_a_weight_is_tried_at_multiples_of_its_own(beside)
     _, store, _ = run_here(heavy, beside)
     found, _ = look(store)
     keys = [e.key for e in store.list("flowers/parts/") if e.key.endswith(".parquet")]
-    weights = {parts.decode_part(store.get(key), key).provenance["removal_weight"] for key in keys}
-    assert weights == {3.0, 6.0, 30.0, 300.0}
+    about = [parts.decode_part(store.get(key), key).provenance for key in keys]
+    assert {one["removal_weight"] for one in about} == {3.0, 6.0, 30.0, 300.0}
+    # The engine is proven at the sweep's own weight, and no further.
+    assert {one["removal_weight"] for one in about if one["engine"]["proof"] != "off"} == {3.0}
     assert (found.weighed.weight, found.weighed.trained) == (3, 24)
 
 
-@pytest.mark.parametrize(("steps", "finite"), [(60, True), (1000, False)])
+@pytest.mark.parametrize(("steps", "finite"), [(60, True), (800, False)])
 def test_a_late_explosion_is_never_recommended_and_early_amounts_still_are(beside, steps, finite):
     # Along the steepest direction a step of SGD multiplies what is left by a little less than −1: growth without end.
-    training = {"optimizer": {"name": "sgd", "lr": 0.54}, "batch_size": 23, "epochs": None, "steps": steps}
+    training = {"optimizer": {"name": "sgd", "lr": 0.56}, "batch_size": 23, "epochs": None, "steps": steps}
     training |= {"removal_mode": "reweight", "evaluate": {"at_steps": [1, 2, 3, 40, steps]}}
-    spec = make_spec(workload="line:line", further_training=training, seeds=2, estimators=["grad_dot"])
+    about = {"estimators": ["grad_dot"], "resources": {"proof": False}, "seeds": 2}
+    spec = make_spec(workload="line:line", further_training=training, **about)
     report, store, _ = run_here(spec, beside)
     assert bool(report.gathered.diverged) is not finite
     found, _ = look(store)
@@ -238,3 +242,15 @@ def test_the_table_has_a_row_for_each_amount(store):
     assert decides.row_count == measured.row_count == 4
     assert [c.header for c in decides.columns][-2:] == ["smooth", "against it"]
     assert [c.header for c in measured.columns][-2:] == ["×10", "×100"]
+
+
+def test_an_engine_with_something_given_up_is_proven_at_each_weight(store):
+    sweep, [proof] = Sweep(store, "flowers"), [e.key for e in store.list("flowers/proofs/")]
+    manifest = sweep.read_manifest()
+    assert proven_whole(manifest, sweep)
+    verdict = json.loads(store.get(proof))
+    verdict["engine"]["stack"] = False
+    store.put(proof, json.dumps(verdict).encode())
+    assert not proven_whole(manifest, sweep)
+    store.delete(proof)
+    assert not proven_whole(manifest, sweep)

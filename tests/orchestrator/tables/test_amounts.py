@@ -19,6 +19,7 @@ from fimo.orchestrator.tables.amounts import (
     limit_of,
     linearity,
     metasmoothness,
+    share,
     thinned,
 )
 
@@ -129,6 +130,7 @@ def test_neighbours_and_the_limit_are_put_where_they_belong():
         for adjust, k, n in (("baseline", 1, 0.1), ("baseline", 4, 0.6), ("mean", 4, 0.2))
     ]
     assert limit_of(schemas.from_rows(schemas.SCORES, rows), "grad_dot", "{}") == {5: 0.6}
+    assert (share(3.7, 0.09), share(0.5, None), share(None, 0.9), share(0.5, 0.55)) == (None, None, None, 0.5)
 
 
 def test_a_good_series_is_taken_whole_and_first_order_estimators_work():
