@@ -37,11 +37,13 @@ def faults(amount: Amount, alone: bool = False) -> tuple[str, ...]:
     if amount.exploded:
         # Of what has exploded no other figure means anything.
         return (EXPLODED,)
+    unreliable = amount.reliability is None or amount.reliability < RELIABLE
     rough = amount.metasmoothness is not None and amount.metasmoothness < SMOOTH
     found = [
         (UNDER, amount.under_floor is None or amount.under_floor > DROWNED),
-        (UNRELIABLE, amount.reliability is None or amount.reliability < RELIABLE),
-        (UNSTABLE, not alone and (amount.stability is None or amount.stability < STABLE)),
+        (UNRELIABLE, unreliable),
+        # Not known of what is unreliable, it is no further fault.
+        (UNSTABLE, not alone and (not unreliable if amount.stability is None else amount.stability < STABLE)),
         (ROUGH, rough),
     ]
     return tuple(fault for fault, there in found if there)

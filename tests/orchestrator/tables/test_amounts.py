@@ -210,3 +210,10 @@ def test_a_single_amount_has_no_neighbour_to_disagree_with():
     found = advise([only])
     assert found.steps == (1,)
     assert any("stability" in line for line in found.lines)
+
+
+def test_what_is_not_known_of_an_unreliable_amount_is_no_further_fault():
+    unknown = replace(GOOD, reliability=0.2, before=None, after=None)
+    assert faults(unknown) == ("unreliable",)
+    assert faults(replace(unknown, after=0.5)) == ("unreliable", "unstable")
+    assert faults(replace(unknown, exploded=True)) == ("exploded",)
