@@ -13,6 +13,7 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
     pull,
     compare,
     rank,
+    amount,
     submit,
     logs,
     cancel,

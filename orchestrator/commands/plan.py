@@ -89,7 +89,7 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
 
     from fimo import estimators
     from fimo.orchestrator.report.show import label, until
-    from fimo.orchestrator.run.plan import count_witnesses
+    from fimo.orchestrator.run.plan import count_witnesses, witness_share
 
     manifest, spec = resolved.manifest, resolved.spec
     kronecker = any(name.startswith("ekfac") for name, _ in manifest.estimators)
@@ -100,6 +100,7 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
         "done": planned.done,
         "shards": len(planned.shards),
         "witnesses": count_witnesses(manifest),
+        "witness_share": witness_share(manifest),
         "removals": len(manifest.removals),
         "seeds": spec.seeds.count,
         "until": until(spec.seeds),

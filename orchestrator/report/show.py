@@ -174,7 +174,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"{plan['name']}: {plan['removals']} removals × {plan['seeds']} seeds = {plan['cells']} cells{there}"
         f"{plan['until']}",
         f"{plan['shards']} shards to train, {plan['steps']} steps a cell, evaluated at {plan['amounts']} amounts on "
-        f"{plan['evals']} evaluation examples; witnesses of the noise floor: {plan['witnesses']}",
+        f"{plan['evals']} evaluation examples; {plan['witnesses']} witnesses of the "
+        f"noise floor, {plan['witness_share']:.0%} of the cost",
         f"{plan['scalars']} trainable scalars, {plan['train']} training examples, removal mode "
         f"{plan['removal_mode']}{weight}",
         f"about {size(plan['bytes'])} of rows before compression",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,19 @@ class Resolved:
     def examples(self, device: torch.device) -> tuple[Examples, Examples]:
         """Training and evaluation examples on a device, in the sweep's precision; the latter cut to the sweep's."""
         return _examples(self.workload, self.spec, self.manifest.evals, device)
+
+    def reweighted(self, weight: float) -> Resolved:
+        """The same in reweight mode at a removal weight: a sweep of its own digest, whatever else is equal.
+
+        Raises:
+            UsageError: the training forward mixes the examples of a batch, so that there is no such mode.
+        """
+        changed = {"removal_mode": "reweight", "removal_weight": weight}
+        section, beside = self.spec.further_training.model_copy(update=changed), Path(self.manifest.beside)
+        spec, cpu = self.spec.model_copy(update={"further_training": section}), torch.device("cpu")
+        spec = _settled(spec, self.model(cpu), self.examples(cpu)[0])
+        _, _, digest, estimates = _digests(spec, beside, self.workload, self.state, self.manifest.evals)
+        return replace(self, manifest=replace(self.manifest, spec=spec, digest=digest, estimate_digest=estimates))
 
     def start(self, device: torch.device) -> Start:
         """What the sweep's cells share.

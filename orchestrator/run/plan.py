@@ -17,7 +17,9 @@ from fimo.workers.settings import FurtherTraining
 SHARD_WORK = 4e12
 """Trained scalars × steps that one part may hold before its shard is cut smaller: about an hour and a half of BERT."""
 SMALLEST, LARGEST = 8, 100
-PER_SEED, MOST_WITNESSES, WITNESS_SHARE = 4, 16, 0.05
+CHEAP_WITNESSES = 2e10
+"""Scalars × examples trained that witnesses may take whatever their share: seconds."""
+PER_SEED, MOST_WITNESSES, WITNESS_SHARE = 4, 64, 0.05
 """Removals that a seed's witnesses are of at most; in all, unless the spec says; and their share of a sweep's cost."""
 
 
@@ -154,18 +156,35 @@ def trained_cells(manifest: Manifest, removals: int) -> int:
 def count_witnesses(manifest: Manifest) -> int:
     """How many witnesses there are in all: as the spec says, as far as there are cells, or by what the sweep costs.
 
-    A witness and its seed's baseline count as two cells each if the sweep is in float32: float64 takes about twice as
-    long where it is computed as fast as the machine can.
+    A witness and its seed's baseline count as three cells each if the sweep is in float32: float64 takes twice as long
+    where it is computed as fast as the machine can, and stacks of five are slower a cell than those of a shard.
     """
     asked, spec = manifest.spec.resources.witnesses, manifest.spec
     removals = len({r.indices for r in manifest.removals})
     most = min(PER_SEED, removals) * spec.seeds.count
     if asked != "auto":
         return min(asked, most)
-    times = 1 if spec.further_training.precision == "float64" else 2
     budget = WITNESS_SHARE * trained_cells(manifest, removals)
-    affordable = [c for c in range(1, MOST_WITNESSES + 1) if times * (c + -(-c // PER_SEED)) <= budget]
-    return min(max(affordable, default=1), most)
+    affordable = [c for c in range(1, MOST_WITNESSES + 1) if _witness_cells(manifest, c) <= budget]
+    return min(max([_fewest_witnesses(manifest), *affordable]), most)
+
+
+def _witness_cells(manifest: Manifest, count: int) -> float:
+    """Cells of the sweep that witnesses cost as much as, with their baselines."""
+    times = 1.5 if manifest.spec.further_training.precision == "float64" else 3.0
+    return times * (count + -(-count // PER_SEED))
+
+
+def _fewest_witnesses(manifest: Manifest) -> int:
+    """How many there are whatever their share: one seed's if they are cheap, since one alone is a guess; else one."""
+    scalars = manifest.scalars * manifest.steps[-1] * manifest.spec.further_training.batch_size
+    return PER_SEED if scalars * _witness_cells(manifest, PER_SEED) <= CHEAP_WITNESSES else 1
+
+
+def witness_share(manifest: Manifest) -> float:
+    """What the witnesses take, as a share of what the sweep's cells do, as planned."""
+    count, removals = count_witnesses(manifest), len({r.indices for r in manifest.removals})
+    return _witness_cells(manifest, count) / max(1, trained_cells(manifest, removals)) if count else 0.0
 
 
 def witness_tasks(manifest: Manifest) -> tuple[WitnessTask, ...]:

@@ -134,12 +134,11 @@ def test_the_table_s_noise_floor_is_the_measured_one(beside):
 @pytest.mark.parametrize(
     ("asked", "removals", "seeds", "precision", "witnesses"),
     [
-        ("auto", 5, 4, "float32", 1),  # 4 · (5 + 2) cells, a twentieth is 1.4
-        ("auto", 5, 12, "float32", 1),  # 84 cells, 4.2: one witness and its baseline take 4
-        ("auto", 5, 12, "float64", 3),  # a float64 cell is one cell there
-        ("auto", 20, 10, "float32", 4),  # 220 cells, 11: 2 · (4 + 1) = 10
-        ("auto", 20, 100, "float32", 16),
-        ("auto", 2, 400, "float32", 16),
+        ("auto", 5, 4, "float32", 4),  # a small sweep has one seed's, whatever their share
+        ("auto", 2, 4, "float32", 4),
+        ("auto", 20, 30, "float32", 8),  # 660 cells, a twentieth is 33: 3 · (8 + 2) = 30
+        ("auto", 20, 30, "float64", 17),  # 1.5 · (17 + 5) = 33
+        ("auto", 20, 1000, "float32", 64),
         ("auto", 1, 1, "float32", 1),
         (0, 20, 100, "float32", 0),
         (7, 5, 4, "float32", 7),
