@@ -61,9 +61,9 @@ def where(case: Case, start: Start) -> dict[str, Any]:
     return {"state": case.state, "device": case.device, "evals": case.evals, "forward": start.forward}
 
 
-def moved_state(start: Start, ulps: float = ULPS) -> dict[str, Tensor]:
-    """θᶠ moved by up to ``ulps`` units in the last place of the precision, as a state dict."""
-    model, generator = start.model, torch.Generator().manual_seed(0)
+def moved_state(start: Start, ulps: float = ULPS, seed: int = 0) -> dict[str, Tensor]:
+    """θᶠ moved at random (``seed``) by up to ``ulps`` units in the last place of the precision, as a state dict."""
+    model, generator = start.model, torch.Generator().manual_seed(seed)
     unit = ulps * torch.finfo(model.dtype).eps
     state: dict[str, Tensor] = model.module.state_dict(keep_vars=True)
     moved: dict[int, Tensor] = {}

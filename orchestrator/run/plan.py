@@ -18,9 +18,12 @@ SHARD_WORK = 4e12
 """Trained scalars × steps that one part may hold before its shard is cut smaller: about an hour and a half of BERT."""
 SMALLEST, LARGEST = 8, 100
 CHEAP_WITNESSES = 2e10
-"""Scalars × examples trained that witnesses may take whatever their share: seconds."""
-PER_SEED, MOST_WITNESSES, WITNESS_SHARE = 4, 64, 0.05
-"""Removals that a seed's witnesses are of at most; in all, unless the spec says; and their share of a sweep's cost."""
+"""Scalars × examples trained that a seed's witnesses may take whatever their share: seconds."""
+PER_SEED, MOVED, MOST_WITNESSES, WITNESS_SHARE = 4, 6, 16, 0.05
+"""Of a seed's removals, how many have witnesses at most, and how many are trained moved.
+
+Seeds with witnesses at most, if the spec does not say how many witnesses; and their share of a sweep's cost.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,15 @@ class EstimateTask:
 
 @dataclass(frozen=True)
 class WitnessTask:
-    """Removals of one seed, trained again with their baseline to measure the noise floor."""
+    """Removals of one seed, trained again with their baseline to measure the noise floor.
+
+    Attributes:
+        moved: those that are trained from θᶠ moved by more than rounding, beside the others.
+    """
 
     seed: int
     removals: tuple[NamedRemoval, ...]
+    moved: tuple[NamedRemoval, ...] = ()
 
 
 Task = Shard | EstimateTask | WitnessTask
@@ -156,35 +164,45 @@ def trained_cells(manifest: Manifest, removals: int) -> int:
 def count_witnesses(manifest: Manifest) -> int:
     """How many witnesses there are in all: as the spec says, as far as there are cells, or by what the sweep costs.
 
-    A witness and its seed's baseline count as three cells each if the sweep is in float32: float64 takes twice as long
-    where it is computed as fast as the machine can, and stacks of five are slower a cell than those of a shard.
+    By cost, a seed has one, beside ``MOVED`` moved cells, and as many of the first seeds have it as their share pays
+    for; the first has it whatever that is.
     """
     asked, spec = manifest.spec.resources.witnesses, manifest.spec
     removals = len({r.indices for r in manifest.removals})
-    most = min(PER_SEED, removals) * spec.seeds.count
     if asked != "auto":
-        return min(asked, most)
+        return min(asked, min(PER_SEED, removals) * spec.seeds.count)
+    each = _witness_cells(manifest, 1, 1, min(MOVED, removals))
+    paid = int(WITNESS_SHARE * trained_cells(manifest, removals) / each)
+    return min(max(1, paid), MOST_WITNESSES, spec.seeds.count)
+
+
+def _moved(manifest: Manifest, removals: int) -> int:
+    """Moved cells beside a seed's witnesses: two at least, and all where they are cheap: few are a guess."""
+    trained = manifest.scalars * manifest.steps[-1] * manifest.spec.further_training.batch_size
+    cheap = trained * _witness_cells(manifest, 1, 1, MOVED) <= CHEAP_WITNESSES
+    if cheap or manifest.spec.resources.witnesses != "auto":
+        return min(MOVED, removals)
     budget = WITNESS_SHARE * trained_cells(manifest, removals)
-    affordable = [c for c in range(1, MOST_WITNESSES + 1) if _witness_cells(manifest, c) <= budget]
-    return min(max([_fewest_witnesses(manifest), *affordable]), most)
+    paid = [c for c in range(2, MOVED + 1) if _witness_cells(manifest, 1, 1, c) <= budget]
+    return min(max(paid, default=2), removals)
 
 
-def _witness_cells(manifest: Manifest, count: int) -> float:
-    """Cells of the sweep that witnesses cost as much as, with their baselines."""
-    times = 1.5 if manifest.spec.further_training.precision == "float64" else 3.0
-    return times * (count + -(-count // PER_SEED))
+def _witness_cells(manifest: Manifest, count: int, seeds: int, moved: int) -> float:
+    """Cells of the sweep that ``count`` witnesses of ``seeds`` seeds cost as much as, with their baselines.
 
-
-def _fewest_witnesses(manifest: Manifest) -> int:
-    """How many there are whatever their share: one seed's if they are cheap, since one alone is a guess; else one."""
-    scalars = manifest.scalars * manifest.steps[-1] * manifest.spec.further_training.batch_size
-    return PER_SEED if scalars * _witness_cells(manifest, PER_SEED) <= CHEAP_WITNESSES else 1
+    float64 takes twice as long as float32 where it is computed as fast as the machine can; small stacks are slower a
+    cell than those of a shard.
+    """
+    slow = 1.5
+    times = slow if manifest.spec.further_training.precision == "float64" else 2 * slow
+    return times * (count + seeds) + slow * seeds * (moved + 1)
 
 
 def witness_share(manifest: Manifest) -> float:
     """What the witnesses take, as a share of what the sweep's cells do, as planned."""
-    count, removals = count_witnesses(manifest), len({r.indices for r in manifest.removals})
-    return _witness_cells(manifest, count) / max(1, trained_cells(manifest, removals)) if count else 0.0
+    tasks, removals = witness_tasks(manifest), len({r.indices for r in manifest.removals})
+    count, moved = sum(len(t.removals) for t in tasks), len(tasks[0].moved) if tasks else 0
+    return _witness_cells(manifest, count, len(tasks), moved) / max(1, trained_cells(manifest, removals))
 
 
 def witness_tasks(manifest: Manifest) -> tuple[WitnessTask, ...]:
@@ -195,11 +213,13 @@ def witness_tasks(manifest: Manifest) -> tuple[WitnessTask, ...]:
     count, once = count_witnesses(manifest), dict[tuple[int, ...], NamedRemoval]()
     for removal in manifest.removals:
         once.setdefault(removal.indices, removal)
-    chosen = spread_evenly(list(once.values()), min(PER_SEED, len(once)))
+    every = list(once.values())
+    chosen = spread_evenly(every, 1 if manifest.spec.resources.witnesses == "auto" else min(PER_SEED, len(every)))
+    moved = tuple(spread_evenly(every, _moved(manifest, len(every))))
     tasks, seed = list[WitnessTask](), manifest.spec.seeds.first
     while count > 0:
         own = spread_evenly(chosen, min(count, len(chosen)))
-        tasks.append(WitnessTask(seed, tuple(own)))
+        tasks.append(WitnessTask(seed, tuple(own), moved))
         count, seed = count - len(own), seed + 1
     return tuple(tasks)
 

@@ -20,7 +20,7 @@ from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import FimoError
 from fimo.workers.shard import ShardResult
-from fimo.workers.witness import Witness, seconds_a_cell_step, train_witness, witness_start
+from fimo.workers.witness import Witness, beside, seconds_a_cell_step, train_moved, train_witness, witness_start
 
 CHEAP_S = 10.0
 """Seconds that a seed's witnesses may take whatever the sweep costs: below, nothing is dropped and nothing timed twice.
@@ -40,7 +40,7 @@ class Witnessed:
     """A seed's witnesses.
 
     Attributes:
-        removals: those of the task that were trained again.
+        removals: those of the task that were trained again, then the moved ones, in the result's order.
         about: how, for the provenance.
     """
 
@@ -62,14 +62,19 @@ def witnessed(sweep: Sweep, resolved: Resolved, engine: Proven, task: WitnessTas
         removals = _worth(sweep, resolved, engine, witness, removals)
     began = time.monotonic()
     result = train_witness(witness, [r.indices for r in removals], task.seed, engine.replicas)
+    if task.moved:
+        indices = [r.indices for r in task.moved]
+        moved = train_moved(resolved.workload, engine.start, indices, task.seed, engine.replicas)
+        result = beside(result, moved)
     about = {
         "witness": witness.how,
+        "moved": len(task.moved),
         "dtype": str(witness.start.model.dtype).removeprefix("torch."),
         "replicas": result.replicas,
         "engine": dict(engine.record),
         "device_seconds": time.monotonic() - began,
     }
-    return Witnessed(result, removals, about)
+    return Witnessed(result, (*removals, *task.moved), about)
 
 
 def _worth(

@@ -23,6 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+MOST_OFTEN = 64.0
+"""Times that moving θᶠ makes more frequent what is seldom, at most."""
+FAR = 2.0
+"""Times its usual size by which a run's difference is told to be of the seldom kind."""
+NEAR = 0.25
+"""Logarithm of the ratio of two steps that are near each other."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,17 @@ class Pair:
     Attributes:
         removals: W removals as training indices.
         sweep, witness: float64 (W, T, m), NaN where there is none.
+        runs: the differences of the runs' own deltas, cells and baseline, (n, T, m).
+        moved: the same of runs in the sweep's precision from θᶠ moved by more than rounding, (k, T, m); None = none.
+        steps: the T steps.
     """
 
     removals: tuple[tuple[int, ...], ...]
     sweep: Array
     witness: Array
+    runs: Array | None = None
+    moved: Array | None = None
+    steps: tuple[int, ...] = ()
 
     @property
     def differences(self) -> Array:
@@ -73,12 +85,13 @@ class Floor:
         return result
 
 
-def floor(pairs: Sequence[Pair], second: Array) -> Floor:
+def floor(pairs: Sequence[Pair], second: Array, cells: int = 0) -> Floor:
     """The floor by witnesses, nowhere below that of second baselines; by those alone where there is no witness.
 
     Args:
         pairs: one for each seed that has witnesses.
         second: the root mean square difference of two baselines, float64 (T, m).
+        cells: of the whole sweep: the noise of those that have witnesses is known, of the others it is expected.
     """
     count = sum(int((~np.isnan(pair.differences[:, :, 0])).any(axis=1).sum()) for pair in pairs)
     if not count:
@@ -95,9 +108,54 @@ def floor(pairs: Sequence[Pair], second: Array) -> Floor:
     # One removal has nothing to be centred over, and a step at which all witnesses diverged has only second baselines.
     squares["mean"] = np.where(np.isnan(squares["mean"]), squares["baseline"], squares["mean"])
     shares = {adjust: _share(products[adjust], square) for adjust, square in squares.items()}
+    of_runs = _of_runs(pairs)
+    if of_runs is not None:
+        known = min(1.0, count / cells) if cells else 0.0
+        squares = {adjust: known * square + (1 - known) * of_runs[adjust] for adjust, square in squares.items()}
     floors = {adjust: np.fmax(np.sqrt(square), second) for adjust, square in squares.items()}
     common = {adjust: shares[adjust] * one**2 for adjust, one in floors.items()}
     return Floor(floors, common, True, count)
+
+
+def _of_runs(pairs: Sequence[Pair]) -> dict[str, Array] | None:
+    """The squared noise of an effect from what rounding does to runs, seldom and always; None if no run was moved.
+
+    Witnesses say what rounding does to a run in between: the least that any of them shows, by step. Moved runs show
+    what is seldom, ``often`` times as frequently: as much as their common differences are larger than the witnesses'.
+    An effect has what a run has in between, since cell and baseline round alike, and twice what is seldom, since either
+    may have it; a centred effect once. By step, drawn towards neighbouring steps.
+    """
+    runs = [pair.runs for pair in pairs if pair.runs is not None and len(pair.runs)]
+    moves = [pair.moved for pair in pairs if pair.moved is not None and len(pair.moved)]
+    if not runs or not moves:
+        return None
+    fine, moved = np.concatenate(runs), np.concatenate(moves)
+    of_fine, of_moved = (np.square(d).mean(axis=2) for d in (fine, moved))
+    always, common = of_fine.min(axis=0), np.quantile(of_moved, 0.25, axis=0)
+    known = (always > 0) & (common > 0)
+    ratio = np.log(common[known] / always[known]).mean() / 2 if known.any() else 0.0
+    often = float(np.clip(np.exp(ratio), 1, MOST_OFTEN))
+    excess = _excess(of_moved, common) + _excess(of_fine, always)
+    steps = next(pair.steps for pair in pairs if pair.moved is not None)
+    seldom = _smoothed(excess / (often * len(of_moved) + len(of_fine)), steps)
+    both = np.concatenate([fine, moved])
+    sizes = np.square(both).mean(axis=2, keepdims=True)
+    shape = np.divide(np.square(both), sizes, out=np.ones_like(both), where=sizes > 0).mean(axis=0)
+    return {adjust: (always + times * seldom)[:, None] * shape for adjust, times in (("baseline", 2), ("mean", 1))}
+
+
+def _excess(squares: Array, usual: Array) -> Array:
+    """Σ over runs of what their squares, (n, T), have beyond the usual, (T,), where that is far beyond."""
+    out: Array = np.where(squares > FAR**2 * usual, squares - usual, 0.0).sum(axis=0)
+    return out
+
+
+def _smoothed(values: Array, steps: Sequence[int]) -> Array:
+    """Means over neighbouring steps, weighted by a Gaussian of their ratio's logarithm."""
+    places = np.log(steps)
+    weights = np.exp(-(((places[:, None] - places) / NEAR) ** 2) / 2)
+    out: Array = weights @ values / weights.sum(axis=1)
+    return out
 
 
 def _mean_product(factors: Sequence[tuple[Array, Array]]) -> Array:

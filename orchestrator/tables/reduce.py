@@ -58,10 +58,35 @@ def witness_pair(sweep: Sequence[Part], witness: Part, weight: float = 1.0) -> P
         sweep: the seed's parts, in the order of their keys.
         weight: as for ``seed_block``.
     """
-    about = witness.removals, witness.steps, witness.deltas.shape[2], weight
-    removals = witness.removals
+    moved = _moved_in(witness)
+    removals = witness.removals[: len(witness.removals) - moved]
+    about = removals, witness.steps, witness.deltas.shape[2], weight
     own, again = (seed_block(witness.seed, parts, *about).effects for parts in (sweep, [witness]))
-    return Pair(tuple(r.indices for r in removals), own, again)
+    return Pair(
+        tuple(r.indices for r in removals),
+        own,
+        again,
+        runs=_run_differences(sweep, removals, witness.deltas[: len(removals)], witness.deltas[-2]) / weight,
+        moved=_run_differences(
+            sweep, witness.removals[len(removals) :], witness.deltas[len(removals) : -2], witness.deltas[-1]
+        )
+        / weight,
+        steps=witness.steps,
+    )
+
+
+def _moved_in(witness: Part) -> int:
+    count = witness.provenance.get("moved", 0)
+    return min(count, len(witness.removals) - 1) if isinstance(count, int) else 0
+
+
+def _run_differences(sweep: Sequence[Part], removals: Sequence[NamedRemoval], deltas: Array, baseline: Array) -> Array:
+    """By how much the sweep's own runs differ from the same runs trained again, (n, T, m): cells and the baseline."""
+    rows = {r.indices: part.deltas[row] for part in reversed(sweep) for row, r in enumerate(part.removals)}
+    found = [again - rows[r.indices] for r, again in zip(removals, deltas, strict=True) if r.indices in rows]
+    found += [baseline - part.deltas[-2] for part in sweep[:1]] if len(removals) else []
+    finite = [d for d in found if np.isfinite(d).all()]
+    return np.stack(finite) if finite else np.zeros((0, *baseline.shape))
 
 
 def seed_block(
@@ -228,8 +253,8 @@ def reduce(
                 result.shift.add(shift)
             result.training_only.add(block.training_only[None])
             squares, parts = squares + block.floor_squares, parts + block.floor_parts
-            result.floors = floor(witnesses, np.sqrt(squares / max(parts, 1)))
             result.seeds.append(block.seed)
+            result.floors = floor(witnesses, np.sqrt(squares / max(parts, 1)), removals * len(result.seeds))
             result.scale = max(result.scale, block.scale)
             result.diverged += [(number, block.seed, step) for number, step in block.diverged]
             yield block

@@ -87,8 +87,9 @@ def test_the_floor_is_what_float32_really_is_off_by_on_concrete(beside):
         (floors.of_mean(2), off.mean(axis=0)[None]),
     ):
         ratio = rms(floor, 1) / rms(truth, (0, 1, 3))
+        # Eight of the ten cells have witnesses; of the other two what is seldom is expected, and has not happened.
         assert (ratio > 1 / 3).all(), ratio
-        assert (ratio < 3).all(), ratio
+        assert (ratio < 6).all(), ratio
     # Without witnesses the floor is off by more than a factor of ten at the last step.
     assert rms(without.floor, 1)[-1] < 0.1 * rms(off, (0, 1, 3))[-1]
 
@@ -134,11 +135,11 @@ def test_the_table_s_noise_floor_is_the_measured_one(beside):
 @pytest.mark.parametrize(
     ("asked", "removals", "seeds", "precision", "witnesses"),
     [
-        ("auto", 5, 4, "float32", 4),  # a small sweep has one seed's, whatever their share
-        ("auto", 2, 4, "float32", 4),
-        ("auto", 20, 30, "float32", 8),  # 660 cells, a twentieth is 33: 3 · (8 + 2) = 30
-        ("auto", 20, 30, "float64", 17),  # 1.5 · (17 + 5) = 33
-        ("auto", 20, 1000, "float32", 64),
+        ("auto", 5, 4, "float32", 1),  # a small sweep has one seed's, whatever their share
+        ("auto", 2, 4, "float32", 1),
+        ("auto", 20, 32, "float32", 2),  # 704 cells, a twentieth is 35: 2 · (3 · 2 + 1.5 · 7) = 33
+        ("auto", 20, 32, "float64", 2),  # 2 · 1.5 · (2 + 7) = 27
+        ("auto", 20, 1000, "float32", 16),
         ("auto", 1, 1, "float32", 1),
         (0, 20, 100, "float32", 0),
         (7, 5, 4, "float32", 7),
@@ -153,10 +154,11 @@ def test_how_many_witnesses_there_are(beside, asked, removals, seeds, precision,
     named = tuple(NamedRemoval(i, str(i), (i,)) for i in range(removals))
     manifest = replace(resolve(spec, beside).manifest, removals=named)
     tasks = witness_tasks(manifest)
+    assert all(min(2, removals) <= len(task.moved) <= 6 for task in tasks)
     assert count_witnesses(manifest) == sum(len(task.removals) for task in tasks) == witnesses
     assert [task.seed for task in tasks] == list(range(len(tasks)))
     assert all(0 < len(task.removals) <= min(4, removals) for task in tasks)
-    assert all(len(task.removals) == min(4, removals) for task in tasks[:-1])
+    assert all(len(task.removals) == (1 if asked == "auto" else min(4, removals)) for task in tasks[:-1])
 
 
 def test_witnesses_are_spread_over_the_removals_and_the_same_in_every_seed(beside):
@@ -165,6 +167,7 @@ def test_witnesses_are_spread_over_the_removals_and_the_same_in_every_seed(besid
     tasks = witness_tasks(resolve(spec, beside).manifest)
     assert [task.seed for task in tasks] == [5, 6, 7]
     assert [r.name for r in tasks[0].removals] == ["g1", "g3", "g6", "g8"]
+    assert [r.name for r in tasks[0].moved] == ["g0", "g2", "g4", "g5", "g7", "g9"]
     assert tasks[1].removals == tasks[0].removals
     assert [r.name for r in tasks[2].removals] == ["g3", "g8"]
 
@@ -323,7 +326,8 @@ def timed(monkeypatch, wide: float, own: float) -> None:
 def trained(store) -> list[int]:
     sweep = Sweep(store, "flowers")
     manifest = sweep.read_manifest()
-    return [len(sweep.read_witness(seed, manifest).removals) for seed in sweep.list_witnesses(manifest.digest)]
+    found = [sweep.read_witness(seed, manifest) for seed in sweep.list_witnesses(manifest.digest)]
+    return [len(part.removals) - part.provenance["moved"] for part in found]
 
 
 @pytest.mark.parametrize(

@@ -120,3 +120,43 @@ def test_seeds_are_compared_on_the_removals_that_both_have():
     product, square = centred.mean(axis=(0, 2)), (got.one["mean"] ** 2).mean(axis=1)
     expected = np.clip(product / square, 0, 1)[:, None] * got.one["mean"] ** 2
     np.testing.assert_allclose(got.common["mean"], expected, rtol=1e-10)
+
+
+def with_moved(rng: np.random.Generator, seldom: float, often: float = 20.0, size: float = 50.0, m: int = 30) -> Pair:
+    """One witness and its baseline, six moved cells and theirs: rounding of size 1, and seldom of ``size``."""
+    steps = (24, 48, 72, 96)
+
+    def run(usual: float, rate: float) -> np.ndarray:
+        hit = (rng.random((len(steps), 1)) < rate * np.array([0.25, 0.5, 0.75, 1])[:, None]).astype(float)
+        return usual * rng.normal(size=(len(steps), m)) + size * hit * rng.normal(size=(len(steps), m))
+
+    runs = np.stack([run(1.0, seldom) for _ in range(2)])
+    moved = np.stack([run(often, min(1.0, often * seldom)) for _ in range(7)])
+    sweep = rng.normal(size=(1, len(steps), m))
+    return Pair(NAMES[:1], sweep, sweep + (runs[:1] - runs[1:]), runs, moved, steps)
+
+
+def test_what_rounding_does_seldom_is_seen_in_moved_runs():
+    """A hundredth of the runs is off by 50 at the last step: 5 a run, 7 an effect (root mean square); witnesses say 1."""
+    rng, none = np.random.default_rng(1), np.zeros((4, 1))
+    found = [floor([with_moved(rng, 0.01)], none, 1000) for _ in range(200)]
+    last = np.array([np.sqrt(np.square(f.one["baseline"][-1]).mean()) for f in found])
+    true = np.sqrt(1 + 2 * 0.01 * 50**2)
+    assert ((last > true / 3) & (last < 3 * true)).mean() > 0.75
+    assert np.median([np.sqrt(np.square(f.one["mean"][-1]).mean()) for f in found]) < np.median(last)
+
+
+def test_what_never_happens_is_not_made_up_from_moved_runs():
+    rng, none = np.random.default_rng(2), np.zeros((4, 1))
+    found = [floor([with_moved(rng, 0.0)], none, 1000) for _ in range(50)]
+    last = np.array([np.sqrt(np.square(f.one["baseline"][-1]).mean()) for f in found])
+    assert (last > 0.4).all()
+    assert (last < 2).all()
+
+
+def test_where_every_cell_has_a_witness_nothing_is_expected_beyond_them():
+    pair = with_moved(np.random.default_rng(3), 0.01)
+    alone = Pair(pair.removals, pair.sweep, pair.witness)
+    np.testing.assert_allclose(
+        floor([pair], np.zeros((4, 1)), 1).one["baseline"], floor([alone], np.zeros((4, 1))).one["baseline"], rtol=1e-12
+    )
