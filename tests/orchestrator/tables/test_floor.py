@@ -137,7 +137,7 @@ def with_moved(rng: np.random.Generator, seldom: float, often: float = 20.0, siz
 
 
 def test_what_rounding_does_seldom_is_seen_in_moved_runs():
-    """A hundredth of the runs is off by 50 at the last step: 5 a run, 7 an effect (root mean square); witnesses say 1."""
+    """A hundredth of the runs is off by 50 at the last step: 7 an effect (root mean square); witnesses say 1."""
     rng, none = np.random.default_rng(1), np.zeros((4, 1))
     found = [floor([with_moved(rng, 0.01)], none, 1000) for _ in range(200)]
     last = np.array([np.sqrt(np.square(f.one["baseline"][-1]).mean()) for f in found])
