@@ -8,8 +8,9 @@ seeds N is k/m times as large. The ceiling is the cosine that μ itself, a perfe
 In practice P is not known well, for two reasons, and a plug-in is off by up to a factor of two (tested):
 
 * A square root and a maximum with 0 are not linear. Where noise is as large as signal they shift a mean by 5 to 20%. So
-  the signal-to-noise ratio q = P/N of an example gets a distribution, its *posterior*, with a log-normal prior whose
-  two numbers are averaged over, weighted by what all evaluation examples say (empirical Bayes).
+  the signal-to-noise ratio q = P/N of an example gets a distribution, its *posterior*. Its prior is log-normal, but for
+  a share of examples that have no signal at all (a model is often sure of half of them). The prior's three numbers
+  are averaged over, weighted by what all evaluation examples say (empirical Bayes).
 * Without adjustment (eq. 17) all removals of a seed share their baseline's noise, which moves ē along one direction,
   the constant vector. One number carries that noise, so it does not average out: sometimes it hides the signal, mostly
   it does not. So ē is split into its mean over removals, ā, and what is centred. The truth's mean over removals gets a
@@ -32,6 +33,9 @@ Array = NDArray[np.float64]
 _Q = np.concatenate([[0.0], np.geomspace(3e-3, 1e6, 128)])
 _THETA = np.concatenate([[0.0], np.geomspace(1e-3, 1e2, 30)])
 _TINY = 1e-300
+_DEAD = (0.0, 0.2, 0.4, 0.6, 0.8)
+_ALIVE_ODDS = 1000.0
+"""Shares of evaluation examples without any signal; how much likelier none is beforehand than any of the others."""
 POINTS = 9
 """Quantiles that stand for a distribution where it meets others."""
 
@@ -201,15 +205,26 @@ def _ratio_posterior(of: Moments) -> Array:
     logs = -((seen[:, None] - 1 - _Q) ** 2) / (2 * variance) - np.log(variance) / 2
     prior = _priors()
     likelihood = np.exp(logs - logs.max(axis=1, keepdims=True))
-    evidence = np.maximum(likelihood @ prior, _TINY)
-    weights = _normalised(np.log(evidence).sum(axis=0))
-    posterior: Array = likelihood * ((weights / evidence) @ prior.T)
+    alive, dead = likelihood @ prior, likelihood[:, :1]
+    odds = np.log([_ALIVE_ODDS if share == 0 else 1.0 for share in _DEAD])[:, None]
+    weights = _normalised(odds + [np.log(_evidence(alive, dead, share)).sum(axis=0) for share in _DEAD])
+    posterior: Array = np.zeros_like(likelihood)
+    # One share at a time: with many evaluation examples these arrays are large.
+    for share, weight in zip(_DEAD, weights, strict=True):
+        ratio = weight / _evidence(alive, dead, share)
+        posterior += (1 - share) * (ratio @ prior.T)
+        posterior[:, 0] += share * ratio.sum(axis=1)
+    posterior *= likelihood
     posterior /= np.maximum(posterior.sum(axis=1, keepdims=True), _TINY)
     # No noise at all: what is seen is the truth. No effect at all: nothing of it is.
     silent = of.noise <= 0
     posterior[silent] = 0.0
     posterior[silent, np.where(of.square[silent] > 0, -1, 0)] = 1.0
     return posterior
+
+
+def _evidence(alive: Array, dead: Array, share: float) -> Array:
+    return np.maximum((1 - share) * alive + share * dead, _TINY)
 
 
 @lru_cache(maxsize=1)

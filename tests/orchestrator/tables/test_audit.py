@@ -45,6 +45,26 @@ def test_a_perfect_estimate_has_a_normalised_score_of_1(noise, shared, uneven, a
         assert np.mean(normalised) == pytest.approx(1, abs=0.03), (seeds, normalised)
 
 
+@pytest.mark.parametrize("dead", [0.2, 0.5, 0.8])
+def test_examples_that_say_nothing_do_not_borrow_a_ceiling_from_those_that_do(dead):
+    """A prior without dead examples said .72 for a true .51 where half were dead."""
+    rng = np.random.default_rng(6)
+    scores, ceilings, reliabilities = [], [], []
+    for _ in range(8):
+        truth, effects, _ = draw(rng, 6, 0.2, r=30, m=40)
+        silent = int(dead * 40)
+        effects[:, :, :silent] -= truth[:, :silent]
+        found = audit(effects, {"perfect": truth})
+        at = row(found, "perfect", adjust="mean")
+        # What is dead has no direction: the cosine of anything with it is 0 in expectation.
+        scores.append(at["score"])
+        ceilings.append(at["ceiling"])
+        [r] = [r for r in found.reliability.to_pylist() if r["measured"] and r["adjust"] == "mean"]
+        reliabilities.append(r["reliability"])
+    assert np.mean(ceilings) == pytest.approx(np.mean(scores), abs=0.03)
+    assert np.mean(reliabilities) == pytest.approx(1 - dead, abs=0.02)
+
+
 def test_the_plug_in_ceiling_would_be_off_where_seeds_share_their_baseline_s_noise():
     """That of DESIGN's closed form, √max(0, 1 − N/‖ē‖²): what ``trust`` corrects is not small."""
     truth, effects, _ = draw(np.random.default_rng(2), 4, 1.0, 3.0)
