@@ -1,9 +1,14 @@
-"""Arrays that other tools have written: npy, safetensors or Parquet, as data; nothing is unpickled."""
+"""Arrays that other tools have written: npy, safetensors or Parquet, as data; nothing is unpickled.
+
+The rows of a Parquet table say which removal and evaluation example they are of. Effects and estimates are matched by
+that; an npy file or a tensor has places alone: 0, 1, 2 … or, beside a table, its ids in ascending order.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +23,51 @@ from fimo.workers.errors import UsageError
 Array = NDArray[np.float64]
 
 
-def read_effects(path: Path) -> Array:
-    """Effects (seeds, removals, evals) of a file; NaN where a Parquet table has no row.
+Ids = tuple[tuple[int, ...], ...]
+"""What each axis of an array is of, ascending."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects of a file.
+
+    Attributes:
+        values: float64 (seeds, removals, evals), NaN where a Parquet table has no row.
+        ids: of the removals and of the evaluation examples; None if the file does not say.
+    """
+
+    values: Array
+    ids: Ids | None
+
+
+def read_effects(path: Path) -> Effects:
+    """Effects of a file.
 
     npy or safetensors: one array of three axes. Parquet: columns seed, removal, eval, effect.
 
     Raises:
         UsageError: the file cannot be read, or holds something else.
     """
-    arrays = _read(path, ("seed", "removal", "eval"), "effect")
+    arrays, ids = _read(path, ("seed", "removal", "eval"), "effect")
     if len(arrays) != 1:
         raise UsageError(f"'{path}' holds {len(arrays)} arrays ({', '.join(sorted(arrays))}); effects are one")
-    return next(iter(arrays.values()))
+    return Effects(next(iter(arrays.values())), ids and ids[1:])
 
 
-def read_estimates(given: str) -> dict[str, Array]:
-    """Matrices (removals, evals) by name, of FILE or NAME=FILE.
+def read_estimates(given: str, effects: Effects) -> dict[str, Array]:
+    """Matrices (removals, evals) by name, of FILE or NAME=FILE, with the rows and columns of the effects.
 
     npy: one matrix, called like the file. safetensors: a matrix for each tensor. Parquet: columns removal, eval, value,
     and estimator if there are several.
 
     Raises:
-        UsageError: as ``read_effects``.
+        UsageError: as ``read_effects``; or a table is of other removals or evaluation examples than the effects.
     """
     name, equals, file = given.partition("=")
     path = Path(file if equals else given)
-    arrays = _read(path, ("removal", "eval"), "value")
+    arrays, ids = _read(path, ("removal", "eval"), "value")
+    if ids is not None:
+        _same_ids(path, ids, effects)
     if len(arrays) == 1:
         return {name if equals else _only(arrays) or path.stem: next(iter(arrays.values()))}
     if equals:
@@ -51,11 +75,22 @@ def read_estimates(given: str) -> dict[str, Array]:
     return arrays
 
 
+def _same_ids(path: Path, ids: Ids, effects: Effects) -> None:
+    of = effects.ids or tuple(tuple(range(count)) for count in effects.values.shape[1:])
+    for axis, own, wanted in zip(("removal", "eval"), ids, of, strict=False):
+        if own != wanted:
+            lacking = sorted({*wanted} ^ {*own})[0]
+            which = "the effects have it" if lacking in wanted else "the effects do not"
+            there = "has no" if lacking in wanted else "has"
+            numbered = "" if effects.ids else f" (an array without ids has {axis} 0 to {len(wanted) - 1})"
+            raise UsageError(f"'{path}' {there} {axis} {lacking}, {which}{numbered}: give both the same {axis}s")
+
+
 def _only(arrays: dict[str, Array]) -> str:
     return next(iter(arrays))
 
 
-def _read(path: Path, axes: Sequence[str], value: str) -> dict[str, Array]:
+def _read(path: Path, axes: Sequence[str], value: str) -> tuple[dict[str, Array], Ids | None]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -64,7 +99,7 @@ def _read(path: Path, axes: Sequence[str], value: str) -> dict[str, Array]:
         return _from_parquet(data, path, axes, value)
     if data[:6] == b"\x93NUMPY":
         try:
-            return {"": np.asarray(np.load(io.BytesIO(data), allow_pickle=False), dtype=np.float64)}
+            return {"": _numbers(np.load(io.BytesIO(data), allow_pickle=False))}, None
         except (ValueError, TypeError, EOFError, OSError) as error:
             raise UsageError(f"'{path}' is not an npy file of plain numbers") from error
     try:
@@ -73,10 +108,17 @@ def _read(path: Path, axes: Sequence[str], value: str) -> dict[str, Array]:
         raise UsageError(f"'{path}' is neither Parquet nor npy nor safetensors") from error
     if not tensors:
         raise UsageError(f"'{path}' holds no tensor")
-    return {name: np.asarray(tensor, dtype=np.float64) for name, tensor in tensors.items()}
+    # The file's own order is not kept on reading.
+    return {name: np.asarray(tensors[name], dtype=np.float64) for name in sorted(tensors)}, None
 
 
-def _from_parquet(data: bytes, path: Path, axes: Sequence[str], value: str) -> dict[str, Array]:
+def _numbers(array: NDArray[np.generic]) -> Array:
+    if array.dtype.kind not in "biuf":
+        raise ValueError(array.dtype)
+    return array.astype(np.float64)
+
+
+def _from_parquet(data: bytes, path: Path, axes: Sequence[str], value: str) -> tuple[dict[str, Array], Ids]:
     try:
         table = pq.read_table(io.BytesIO(data), use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -96,7 +138,7 @@ def _from_parquet(data: bytes, path: Path, axes: Sequence[str], value: str) -> d
         places = [_places(table[axis]) for axis in axes]
         numbers = table[value].to_numpy().astype(np.float64)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        raise UsageError(f"'{path}': {', '.join(wanted)} must be numbers") from error
+        raise UsageError(f"'{path}': {', '.join(wanted)} must be numbers, {' and '.join(axes)} whole ones") from error
     shape = tuple(len(known) for known, _ in places)
     out: dict[str, Array] = {}
     chosen = np.array(names, dtype=object)
@@ -107,10 +149,13 @@ def _from_parquet(data: bytes, path: Path, axes: Sequence[str], value: str) -> d
             raise UsageError(f"'{path}' has two rows for one {', '.join(axes)}")
         array[at] = numbers[here]
         out[str(name)] = array
-    return out
+    return out, tuple(tuple(known) for known, _ in places)
 
 
 def _places(column: pa.ChunkedArray) -> tuple[list[int], NDArray[np.int64]]:
     """The values that occur, ascending, and each row's place among them."""
-    known, places = np.unique(column.to_numpy().astype(np.int64), return_inverse=True)
+    given = column.to_numpy()
+    if not np.isfinite(given).all() or not np.array_equal(ids := given.astype(np.int64), given):
+        raise ValueError("ids that are missing, or no whole numbers")
+    known, places = np.unique(ids, return_inverse=True)
     return known.tolist(), places.astype(np.int64)

@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from fimo.orchestrator.run.arrays import read_effects, read_estimates
+from fimo.orchestrator.run.arrays import Effects, read_effects, read_estimates
 from fimo.workers.errors import UsageError
 
 RNG = np.random.default_rng(0)
 TRUTH = RNG.normal(size=(6, 4))
 EFFECTS = TRUTH + RNG.normal(size=(3, 6, 4))
+GIVEN = Effects(EFFECTS, None)
 
 
 def long(values: np.ndarray, names: list[str], value: str, **more: list) -> pa.Table:
@@ -32,13 +33,13 @@ def test_effects_are_the_same_from_every_format(tmp_path: Path):
     table = long(EFFECTS, ["seed", "removal", "eval"], "effect")
     pq.write_table(table.take(RNG.permutation(table.num_rows)), tmp_path / "e.parquet")
     for name in ("e.npy", "e.safetensors", "e.parquet"):
-        np.testing.assert_array_equal(read_effects(tmp_path / name), EFFECTS)
+        np.testing.assert_array_equal(read_effects(tmp_path / name).values, EFFECTS)
 
 
 def test_a_row_that_a_table_lacks_is_a_missing_run(tmp_path: Path):
     table = long(EFFECTS, ["seed", "removal", "eval"], "effect")
     pq.write_table(table.slice(1), tmp_path / "e.parquet")
-    effects = read_effects(tmp_path / "e.parquet")
+    effects = read_effects(tmp_path / "e.parquet").values
     assert np.isnan(effects[0, 0, 0])
     assert np.isfinite(effects).sum() == EFFECTS.size - 1
 
@@ -48,11 +49,40 @@ def test_methods_go_by_their_file_tensor_or_column(tmp_path: Path):
     save_file({"a": TRUTH, "b": 2 * TRUTH}, tmp_path / "two.safetensors")
     both = [long(v, ["removal", "eval"], "value", estimator=[n] * 24) for n, v in (("x", TRUTH), ("y", -TRUTH))]
     pq.write_table(pa.concat_tables(both), tmp_path / "two.parquet")
-    assert list(read_estimates(str(tmp_path / "mine.npy"))) == ["mine"]
-    assert list(read_estimates(f"yours={tmp_path / 'mine.npy'}")) == ["yours"]
-    assert list(read_estimates(str(tmp_path / "two.safetensors"))) == ["a", "b"]
-    named = read_estimates(str(tmp_path / "two.parquet"))
+    assert list(read_estimates(str(tmp_path / "mine.npy"), GIVEN)) == ["mine"]
+    assert list(read_estimates(f"yours={tmp_path / 'mine.npy'}", GIVEN)) == ["yours"]
+    assert list(read_estimates(str(tmp_path / "two.safetensors"), GIVEN)) == ["a", "b"]
+    named = read_estimates(str(tmp_path / "two.parquet"), GIVEN)
     np.testing.assert_array_equal(named["y"], -TRUTH)
+
+
+def table_of(removals: list[int], path: Path) -> str:
+    """Estimates of the truth, row r called ``removals[r]``, in some order."""
+    table = long(TRUTH, ["removal", "eval"], "value")
+    table = table.set_column(0, "removal", pa.array([removals[r] for r in table["removal"].to_pylist()]))
+    pq.write_table(table.take(RNG.permutation(table.num_rows)), path)
+    return str(path)
+
+
+def test_tables_are_matched_by_their_ids(tmp_path: Path):
+    ids = [40, 7, 9, 12, 3, 21]
+    table = long(EFFECTS, ["seed", "removal", "eval"], "effect")
+    table = table.set_column(1, "removal", pa.array([ids[r] for r in table["removal"].to_pylist()]))
+    pq.write_table(table, tmp_path / "e.parquet")
+    effects = read_effects(tmp_path / "e.parquet")
+    order = np.argsort(ids)
+    np.testing.assert_array_equal(effects.values, EFFECTS[:, order])
+    [mine] = read_estimates(table_of(ids, tmp_path / "mine.parquet"), effects).values()
+    np.testing.assert_array_equal(mine, TRUTH[order])
+
+
+def test_a_table_of_other_removals_is_no_match_for_effects_of_as_many(tmp_path: Path):
+    later = table_of([1, 2, 3, 4, 5, 6], tmp_path / "later.parquet")
+    for effects in (GIVEN, Effects(EFFECTS, (tuple(range(6)), tuple(range(4))))):
+        with pytest.raises(UsageError, match="has no removal 0, the effects have it"):
+            read_estimates(later, effects)
+    with pytest.raises(UsageError, match="has removal 6, the effects do not"):
+        read_estimates(later, Effects(EFFECTS[:, 1:], (tuple(range(1, 6)), tuple(range(4)))))
 
 
 def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path):
@@ -62,6 +92,10 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path):
     pq.write_table(
         long(EFFECTS, ["seed", "removal", "eval"], "effect", step=[1] * 71 + [2]), tmp_path / "steps.parquet"
     )
+    gap = long(EFFECTS, ["seed", "removal", "eval"], "effect")
+    gap = gap.set_column(1, "removal", pa.array([None, *gap["removal"].to_pylist()[1:]]))
+    pq.write_table(gap, tmp_path / "gap.parquet")
+    np.save(tmp_path / "complex.npy", EFFECTS + 1j)
     twice = long(EFFECTS, ["seed", "removal", "eval"], "effect")
     pq.write_table(pa.concat_tables([twice, twice.slice(0, 1)]), tmp_path / "twice.parquet")
     for name, said in (
@@ -71,6 +105,8 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path):
         ("no_eval.parquet", "no column eval"),
         ("steps.parquet", "several steps"),
         ("twice.parquet", "two rows"),
+        ("gap.parquet", "whole ones"),
+        ("complex.npy", "plain numbers"),
     ):
         with pytest.raises(UsageError, match=said):
             read_effects(tmp_path / name)
