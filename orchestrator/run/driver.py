@@ -24,7 +24,7 @@ from fimo.orchestrator.run.written import write_tables
 from fimo.orchestrator.store import Store
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.errors import StoreError
+from fimo.workers.errors import FimoError, StoreError
 
 Where = Callable[[Sweep, Manifest, bytes | None], AbstractContextManager[Pool]]
 """A place to run tasks: an embedded Ray, a cluster, or this process. The bytes are those of θᶠ's file."""
@@ -105,6 +105,8 @@ def run(
     manifest = resolved.manifest
     store.check()
     sweep = Sweep(store, manifest.spec.name)
+    if not shards:
+        manifest = _with_its_seeds(manifest, sweep)
     sweep.write_manifest(manifest)
     if retry_failed:
         failures.forget(sweep)
@@ -129,6 +131,21 @@ def run(
             break
     written = write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
     return _report(manifest, sweep, gathered, written, outcome, shards)
+
+
+def _with_its_seeds(manifest: Manifest, sweep: Sweep) -> Manifest:
+    """With as many seeds as the sweep has come to: estimates alone add none, and take none out of its tables."""
+    seeds = manifest.spec.seeds
+    if seeds.until_reliability is None:
+        return manifest
+    try:
+        there = sweep.read_manifest()
+    except FimoError:
+        return manifest
+    count = there.spec.seeds.count
+    if there.digest != manifest.digest or not seeds.min <= count <= seeds.max:
+        return manifest
+    return manifest.with_seeds(count)
 
 
 def _grown(

@@ -82,6 +82,16 @@ def test_a_sweep_that_was_stopped_in_any_round_comes_to_the_same(grown):
         assert table_bytes(other) == table_bytes(store)
 
 
+def test_estimates_alone_leave_the_seeds_that_were_added_in_the_tables(grown):
+    beside, first, store, _ = grown
+    before, chosen = table_bytes(store), seeds_of(store)
+    report, _, heard = run_here(spec(), beside, store, shards=False)
+    assert report.exit_code == 0
+    assert heard.tasks == []
+    assert report.gathered.cells == first.gathered.cells
+    assert (table_bytes(store), seeds_of(store)) == (before, chosen)
+
+
 def test_a_torn_part_is_computed_again_before_more_seeds_are_added(grown):
     beside, _, store, _ = grown
     before, chosen = table_bytes(store), seeds_of(store)
