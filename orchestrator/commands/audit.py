@@ -27,15 +27,15 @@ def audit(
     from fimo.orchestrator.tables.audit import audit as audited
     from fimo.workers.errors import UsageError
 
-    methods = {}
+    truth, methods = read_effects(effects), {}
     for given in estimates or ():
         for name, matrix in read_estimates(given).items():
             if name in methods:
                 raise UsageError(
                     f"two methods are called '{name}': name one of them, NAME={given.partition('=')[2] or given}"
                 )
-            methods[name] = matrix
-    found = audited(read_effects(effects), methods)
+            methods[name] = matrix.beside(truth, name)
+    found = audited(truth.values, methods)
     for line in found.notes:
         tell(f"fimo: {line}")
     if as_json:

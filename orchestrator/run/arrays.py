@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,28 @@ from fimo.workers.errors import UsageError
 Array = NDArray[np.float64]
 
 
-def read_effects(path: Path) -> Array:
+@dataclass(frozen=True)
+class Labelled:
+    """An array with the numbers that its removals and evaluation examples go by; None = by their place."""
+
+    values: Array
+    removals: tuple[int, ...] | None = None
+    evals: tuple[int, ...] | None = None
+
+    def beside(self, effects: Labelled, name: str) -> Array:
+        """The values, of the same removals and evaluation examples as effects.
+
+        Raises:
+            UsageError: both name them, and name others.
+        """
+        for what, own, others in (("removals", self.removals, effects.removals), ("evals", self.evals, effects.evals)):
+            if own is not None and others is not None and own != others:
+                odd = sorted(set(own) ^ set(others))[:5]
+                raise UsageError(f"estimates '{name}' are of other {what} than the effects: {', '.join(map(str, odd))}")
+        return self.values
+
+
+def read_effects(path: Path) -> Labelled:
     """Effects (seeds, removals, evals) of a file; NaN where a Parquet table has no row.
 
     npy or safetensors: one array of three axes. Parquet: columns seed, removal, eval, effect.
@@ -32,7 +54,7 @@ def read_effects(path: Path) -> Array:
     return next(iter(arrays.values()))
 
 
-def read_estimates(given: str) -> dict[str, Array]:
+def read_estimates(given: str) -> dict[str, Labelled]:
     """Matrices (removals, evals) by name, of FILE or NAME=FILE.
 
     npy: one matrix, called like the file. safetensors: a matrix for each tensor. Parquet: columns removal, eval, value,
@@ -51,11 +73,11 @@ def read_estimates(given: str) -> dict[str, Array]:
     return arrays
 
 
-def _only(arrays: dict[str, Array]) -> str:
+def _only(arrays: dict[str, Labelled]) -> str:
     return next(iter(arrays))
 
 
-def _read(path: Path, axes: Sequence[str], value: str) -> dict[str, Array]:
+def _read(path: Path, axes: Sequence[str], value: str) -> dict[str, Labelled]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -64,7 +86,7 @@ def _read(path: Path, axes: Sequence[str], value: str) -> dict[str, Array]:
         return _from_parquet(data, path, axes, value)
     if data[:6] == b"\x93NUMPY":
         try:
-            return {"": np.asarray(np.load(io.BytesIO(data), allow_pickle=False), dtype=np.float64)}
+            return {"": Labelled(np.asarray(np.load(io.BytesIO(data), allow_pickle=False), dtype=np.float64))}
         except (ValueError, TypeError, EOFError, OSError) as error:
             raise UsageError(f"'{path}' is not an npy file of plain numbers") from error
     try:
@@ -73,10 +95,10 @@ def _read(path: Path, axes: Sequence[str], value: str) -> dict[str, Array]:
         raise UsageError(f"'{path}' is neither Parquet nor npy nor safetensors") from error
     if not tensors:
         raise UsageError(f"'{path}' holds no tensor")
-    return {name: np.asarray(tensor, dtype=np.float64) for name, tensor in tensors.items()}
+    return {name: Labelled(np.asarray(tensor, dtype=np.float64)) for name, tensor in tensors.items()}
 
 
-def _from_parquet(data: bytes, path: Path, axes: Sequence[str], value: str) -> dict[str, Array]:
+def _from_parquet(data: bytes, path: Path, axes: Sequence[str], value: str) -> dict[str, Labelled]:
     try:
         table = pq.read_table(io.BytesIO(data), use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -98,7 +120,8 @@ def _from_parquet(data: bytes, path: Path, axes: Sequence[str], value: str) -> d
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise UsageError(f"'{path}': {', '.join(wanted)} must be numbers") from error
     shape = tuple(len(known) for known, _ in places)
-    out: dict[str, Array] = {}
+    labels = {axis: tuple(known) for axis, (known, _) in zip(axes, places, strict=True)}
+    out: dict[str, Labelled] = {}
     chosen = np.array(names, dtype=object)
     for name in dict.fromkeys(names):
         here = chosen == name
@@ -106,7 +129,7 @@ def _from_parquet(data: bytes, path: Path, axes: Sequence[str], value: str) -> d
         if len(set(zip(*(a.tolist() for a in at), strict=True))) < int(here.sum()):
             raise UsageError(f"'{path}' has two rows for one {', '.join(axes)}")
         array[at] = numbers[here]
-        out[str(name)] = array
+        out[str(name)] = Labelled(array, labels["removal"], labels["eval"])
     return out
 
 

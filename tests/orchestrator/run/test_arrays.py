@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
@@ -32,13 +33,13 @@ def test_effects_are_the_same_from_every_format(tmp_path: Path):
     table = long(EFFECTS, ["seed", "removal", "eval"], "effect")
     pq.write_table(table.take(RNG.permutation(table.num_rows)), tmp_path / "e.parquet")
     for name in ("e.npy", "e.safetensors", "e.parquet"):
-        np.testing.assert_array_equal(read_effects(tmp_path / name), EFFECTS)
+        np.testing.assert_array_equal(read_effects(tmp_path / name).values, EFFECTS)
 
 
 def test_a_row_that_a_table_lacks_is_a_missing_run(tmp_path: Path):
     table = long(EFFECTS, ["seed", "removal", "eval"], "effect")
     pq.write_table(table.slice(1), tmp_path / "e.parquet")
-    effects = read_effects(tmp_path / "e.parquet")
+    effects = read_effects(tmp_path / "e.parquet").values
     assert np.isnan(effects[0, 0, 0])
     assert np.isfinite(effects).sum() == EFFECTS.size - 1
 
@@ -52,7 +53,32 @@ def test_methods_go_by_their_file_tensor_or_column(tmp_path: Path):
     assert list(read_estimates(f"yours={tmp_path / 'mine.npy'}")) == ["yours"]
     assert list(read_estimates(str(tmp_path / "two.safetensors"))) == ["a", "b"]
     named = read_estimates(str(tmp_path / "two.parquet"))
-    np.testing.assert_array_equal(named["y"], -TRUTH)
+    np.testing.assert_array_equal(named["y"].values, -TRUTH)
+
+
+def test_estimates_of_other_removals_or_evaluation_examples_are_refused_not_lined_up(tmp_path: Path):
+    def table(values: np.ndarray, axes: list[str], value: str, **shift: int) -> pa.Table:
+        one = long(values, axes, value)
+        columns = {n: pc.add(one[n], shift[n]) if n in shift else one[n] for n in one.column_names}
+        return pa.table(columns)
+
+    pq.write_table(table(EFFECTS, ["seed", "removal", "eval"], "effect", removal=3), tmp_path / "e.parquet")
+    effects = read_effects(tmp_path / "e.parquet")
+    for shift, said in (
+        ({"removal": 3}, None),
+        ({"removal": 4}, "other removals"),
+        ({"eval": 1, "removal": 3}, "evals"),
+    ):
+        pq.write_table(table(TRUTH, ["removal", "eval"], "value", **shift), tmp_path / "m.parquet")
+        [matrix] = read_estimates(str(tmp_path / "m.parquet")).values()
+        if said is None:
+            np.testing.assert_array_equal(matrix.beside(effects, "m"), TRUTH)
+        else:
+            with pytest.raises(UsageError, match=said):
+                matrix.beside(effects, "m")
+    np.save(tmp_path / "plain.npy", TRUTH)
+    [plain] = read_estimates(str(tmp_path / "plain.npy")).values()
+    np.testing.assert_array_equal(plain.beside(effects, "plain"), TRUTH)
 
 
 def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path):
