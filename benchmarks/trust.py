@@ -7,19 +7,24 @@ mask, reweight, and reweight with a removal weight of 30; in float32 and again i
 on 20 evaluation examples at an early and at a late step. Markdown tables go to stdout, as `docs/cost-of-trust.md` has
 them:
 
-    removals    those that count: the cells of the others diverge with some seed
-    one seed    reliability of one seed (eq. 17), the mean over evaluation examples: `fimo.orchestrator.tables.trust`
-    for .95     seeds for a reliability of .95, extrapolated; in brackets least and most if any one seed is left out;
-                beyond 1000 the measured seeds say no more than that
-    s a seed    seconds of processor time of the cells of a seed and their baseline, on one thread: the median seed
-    s for .95   the product of the two: what modes are to be compared by
     under       share of pairs whose mean over the seeds is under the noise floor, measured by the float64 cells, or, if
                 dropout draws other numbers in float64, from θᶠ moved by a unit in the last place (2 seeds, 5 removals)
+    s a seed    seconds of processor time of the cells of a seed and their baseline, on one thread: the median seed
+    one seed    reliability of one seed, the mean over evaluation examples (`fimo.orchestrator.tables.trust`), without
+                adjustment (eq. 17) and centred over the removals (eq. 13)
+    for .95     seeds for a reliability of .95, extrapolated; in brackets least and most if any one seed is left out;
+                beyond 1000 the measured seeds say no more than that
+    s for .95   seeds times seconds: what modes are to be compared by
+    diverged    removals with a cell that is not finite: they are left out of all the figures
 
-The second table is of float64. Left: whether the modes have one estimand: a mode's mean over half of the seeds against
-drop's over the other half, both ways, *of* the cosine that two such halves of one truth are expected to reach. Right:
-how linear the response to the removal weight is: the cosine of effects at w = 3 and w = 30 to those at w = 1 (same
-seeds; mean over seeds and evaluation examples), and the ratio of their root mean squares.
+The second table says how linear the response to the removal weight is: the cosine of effects at w = 3 and w = 30 to
+those at w = 1 (float64, the same seeds; mean over seeds and evaluation examples), and the ratio of their root mean
+squares.
+
+    python benchmarks/trust.py --estimand [cancer concrete] [--seeds 300]
+
+says instead whether the modes have one estimand: cosines of their means over many seeds, no seed in two modes, *of* the
+product of both ceilings, and what one seed is worth by as many seeds; float32.
 
 `text` and `memorised` are a two-layer BERT with dropout .1. A tenth of the labels that `text` is trained on are wrong.
 `memorised` has learned its examples by heart, and not the task. `-still` is without dropout.
@@ -28,8 +33,9 @@ seeds; mean over seeds and evaluation examples), and the ratio of their root mea
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +43,7 @@ import torch
 from numpy.typing import NDArray
 from small import SETTINGS, Cells, Setting, effects_of, removals_of, trained
 
+from fimo.orchestrator.tables.agreement import adjusted
 from fimo.orchestrator.tables.floor import Pair
 from fimo.orchestrator.tables.groups import SeedGroups
 from fimo.orchestrator.tables.planning import seeds_for_reliability
@@ -82,30 +89,35 @@ def witnesses(setting: Setting, start: Start, single: Cells, double: Cells) -> l
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def row(cells: Cells, place: int, pairs: Sequence[Pair]) -> str:
-    """removals | one seed | for .95 | s a seed | s for .95 | under."""
-    effects, kept = at(cells.effects, place)
+def row(cells: Cells, place: int, pairs: Sequence[Pair], adjust: str) -> list[str]:
+    """one seed, for .95, s for .95."""
+    effects, _ = at(cells.effects, place)
     here = [pair_at(pair, place) for pair in pairs]
-    reduction = reduced(effects, here)
-    of = reliability(reduction)
-    defined = ~of.without("baseline")[0]
-    under = "–"
-    if here:
-        floor = reduction.floors.of_mean(len(effects))[0]
-        under = f"{(np.abs(reduction.effects.mean[:, 0]) <= floor).mean():.2f}"
+    of = reliability(reduced(effects, here))
+    defined = ~of.without(adjust)[0]
     if not defined.any():
-        return f"{len(kept)} | – | – | {cells.seconds:.2f} | – | {under}"
-    one = float(of.trust("baseline", 0).reliability(1)[defined].mean())
-    needed = seeds_for_reliability(of, "baseline", 0, TARGET)
+        return ["–", "–", "–"]
+    one = float(of.trust(adjust, 0).reliability(1)[defined].mean())
+    needed = seeds_for_reliability(of, adjust, 0, TARGET)
     fewer = [reliability(reduced(np.delete(effects, s, axis=0), here)) for s in range(len(effects))]
-    known = [n for f in fewer if (n := seeds_for_reliability(f, "baseline", 0, TARGET)) is not None]
+    known = [n for f in fewer if (n := seeds_for_reliability(f, adjust, 0, TARGET)) is not None]
     spread = f" ({shown(min(known))}–{shown(max(known))})" if known else ""
-    cost = "–" if needed is None else f"{'> ' * (needed > MOST)}{min(needed, MOST) * cells.seconds:.2g}"
-    return f"{len(kept)} | {one:.2f} | {shown(needed)}{spread} | {cells.seconds:.2f} | {cost} | {under}"
+    cost = "–" if needed is None else two_digits(min(needed, MOST) * cells.seconds)
+    return [f"{one:.2f}", f"{shown(needed)}{spread}", f"> {cost}" if needed and needed > MOST else cost]
+
+
+def under(cells: Cells, place: int, pairs: Sequence[Pair]) -> str:
+    reduction = reduced(at(cells.effects, place)[0], [pair_at(pair, place) for pair in pairs])
+    floor = reduction.floors.of_mean(len(cells.effects))[0]
+    return f"{(np.abs(reduction.effects.mean[:, 0]) <= floor).mean():.2f}"
 
 
 def shown(seeds: int | None) -> str:
-    return "–" if seeds is None else f"> {MOST}" if seeds > MOST else str(seeds)
+    return "–" if seeds is None else f">{MOST}" if seeds > MOST else str(seeds)
+
+
+def two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def at(effects: Array, place: int) -> tuple[Array, list[int]]:
@@ -128,16 +140,6 @@ def cosines(a: Array, b: Array) -> Array:
     return out
 
 
-def agreement(a: Array, b: Array, place: int) -> tuple[float, float]:
-    """Cosine of means over opposite halves of the seeds, and what two halves of one truth reach."""
-    both = [r for r in at(a, place)[1] if r in at(b, place)[1]]
-    a, b, half = a[:, both, place], b[:, both, place], len(a) // 2
-    opposite = (a[:half], b[half:]), (a[half:], b[:half])
-    cosine = np.mean([cosines(x.mean(axis=0), y.mean(axis=0)) for x, y in opposite])
-    ceilings = [reliability(reduced(x[:, :, None])).trust("baseline", 0).ceiling(half) for x in (a, b)]
-    return float(cosine), float(np.mean(ceilings[0] * ceilings[1]))
-
-
 @torch.no_grad()
 def losses(workload: Workload) -> str:
     """What the final model has learned, and memorised."""
@@ -148,8 +150,8 @@ def losses(workload: Workload) -> str:
     return f"loss {both[0]:.3f} in training, {both[1]:.3f} in evaluation"
 
 
-def measure(name: str, setting: Setting, seeds: int) -> None:
-    """Print one workload's tables."""
+def measure(name: str, setting: Setting, seeds: int) -> Iterator[str]:
+    """Print one workload's table; its rows of the second one are what it yields."""
     found: dict[tuple[str, float, str], Cells] = {}
     pairs: dict[tuple[str, float], list[Pair]] = {}
     for mode, weight in MODES:
@@ -162,22 +164,27 @@ def measure(name: str, setting: Setting, seeds: int) -> None:
     print(
         f"\n**{name}** ({optimizer}, batches of {setting.batch}, n = {size}; {seeds} seeds; {losses(setting.make())})\n"
     )
-    print("| step | mode | precision | removals | one seed | for .95 | s a seed | s for .95 | under |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| step | mode | under | s a seed | eq. 17: one seed | for .95 | s for .95 | eq. 13: one seed | for .95 ",
+        end="",
+    )
+    print("| s for .95 | float64, eq. 17: s a seed | one seed | for .95 | s for .95 |\n" + "|---" * 14 + "|")
     for place, step in enumerate(setting.steps):
-        for (mode, weight, precision), cells in found.items():
+        for mode, weight in MODES:
+            single, double = (found[mode, weight, precision] for precision in ("float32", "float64"))
+            known = pairs[mode, weight]
+            columns = [under(single, place, known), f"{single.seconds:.2f}"]
+            columns += row(single, place, known, "baseline") + row(single, place, known, "mean")
+            columns += [f"{double.seconds:.2f}", *row(double, place, (), "baseline")]
             label = mode if weight == 1 else f"{mode}, w = {weight:g}"
-            known = pairs[mode, weight] if precision == "float32" else ()
-            print(f"| {step} | {label} | {precision} | {row(cells, place, known)} |")
+            diverged = single.effects.shape[1] - len(at(single.effects, place)[1])
+            label += f" ({diverged} removals diverged)" if diverged else ""
+            print(f"| {step} | {label} | {' | '.join(columns)} |")
+    sys.stdout.flush()
     tripled = trained(setting.start("reweight", WIDER, "float64"), range(seeds), setting.replicas).effects
-    print("\n| step | mask to drop | reweight to drop | w = 30 to drop | w = 3 to w = 1 | w = 30 to w = 1 |")
-    print("|---|---|---|---|---|---|")
-    effects = {(mode, weight): found[mode, weight, "float64"].effects for mode, weight in MODES}
+    one, wide = (found["reweight", weight, "float64"].effects for weight in (1.0, WIDE))
     for place, step in enumerate(setting.steps):
-        same = [agreement(effects[of], effects[MODES[0]], place) for of in MODES[1:]]
-        columns = [f"{value:.2f} of {ceiling:.2f}" for value, ceiling in same]
-        columns += [linearity(wide, effects["reweight", 1.0], place) for wide in (tripled, effects["reweight", WIDE])]
-        print(f"| {step} | {' | '.join(columns)} |", flush=True)
+        yield f"| {name} | {step} | {linearity(tripled, one, place)} | {linearity(wide, one, place)} |"
 
 
 def linearity(wide: Array, one: Array, place: int) -> str:
@@ -185,23 +192,54 @@ def linearity(wide: Array, one: Array, place: int) -> str:
     kept = at(wide, place)[1]
     wide, one = wide[:, kept, place], one[:, kept, place]
     cosine = np.mean([cosines(x, y) for x, y in zip(wide, one, strict=True)])
-    return f"{cosine:.3f}, size {np.sqrt((wide**2).mean() / (one**2).mean()):.2f}"
+    return f"{cosine:.3f} | {np.sqrt((wide**2).mean() / (one**2).mean()):.2f}"
+
+
+def estimand(name: str, setting: Setting, seeds: int) -> None:
+    """Print rows: do the modes agree?"""
+    modes = ("drop", "mask", "reweight")
+    effects = [
+        trained(setting.start(mode, 1.0, "float32"), range(i * seeds, (i + 1) * seeds), setting.replicas).effects
+        for i, mode in enumerate(modes)
+    ]
+    for place, step in enumerate(setting.steps):
+        here = [reduced(at(of, place)[0]) for of in effects]
+        for adjust, label in (("baseline", "eq. 17"), ("mean", "eq. 13")):
+            means = [adjusted(of.effects.mean, adjust)[:, 0] for of in here]
+            trusts = [reliability(of).trust(adjust, 0) for of in here]
+            ceilings, ones = [t.ceiling() for t in trusts], [f"{t.reliability(1).mean():.3f}" for t in trusts]
+            columns = [
+                f"{cosines(means[i], means[j]).mean():.2f} of {(ceilings[i] * ceilings[j]).mean():.2f}"
+                for i, j in ((1, 0), (2, 0), (2, 1))
+            ]
+            print(f"| {name} | {step} | {label} | {' | '.join(columns + ones)} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help=f"workloads, of {', '.join(SETTINGS)} (default: all)")
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=int, help="default: 6, and 300 for --estimand")
+    parser.add_argument("--estimand", action="store_true", help="do the modes agree? (default: cancer concrete)")
     asked: Any = parser.parse_args()
     unknown = [name for name in asked.only if name not in SETTINGS]
     if unknown:
         parser.error(f"no workload {', '.join(unknown)}: use {', '.join(SETTINGS)}")
-    if asked.seeds < 4:
-        parser.error("--seeds must be at least 4: halves of two, which say how noisy they are")
+    seeds = asked.seeds or (300 if asked.estimand else 6)
+    if seeds < 3:
+        parser.error("--seeds must be at least 3: of two, none can be left out")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for name in asked.only or SETTINGS:
-        measure(name, SETTINGS[name], asked.seeds)
+    if asked.estimand:
+        print(
+            "| workload | step | adjust | mask to drop | reweight to drop | reweight to mask | one seed: drop ", end=""
+        )
+        print("| mask | reweight |\n" + "|---" * 9 + "|")
+        for name in asked.only or ["cancer", "concrete"]:
+            estimand(name, SETTINGS[name], seeds)
+        return
+    rows = [row for name in asked.only or SETTINGS for row in measure(name, SETTINGS[name], seeds)]
+    print("\n| workload | step | w = 3: cosine | size | w = 30: cosine | size |\n" + "|---" * 6 + "|")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
