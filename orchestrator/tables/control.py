@@ -21,7 +21,7 @@ where the baseline's is most of it, ν is as small as k − 2. Then a control th
 
 Since every seed has controls of its own, the u_s are independent of each other but for the slopes: their spread over
 seeds holds the noise of c̄_s, and everything that takes effects by seed (``fimo.audit``) takes them. Slopes that share
-seeds correlate in pairs without moving the covariance of the u_s (tested).
+seeds correlate in pairs without moving the covariance of the u_s (tested, for normal noise).
 """
 
 from __future__ import annotations
