@@ -135,6 +135,21 @@ class OpenSweep:
         """Device seconds and peak bytes of each shard and estimator."""
         return self._table("costs")
 
+    def controlled(self, by: str = "mirrored") -> pa.Table:
+        """The attribution with a control variate: removal, eval, step, effect, sem, seeds, plain_sem.
+
+        ``by`` is an estimator that trains runs of its own. What it says with the sweep's own seeds, against what it
+        says with others, takes its share of the noise out of each seed's effects: unbiased, with ``sem`` where
+        ``plain_sem`` was. Whether that is worth the runs is measured in ``docs/cost-of-trust.md``: mostly it is not.
+
+        Raises:
+            UsageError: the spec's ``estimators`` lack ``{name: mirrored, own_seeds: true, seeds: k}`` with k the
+                sweep's seeds, or ``{name: mirrored, seeds: K}`` with K ≥ k; or one of them is not complete.
+        """
+        from fimo.orchestrator.run.controlling import controlled
+
+        return controlled(self._sweep, by)
+
     def _table(self, name: str) -> pa.Table:
         from fimo.orchestrator.run.gather import gather
         from fimo.orchestrator.run.written import is_current, read_table

@@ -32,6 +32,7 @@ PAGES = [
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "deploy/README.md",
+    "docs/cost-of-trust.md",
     "docs/workloads.md",
     "workers/workloads/data/README.md",
 ]

@@ -47,7 +47,7 @@ def verdict(
     return prove(case, start)
 
 
-@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
+@pytest.mark.parametrize("mode", ["drop", pytest.param("mask", marks=pytest.mark.slow), "reweight"])
 def test_a_sound_engine_is_proven_and_the_verdict_says_on_what(mode: str) -> None:
     got = verdict(regression(), settings(precision="float32", removal_mode=mode, epochs=8), engine=Engine())
     assert (got.engine, got.path, got.lines) == (Engine(), TRACED, ())

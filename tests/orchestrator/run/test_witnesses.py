@@ -94,7 +94,7 @@ def test_the_floor_is_what_float32_really_is_off_by_on_concrete(beside):
     assert rms(without.floor, 1)[-1] < 0.1 * rms(off, (0, 1, 3))[-1]
 
 
-@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
+@pytest.mark.parametrize("mode", [pytest.param("drop", marks=pytest.mark.slow), "mask", "reweight"])
 def test_the_witness_s_effect_is_the_float64_sweep_s_in_every_mode(beside, mode):
     spec = witnessed(further_training={"removal_mode": mode}, resources={"witnesses": 8})
     wide = witnessed(further_training={"removal_mode": mode, "precision": "float64"}, resources={"witnesses": 0})
@@ -239,7 +239,7 @@ def test_the_witnesses_cost_is_told(beside):
     assert all(c["device_seconds"] > 0 and c["peak_bytes"] > 0 and c["device"] for c in costs)
 
 
-@pytest.mark.parametrize("torn", ["torn", "a part's", "another seed's"])
+@pytest.mark.parametrize("torn", ["torn", pytest.param("a part's", marks=pytest.mark.slow), "another seed's"])
 def test_a_witness_that_does_not_verify_is_set_aside_and_trained_again(beside, torn):
     spec = witnessed(resources={"witnesses": 8})
     _, store, _ = run_here(spec, beside)

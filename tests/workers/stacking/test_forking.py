@@ -69,7 +69,7 @@ def both(workload: Workload, chosen: FurtherTraining, replicas: int, monkeypatch
     return found
 
 
-@pytest.mark.parametrize("replicas", [1, 3, 4])
+@pytest.mark.parametrize("replicas", [1, pytest.param(3, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("mode", ["drop", "mask"])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_forking_changes_no_bit(name: str, mode: str, replicas: int, monkeypatch: pytest.MonkeyPatch) -> None:
