@@ -28,6 +28,7 @@ from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError, Part
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.orchestrator.tables import schemas
+from fimo.orchestrator.tables.planning import missed
 from fimo.orchestrator.tables.reduce import (
     Reduction,
     SeedBlock,
@@ -215,6 +216,10 @@ def _look(gathered: Gathered, manifest: Manifest, reduction: Reduction) -> None:
     effects, floor = reduction.effects.mean[there], reduction.floors.of_mean(seeds)
     if len(effects) > 1:
         gathered.warnings += warnings(manifest.steps, effects, floor, beyond, ceilings, seeds)
+    asked = manifest.spec.seeds
+    if asked.until_reliability is not None:
+        line = missed(rows, asked.count, asked.until_reliability, asked.max)
+        gathered.warnings += [line] if line is not None else []
     gathered.nonsense = is_nonsense(beyond)
 
 

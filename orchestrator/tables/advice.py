@@ -157,7 +157,8 @@ def _lift(drowned: Sequence[Amount]) -> str:
         return "use precision: float64, more steps, or groups" + (
             " (not removal_weight: effects are not linear in it)" if weights else ""
         )
-    return f"use precision: float64, or {max(exact):g} times the removal_weight, in which effects are linear there"
+    times = f"{max(exact):g} times the removal_weight (of removal_mode: reweight)"
+    return f"use precision: float64, or {times}, in which effects are linear there"
 
 
 def _more_seeds(unreliable: Sequence[Amount]) -> str:

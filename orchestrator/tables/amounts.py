@@ -92,9 +92,9 @@ class Amount:
 
     @property
     def stability(self) -> float | None:
-        """Agreement with the neighbour that is closer."""
+        """Agreement with the neighbour that is closer; at most 1, which noise may take it beyond."""
         known = [value for value in (self.before, self.after) if value is not None]
-        return max(known) if known else None
+        return min(1.0, max(known)) if known else None
 
 
 def thinned(steps: Sequence[int], most: int = MOST) -> list[int]:

@@ -8,7 +8,8 @@ below the standard error (tested).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +77,26 @@ def more_seeds(first: Reliability, now: Reliability, target: float, most: int) -
     wanted = fewest(reaches, seeds + 1, MOST) or most
     # Not far at once: the noise of few seeds is not known well.
     return min(wanted, 2 * seeds, most)
+
+
+def missed(rows: Sequence[Mapping[str, Any]], seeds: int, target: float, most: int) -> str | None:
+    """One line if a sweep that adds seeds by itself has not come to what was asked for; else None.
+
+    Args:
+        rows: of ``reliability.parquet``; ``seeds``: that the sweep has; ``target``, ``most``: as for ``more_seeds``.
+    """
+    own = [r for r in rows if r["measured"] and r["adjust"] == "baseline"]
+    known = {r["step"]: r["reliability"] for r in own if r["reliability"] is not None}
+    if not known:
+        return "until_reliability: nothing is known of it; it takes two removals and two whole seeds at least"
+    below = [step for step, reliability in known.items() if reliability < target]
+    if seeds < most or not below:
+        return None
+    worst = min(below, key=lambda step: float(known[step]))
+    return (
+        f"reliability {target:g} is not reached at {len(below)} of {len(own)} steps, at step {worst} it is "
+        f"{known[worst]:.2f}, with {seeds} seeds, the most that seeds.max allows"
+    )
 
 
 def _reliability(first: Trust, now: Trust, seeds: int) -> Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fimo.orchestrator.tables.groups import SeedGroups
-from fimo.orchestrator.tables.planning import fewest, more_seeds, seeds_for_reliability, seeds_for_sem
+from fimo.orchestrator.tables.planning import fewest, missed, more_seeds, seeds_for_reliability, seeds_for_sem
 from fimo.orchestrator.tables.reduce import Reduction, SeedBlock, reduce
 from fimo.orchestrator.tables.reliability import Reliability
 
@@ -111,3 +111,18 @@ def test_fewest_is_the_smallest_number_that_reaches():
     assert fewest(lambda k: k >= 37) == 37
     assert fewest(lambda k: True) == 1
     assert fewest(lambda k: False) is None
+
+
+def test_a_target_that_was_missed_is_told_and_one_that_was_met_is_not():
+    def rows(*reliabilities: float | None) -> list[dict]:
+        return [
+            {"measured": True, "adjust": "baseline", "step": step, "reliability": r}
+            for step, r in enumerate(reliabilities, start=1)
+        ]
+
+    said = missed(rows(0.95, 0.63, 0.8), 8, 0.9, 8)
+    assert said is not None
+    assert "not reached at 2 of 3 steps, at step 2 it is 0.63, with 8 seeds" in said
+    assert missed(rows(0.95, 0.91), 8, 0.9, 8) is None
+    assert missed(rows(0.95, 0.89), 6, 0.9, 8) is None, "the rule takes the signal from the first seeds"
+    assert "two removals and two whole seeds" in (missed(rows(None, None), 4, 0.9, 8) or "")
