@@ -21,6 +21,9 @@ from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.orchestrator.tables import schemas
 from fimo.workers.errors import StoreError
 
+FORMULAS = 2
+"""Raised when tables come out otherwise of the same objects, so that those of an older version are made anew."""
+
 
 def listed_parts(sweep: Sweep, manifest: Manifest) -> list[Listed]:
     """The parts of the spec's own seeds; raises StoreError."""
@@ -50,7 +53,8 @@ def stamp(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed]) -> str:
     removals = [manifest.spec.removals.random_groups, [[r.name, list(r.indices)] for r in manifest.removals]]
     others = [hashlib.sha256(sweep.store.get(key)).hexdigest() for key in imported_keys(sweep)]
     witnesses = listed_witnesses(sweep, manifest)
-    return digest([wanted, removals, manifest.evals, [part.key for part in listed], blocks, others, witnesses])
+    parts = [part.key for part in listed]
+    return digest([FORMULAS, wanted, removals, manifest.evals, parts, blocks, others, witnesses])
 
 
 def write_tables(
