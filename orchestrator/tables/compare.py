@@ -27,7 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fimo.orchestrator.tables import schemas as tables
-from fimo.orchestrator.tables.agreement import adjusted, cosine, dot, mean_and_sem, norm, ranks, undefined
+from fimo.orchestrator.tables.agreement import adjusted, cosine, dot, mean_and_sem, ranks, undefined
 from fimo.orchestrator.tables.reduce import Reduction, SeedBlock, Welford, reduce
 from fimo.orchestrator.tables.reliability import ADJUSTMENTS, trust_at
 from fimo.orchestrator.tables.score import METRICS
@@ -83,6 +83,11 @@ class Standard:
         steps, m = self.reduction.floor.shape
         trusts = [trust_at(self.reduction, keep, place, adjust) for place in range(steps)]
         return np.stack([np.full(m, np.nan) if trust is None else trust.ceiling() for trust in trusts])
+
+    def noise(self, adjust: str, keep: NDArray[np.bool_]) -> Array:
+        """Σ_r sem_r² of every evaluation example, (T, m); NaN with one seed."""
+        sem = (self.reduction.effects if adjust == "baseline" else self.reduction.centred).sem()[keep]
+        return dot(sem, sem)
 
 
 class Shared:
@@ -175,8 +180,12 @@ def _rows(
     agreement = cosine(a, b) if metric == "cosine" else cosine(ranks(a), ranks(b))
     agreement = np.where(without, np.nan, agreement)
     mine, theirs = (side.ceilings(metric, adjust, keep) for side in (seen.own, seen.other))
+    # What is not the truth's in either, as far as the noise of both is one.
     with np.errstate(divide="ignore", invalid="ignore"):
-        shared = seen.shared.of_means(adjust, seen.own, seen.other) / (norm(a) * norm(b))
+        size = np.sqrt(seen.own.noise(adjust, keep) * seen.other.noise(adjust, keep))
+        alike = np.clip(seen.shared.of_means(adjust, seen.own, seen.other) / size, -1, 1)
+    apart = np.sqrt(np.maximum(1 - mine**2, 0) * np.maximum(1 - theirs**2, 0))
+    shared = np.where(size > 0, alike * apart, np.where(seen.shared.count[:, None] == 1, np.nan, 0.0))
     if metric == "spearman":
         shared = np.where(seen.shared.count[:, None] > 0, np.nan, np.zeros_like(agreement))
     seeds, other_seeds = seen.own.seeds(), seen.other.seeds()

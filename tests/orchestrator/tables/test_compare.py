@@ -100,6 +100,17 @@ def test_the_baseline_s_noise_is_no_noise_of_the_centred_effects():
     assert found["spearman", "baseline", 4]["ceiling"] == found["spearman", "mean", 4]["ceiling"]
 
 
+@pytest.mark.parametrize("offset", [1.0, 5.0])
+def test_a_standard_agrees_with_itself_as_far_as_it_can_whatever_its_baseline_s_noise(offset):
+    rng = np.random.default_rng(9)
+    a, _ = truth(rng, 1.0)
+    own = list(blocks(a, 1.0, range(6), rng, offset=offset))
+    for adjust in ("baseline", "mean"):
+        row = rows(own, own)["cosine", adjust, 4]
+        assert row["score"] == pytest.approx(1)
+        assert row["normalised"] == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize(("correlation", "shared"), [(0.5, 0.9), (1.0, 0.7), (0.0, 1.0)])
 def test_noise_that_common_seeds_share_is_told_and_taken_out(correlation, shared):
     rng = np.random.default_rng(4)
