@@ -22,7 +22,8 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from small import cross_entropy, fitted
+from torch import nn
 
 from fimo.estimators import Problem, choose
 from fimo.estimators.rates import Rates
@@ -37,26 +38,6 @@ from fimo.workers.workloads.tabular import concrete
 
 STEPS = {"concrete": (8, 40, 160), "conv": (6, 30, 90), "bert": (4, 8, 16)}
 RATES = {"concrete": (0.03, 5e-4), "conv": (0.05, 5e-4), "bert": (0.02, 2e-5)}
-
-
-def cross_entropy(outputs: Tensor, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(outputs, batch["label"], reduction="none")
-
-
-def fitted(workload: Workload, steps: int, lr: float) -> Workload:
-    """A final model: some steps of Adam on random batches."""
-    train: Any = workload.train
-    optimizer = torch.optim.Adam(workload.model.parameters(), lr)
-    generator = torch.Generator().manual_seed(0)
-    size = len(next(iter(train.values())))
-    workload.model.train()
-    for _ in range(steps):
-        chosen = torch.randint(size, (32,), generator=generator)
-        batch = {name: tensor[chosen] for name, tensor in train.items()}
-        optimizer.zero_grad()
-        workload.loss(workload.outputs(workload.model, batch), batch).mean().backward()
-        optimizer.step()
-    return workload
 
 
 def conv() -> Workload:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fimo.orchestrator.report.show import spread
+from fimo.orchestrator.report.show import number, spread
 from fimo.orchestrator.run.comparing import Comparison
 
 SHOWN = 10
@@ -59,14 +59,10 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right", no_wrap=name == "score")
     for place in spread(range(len(rows)), SHOWN):
         row = rows[place]
-        score = _number(row["score"]) + (f" ± {row['sem']:.3f}" if row["sem"] is not None else "")
-        ceilings = (_number(row[n]) for n in ("ceiling", "other_ceiling", "joint_ceiling", "normalised"))
+        score = number(row["score"]) + (f" ± {row['sem']:.3f}" if row["sem"] is not None else "")
+        ceilings = (number(row[n]) for n in ("ceiling", "other_ceiling", "joint_ceiling", "normalised"))
         table.add_row(str(row["step"]), str(row["other_step"]), score, *ceilings, str(row["evals"]))
     return table
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def _value(value: Any) -> str:

@@ -87,18 +87,47 @@ class Floor:
         return result
 
 
-def floor(pairs: Sequence[Pair], second: Array, cells: int = 0) -> Floor:
-    """The floor by witnesses, nowhere below that of second baselines; by those alone where there is no witness.
+@dataclass(frozen=True)
+class Measured:
+    """What witnesses say, whatever second baselines and the size of the sweep are.
 
-    Args:
-        pairs: one for each seed that has witnesses.
-        second: the root mean square difference of two baselines, float64 (T, m).
-        cells: of the whole sweep: the noise of those that have witnesses is known, of the others it is expected.
+    Attributes:
+        count: witnesses.
+        squares: the mean square of their differences, by adjustment, (T, m); ``shares``: common to seeds, (T, 1).
+        of_runs: the squares that are expected of a cell without a witness; None if no run was moved.
     """
+
+    count: int
+    squares: Mapping[str, Array]
+    shares: Mapping[str, Array]
+    of_runs: Mapping[str, Array] | None
+
+    def floor(self, second: Array, cells: int = 0) -> Floor:
+        """The floor, nowhere below that of second baselines; by those alone where there is no witness.
+
+        Args:
+            second: the root mean square difference of two baselines, float64 (T, m).
+            cells: of the whole sweep: the noise of those that have witnesses is known, of the others it is expected.
+        """
+        if not self.count:
+            zero = np.zeros_like(second)
+            return Floor({"baseline": second, "mean": second}, {"baseline": zero, "mean": zero})
+        squares = self.squares
+        if self.of_runs is not None:
+            known = min(1.0, self.count / cells) if cells else 0.0
+            squares = {
+                adjust: known * square + (1 - known) * self.of_runs[adjust] for adjust, square in squares.items()
+            }
+        floors = {adjust: np.fmax(np.sqrt(square), second) for adjust, square in squares.items()}
+        common = {adjust: self.shares[adjust] * one**2 for adjust, one in floors.items()}
+        return Floor(floors, common, True, self.count)
+
+
+def measured(pairs: Sequence[Pair]) -> Measured:
+    """What the pairs, one for each seed that has witnesses, say of rounding."""
     count = sum(int((~np.isnan(pair.differences[:, :, 0])).any(axis=1).sum()) for pair in pairs)
     if not count:
-        zero = np.zeros_like(second)
-        return Floor({"baseline": second, "mean": second}, {"baseline": zero, "mean": zero})
+        return Measured(0, {}, {}, None)
     each = [pair.differences for pair in pairs]
     both = [
         (one.at(shared), other.at(shared))
@@ -110,13 +139,7 @@ def floor(pairs: Sequence[Pair], second: Array, cells: int = 0) -> Floor:
     # One removal has nothing to be centred over, and a step at which all witnesses diverged has only second baselines.
     squares["mean"] = np.where(np.isnan(squares["mean"]), squares["baseline"], squares["mean"])
     shares = {adjust: _share(products[adjust], square) for adjust, square in squares.items()}
-    of_runs = _of_runs(pairs)
-    if of_runs is not None:
-        known = min(1.0, count / cells) if cells else 0.0
-        squares = {adjust: known * square + (1 - known) * of_runs[adjust] for adjust, square in squares.items()}
-    floors = {adjust: np.fmax(np.sqrt(square), second) for adjust, square in squares.items()}
-    common = {adjust: shares[adjust] * one**2 for adjust, one in floors.items()}
-    return Floor(floors, common, True, count)
+    return Measured(count, squares, shares, _of_runs(pairs))
 
 
 def _of_runs(pairs: Sequence[Pair]) -> dict[str, Array] | None:

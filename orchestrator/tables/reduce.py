@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.tables import schemas as tables
-from fimo.orchestrator.tables.floor import Floor, Pair, floor
+from fimo.orchestrator.tables.floor import Floor, Pair, measured
 from fimo.orchestrator.tables.sanity import exploded
 from fimo.orchestrator.tables.significance import p_values
 
@@ -230,14 +230,14 @@ def reduce(
         The blocks again, for whoever else needs them, and the reduction, which is final once they are consumed.
     """
     each, one = (removals, steps, m), (1, steps, m)
-    known = floor(witnesses, np.zeros((steps, m)))
+    rounding = measured(witnesses)
     result = Reduction(
         effects=Welford(each),
         training_only=Welford(one),
         centred=Welford(each),
         shift=Welford(one),
         joint=Comoment(each),
-        floors=known,
+        floors=rounding.floor(np.zeros((steps, m))),
         seeds=[],
         diverged=[],
     )
@@ -254,7 +254,7 @@ def reduce(
             result.training_only.add(block.training_only[None])
             squares, parts = squares + block.floor_squares, parts + block.floor_parts
             result.seeds.append(block.seed)
-            result.floors = floor(witnesses, np.sqrt(squares / max(parts, 1)), removals * len(result.seeds))
+            result.floors = rounding.floor(np.sqrt(squares / max(parts, 1)), removals * len(result.seeds))
             result.scale = max(result.scale, block.scale)
             result.diverged += [(number, block.seed, step) for number, step in block.diverged]
             yield block

@@ -7,11 +7,15 @@ import itertools
 import numpy as np
 import pytest
 
-from fimo.orchestrator.tables.floor import Pair, floor
+from fimo.orchestrator.tables.floor import Floor, Pair, measured
 
 T, M = 3, 5
 NAMES = ((1,), (4, 7), (9,), (12,))
 NONE = np.zeros((T, M))
+
+
+def floor(given: list[Pair], second: np.ndarray, cells: int = 0) -> Floor:
+    return measured(given).floor(second, cells)
 
 
 def pairs(seeds: int, removals: int = 4, common: float = 0.0, baseline: float = 0.0, m: int = M) -> list[Pair]:

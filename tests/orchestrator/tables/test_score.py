@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from fimo.orchestrator.tables.agreement import cosine, ranks, undefined
-from fimo.orchestrator.tables.floor import floor as noise_floor
+from fimo.orchestrator.tables.floor import measured
 from fimo.orchestrator.tables.reduce import SeedBlock, reduce
 from fimo.orchestrator.tables.reliability import windows
 from fimo.orchestrator.tables.score import EstimateMatrix, Scorer
@@ -29,7 +29,7 @@ def scored(gold: np.ndarray, estimates: list[EstimateMatrix], floor: float | Non
     for b in blocks:
         scorer.add(b, reduction.floor if floor is None else np.full((T, M), floor))
     if floor is not None:
-        reduction.floors = noise_floor([], np.full((T, M), floor))
+        reduction.floors = measured([]).floor(np.full((T, M), floor))
     scorer.finish(reduction)
     return scorer, reduction
 
