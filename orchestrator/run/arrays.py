@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
+from fimo.orchestrator.sweep.foreign import NPY, PARQUET, from_npy, from_safetensors
 from fimo.workers.errors import UsageError
 
 Array = NDArray[np.float64]
@@ -95,27 +94,14 @@ def _read(path: Path, axes: Sequence[str], value: str) -> tuple[dict[str, Array]
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"'{path}' cannot be read: {error.strerror or error}") from error
-    if data[:4] == b"PAR1":
+    if data.startswith(PARQUET):
         return _from_parquet(data, path, axes, value)
-    if data[:6] == b"\x93NUMPY":
-        try:
-            return {"": _numbers(np.load(io.BytesIO(data), allow_pickle=False))}, None
-        except (ValueError, TypeError, EOFError, OSError) as error:
-            raise UsageError(f"'{path}' is not an npy file of plain numbers") from error
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UsageError(f"'{path}' is neither Parquet nor npy nor safetensors") from error
+    if data.startswith(NPY):
+        return {"": from_npy(data, str(path))}, None
+    tensors = from_safetensors(data, str(path))
     if not tensors:
         raise UsageError(f"'{path}' holds no tensor")
-    # The file's own order is not kept on reading.
-    return {name: np.asarray(tensors[name], dtype=np.float64) for name in sorted(tensors)}, None
-
-
-def _numbers(array: NDArray[np.generic]) -> Array:
-    if array.dtype.kind not in "biuf":
-        raise ValueError(array.dtype)
-    return array.astype(np.float64)
+    return tensors, None
 
 
 def _from_parquet(data: bytes, path: Path, axes: Sequence[str], value: str) -> tuple[dict[str, Array], Ids]:

@@ -14,12 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from fimo import estimators
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block, encode_block
+from fimo.orchestrator.sweep.foreign import NPY, PARQUET, from_npy, from_safetensors
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -40,12 +39,12 @@ def read_matrix(data: bytes, name: str, manifest: Manifest) -> tuple[Matrix, tup
     """
     shape = (len(manifest.removals), manifest.evals)
     steps: tuple[int, ...] | None = None
-    if data[:4] == b"PAR1":
+    if data.startswith(PARQUET):
         values, steps = _from_parquet(data, name, shape)
-    elif data[:6] == b"\x93NUMPY":
-        values = _from_npy(data, name)
+    elif data.startswith(NPY):
+        values = from_npy(data, name)
     else:
-        values = _from_safetensors(data, name)
+        values = _only_tensor(data, name)
     if values.shape[-2:] != shape or values.ndim != (2 if steps is None else 3):
         raise UsageError(
             f"'{name}' holds a matrix of shape {values.shape}; the sweep has {shape[0]} removals × {shape[1]} "
@@ -56,21 +55,11 @@ def read_matrix(data: bytes, name: str, manifest: Manifest) -> tuple[Matrix, tup
     return values, steps
 
 
-def _from_npy(data: bytes, name: str) -> Matrix:
-    try:
-        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), dtype=np.float64)
-    except (ValueError, TypeError, EOFError, OSError) as error:
-        raise UsageError(f"'{name}' is not an npy file of plain numbers") from error
-
-
-def _from_safetensors(data: bytes, name: str) -> Matrix:
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UsageError(f"'{name}' is neither Parquet nor npy nor safetensors") from error
+def _only_tensor(data: bytes, name: str) -> Matrix:
+    tensors = from_safetensors(data, name)
     if len(tensors) != 1:
         raise UsageError(f"'{name}' holds {len(tensors)} tensors; give a file with one")
-    return np.asarray(next(iter(tensors.values())), dtype=np.float64)
+    return next(iter(tensors.values()))
 
 
 def _from_parquet(data: bytes, name: str, shape: tuple[int, int]) -> tuple[Matrix, tuple[int, ...] | None]:

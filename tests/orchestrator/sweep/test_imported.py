@@ -89,6 +89,7 @@ def test_scores_by_step_are_scored_at_their_steps(swept):
         (npy(VALUES.T), "shape \\(7, 5\\)"),
         (npy(np.where(VALUES > 1, np.nan, VALUES)), "not finite"),
         (npy(np.array([{"a": 1}], dtype=object)), "plain numbers"),
+        (npy(VALUES + 1j), "plain numbers"),
         (save({"a": VALUES, "b": VALUES}), "2 tensors"),
         (long_form(VALUES[:, :6]), "missing or not finite"),
         (parquet(removal=[9], eval=[0], value=[1.0]), "does not have"),
