@@ -58,9 +58,56 @@ def stack(batches: Sequence[Batch]) -> Batch:
     return pytree.tree_map(lambda *leaves: torch.stack(leaves), *batches)
 
 
+def leaves_of(batch: Batch) -> list[tuple[str, Any]]:
+    """(its path as a user would write it, value) of every leaf: ``'x'``, ``'inputs'['ids']``, ``[0]``.
+
+    A list of strings or numbers is one leaf, since that is what somebody forgot to turn into a tensor.
+    """
+    found: list[tuple[str, Any]] = []
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(inner, f"{path}[{key!r}]" if path else repr(key))
+        elif isinstance(value, list | tuple) and any(isinstance(v, Tensor | Mapping | list | tuple) for v in value):
+            for place, inner in enumerate(value):
+                walk(inner, f"{path}[{place}]")
+        else:
+            found.append((path, value))
+
+    walk(batch, "")
+    return found
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    if isinstance(value, list | tuple) and value:
+        kinds = sorted({type(v).__name__ for v in value})
+        return f"a {type(value).__name__} of {' and '.join(kinds)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def _at(value: Any, index: Tensor) -> Any:
     # Treat dicts apart: the Python of torch's pytrees costs as much as a small model's step.
     return value[index] if isinstance(value, Tensor) else pytree.tree_map(lambda t: t[index], value)
+
+
+def _common_length(tensors: Batch) -> int:
+    """How many examples a mapping of tensors holds; refuses (WorkloadError) what is none, by its key."""
+    lengths: dict[str, int] = {}
+    for key, leaf in leaves_of(tensors):
+        if not isinstance(leaf, Tensor):
+            raise WorkloadError(
+                f"the examples' {key} is {kind_of(leaf)}, not a tensor: make one of it (torch.as_tensor, a tokenizer's "
+                "return_tensors='pt'), or leave it out if the model does not read it"
+            )
+        if leaf.dim() == 0:
+            raise WorkloadError(f"the examples' {key} is one number: its first dimension must run over examples")
+        lengths[key] = len(leaf)
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{key}: {length}" for key, length in lengths.items())
+        raise WorkloadError(f"examples given as tensors must be equally long, got lengths {told}")
+    return next(iter(lengths.values()), 0)
 
 
 class Examples:
@@ -87,11 +134,9 @@ class Examples:
         self._tensors: Batch | None = None
         self._offset = 0
         if isinstance(source, Mapping):
-            lengths = {str(k): len(v) for k, v in source.items()}
-            if len(set(lengths.values())) > 1:
-                raise WorkloadError(f"examples given as tensors must be equally long, got lengths {lengths}")
-            self._length = next(iter(lengths.values()), 0)
-            self._tensors = to(as_batch(source), self.device, dtype)
+            tensors = as_batch(source)
+            self._length = _common_length(tensors)
+            self._tensors = to(tensors, self.device, dtype)
         elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
             self._source: Dataset = source
             self._length = len(source)

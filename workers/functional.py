@@ -6,9 +6,9 @@ same code serves one replica, a ``vmap`` over stacked replicas, and derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,10 @@ class FunctionalModel:
         """The workload's per-example loss of given outputs, shape (B,)."""
         return self._loss(outputs, batch)
 
+    def measure_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The workload's measure of given outputs, shape (B,), as ``measure`` has it."""
+        return _widely(self._measure, outputs, batch)
+
     def loss(self, params: Tensors, batch: Batch, fixed: Tensors | None = None) -> Tensor:
         """Per-example training losses ℓ_i(θ), shape (B,)."""
         return self._loss(self.outputs(params, batch, fixed), batch)
@@ -153,34 +157,9 @@ class FunctionalModel:
         self, function: Callable[[Tensor, Batch], Tensor], params: Tensors, batch: Batch, fixed: Tensors | None
     ) -> Tensor:
         out = self.outputs(params, batch, fixed)
-        wide = out.to(torch.float64) if out.is_floating_point() else out
-        return function(wide, to(batch, dtype=torch.float64))
+        return _widely(function, out, batch)
 
 
-def check(
-    model: FunctionalModel, batch: Batch, size: int, names: Sequence[Literal["loss", "measure"]] = ("loss", "measure")
-) -> None:
-    """Refuse a loss or measure that is not one number an example.
-
-    Args:
-        batch: ``size`` examples, at least 2, so that a mean cannot pass for a per-example loss.
-        names: which of the two; evaluation examples need not carry what the loss reads.
-
-    Raises:
-        WorkloadError: in one line, what is wrong and what to return instead.
-    """
-    functions: dict[str, Any] = {"loss": model.loss, "measure": model.measure}
-    for name in names:
-        function = functions[name]
-        try:
-            with torch.no_grad(), model.mode("eval"):
-                values = function(model.params, batch)
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise WorkloadError(f"the workload's {name} fails on a batch: {type(error).__name__}: {first}") from error
-        if not isinstance(values, Tensor) or tuple(values.shape) != (size,):
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise WorkloadError(
-                f"the workload's {name} must return one value per example, shape ({size},), got {got}: "
-                "use reduction='none' and drop trailing dimensions"
-            )
+def _widely(function: Callable[[Tensor, Batch], Tensor], outputs: Tensor, batch: Batch) -> Tensor:
+    wide = outputs.to(torch.float64) if outputs.is_floating_point() else outputs
+    return function(wide, to(batch, dtype=torch.float64))

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fimo.workers.contract import check, not_finite_keys
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.forward import Forward, moved, observe, refuse_mixing
-from fimo.workers.functional import FunctionalModel, PerExample, check
+from fimo.workers.functional import FunctionalModel, PerExample
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.stacking import probe
@@ -149,8 +150,8 @@ def start_from(
     check(model, evals.batch(range(some)), some, ["measure"])
     blocks, at_final = _evaluated(model, evals, settings, engine)
     cuts = probe.proven_cuts(model, train) if engine.trim else None
-    _refuse_not_finite(_losses(model, train, size, cuts), "loss of training example")
-    _refuse_not_finite(at_final, "measure of evaluation example")
+    _refuse_not_finite(_losses(model, train, size, cuts), "loss of training example", train)
+    _refuse_not_finite(at_final, "measure of evaluation example", evals)
     looked_at = probe.shortest(train, cuts, settings)
     forward = observe(model, looked_at, settings)
     settings = settings.settled(forward.mixes)
@@ -258,9 +259,13 @@ def _at_final(model: FunctionalModel, evals: Evals) -> Tensor:
     return evals.in_order(at_final)
 
 
-def _refuse_not_finite(values: Tensor, what: str) -> None:
+def _refuse_not_finite(values: Tensor, what: str, examples: Examples) -> None:
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        holds = not_finite_keys(examples.batch([bad[0]]))
+        why = f": its {holds[0]} holds a number that is not finite" if holds else ""
         value = float(values[bad[0]])
-        raise DivergedError(f"the {what} {bad[0]}{more} is {value} at the final model: mend the example or the model")
+        raise DivergedError(
+            f"the {what} {bad[0]}{more} is {value} at the final model{why}; mend the example or the model"
+        )

@@ -27,11 +27,12 @@ from fimo.orchestrator.store import open_store
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.batches import steps_recorded
+from fimo.workers.contract import check_contract
 from fimo.workers.errors import StoreError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.final_model import check_fits, final_copy, read_final_model
 from fimo.workers.forward import observe, refuse_mixing
-from fimo.workers.functional import FunctionalModel, check
+from fimo.workers.functional import FunctionalModel
 from fimo.workers.stacking import probe
 from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.workload import Workload, load_workload
@@ -220,13 +221,10 @@ def _load(spec: Spec, beside: Path, final_model: bytes | None) -> tuple[Workload
         state = read_final_model(final_model, str(spec.final_model))
         check_fits(workload.model, state, str(spec.final_model))
     cpu, dtype = torch.device("cpu"), _dtype(spec)
-    train, evals = Examples(workload.train, workload.collate, cpu, dtype), Examples(workload.evals, workload.collate)
-    if len(train) < 2 or len(evals) < 1:
-        raise UsageError(f"the workload has {len(train)} training and {len(evals)} evaluation examples: too few")
+    train, evals = (Examples(of, workload.collate, cpu, dtype) for of in (workload.train, workload.evals))
     if spec.evals is not None and spec.evals > len(evals):
         raise UsageError(f"evals asks for {spec.evals} evaluation examples; the workload has {len(evals)}")
-    some = min(4, len(train))
-    check(_model(spec, workload, state, cpu), train.batch(range(some)), some)
+    check_contract(_model(spec, workload, state, cpu), train, evals.first(spec.evals or len(evals)))
     return workload, state
 
 
