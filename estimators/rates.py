@@ -21,6 +21,7 @@ from fimo.estimators.operators.gradients import Layout, loss_gradients
 from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import Training
+from fimo.workers.stacking.replay import Graphs
 
 
 class Rates:
@@ -80,7 +81,7 @@ class Rates:
             settings = self._problem.further_training
             return self.example * (settings.batch_size if settings is not None else 1)
         # What is traced here is kept apart, so that no result depends on its cost having been told.
-        own = replace(start, graphs=None if start.graphs is None else {})
+        own = replace(start, graphs=None if start.graphs is None else Graphs())
 
         def once(last: int) -> float:
             training, began = Training(own, [()] * together, 0), time.perf_counter()

@@ -30,7 +30,10 @@ def load_spec(path: str | os.PathLike[str]) -> Spec:
 
 
 def run(
-    spec: Spec | str | os.PathLike[str], store: str | os.PathLike[str], beside: str | os.PathLike[str] | None = None
+    spec: Spec | str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    beside: str | os.PathLike[str] | None = None,
+    replace: bool = False,
 ) -> OpenSweep:
     """Compute what is missing of a sweep in this process, then reduce and score it.
 
@@ -41,6 +44,7 @@ def run(
         store: a directory or ``s3://bucket/prefix``.
         beside: the folder in which the workload's module and the files that the spec names are looked for; default:
             the spec file's folder, or the current one for a ``Spec``.
+        replace: let the sweep take the place of one of its name that differs in what its numbers depend on.
 
     Raises:
         UsageError, WorkloadError: in one line, before anything is written; WorkloadError also if every shard fails.
@@ -48,6 +52,7 @@ def run(
     """
     from fimo.orchestrator.report.ending import complaints
     from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.resolve.suited import refuse_unsuited
     from fimo.orchestrator.run import driver
     from fimo.orchestrator.run.schedule import in_process
     from fimo.orchestrator.store import open_store
@@ -59,7 +64,9 @@ def run(
         spec = load_spec(spec)
     folder = Path.cwd() if beside is None else Path(beside).resolve()
     opened = open_store(os.fspath(store))
-    report = driver.run(resolve(spec, folder), opened, where=in_process)
+    resolved = resolve(spec, folder)
+    refuse_unsuited(resolved)
+    report = driver.run(resolved, opened, where=in_process, replace_other=replace)
     if report.outcome.broken:
         raise WorkloadError(f"the sweep was stopped: {report.outcome.stopped}")
     for line in complaints(report):

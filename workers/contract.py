@@ -156,22 +156,25 @@ def _call(what: str, function: Callable[[Batch], Any], batch: Batch, kind: str, 
 
 def _refuse_suspects(model: FunctionalModel, examples: Examples, name: Name) -> None:
     """Refuse an example whose number is not finite at θᶠ, among the first and those that hold such a number."""
-    tensors = examples.tensors
-    looked = list(range(min(LOOK, len(examples))))
-    if tensors is not None:
-        looked += _not_finite(tensors)[:SUSPECTS]
+    first, tensors = list(range(min(LOOK, len(examples)))), examples.tensors
+    suspects = [] if tensors is None else _not_finite(tensors)[:SUSPECTS]
     function = model.loss if name == "loss" else model.measure
+    # Never one alone: a loss over the batch may need company.
+    looked = [first, *([place, *[p for p in first if p != place][:1]] for place in suspects)]
     with torch.no_grad(), model.mode("eval"):
-        for place in dict.fromkeys(looked):
-            batch = examples.batch([place])
-            value = function(model.params, batch)
-            if bool(value.isfinite().all()):
+        for places in looked:
+            values = function(model.params, examples.batch(places))
+            bad = [place for place, finite in zip(places, values.isfinite().tolist(), strict=True) if not finite]
+            if not bad:
                 continue
-            holds = not_finite_keys(batch)
+            # An example of such numbers may spoil its neighbours'.
+            place = next((p for p in bad if not_finite_keys(examples.batch([p]))), bad[0])
+            holds = not_finite_keys(examples.batch([place]))
             why = f": its {holds[0]} holds a number that is not finite" if holds else ""
+            value = float(values[places.index(place)])
             raise DivergedError(
-                f"the {name} of {KINDS[name]} example {place} is {float(value)} at the final model{why}; mend the "
-                "example or the model"
+                f"the {name} of {KINDS[name]} example {place} is {value} at the final model{why}; mend the example or "
+                "the model"
             )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{_cpu_name()} ({torch.get_num_threads()} threads)"
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """What to read seconds of a device from: twice, the difference is what was spent.
+
+    On a CPU with one thread the process's own CPU time: wall time would count the machine's other processes. A GPU must
+    be synchronized before it is read.
+    """
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time
+    return time.perf_counter
 
 
 def _cpu_name() -> str:

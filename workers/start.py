@@ -177,7 +177,7 @@ def start_from(
         forward,
         engine,
         folds,
-        {} if traces else None,
+        Graphs() if traces else None,
         cuts if folds else None,
         calls or (),
         tokens,

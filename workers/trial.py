@@ -20,6 +20,7 @@ from fimo.workers.errors import FimoError, WorkloadError
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, FurtherTraining
 from fimo.workers.shard import out_of_memory
+from fimo.workers.stacking.replay import Graphs
 from fimo.workers.start import Engine, Start
 from fimo.workers.workload import Workload
 
@@ -156,7 +157,7 @@ class Trial:
         """(stack size, places among the cells, deltas) for stacks that hold the cells, filled up to their size."""
         start = self.start.using(engine)
         # Graphs of its own: what is compared is traced here, as in a fresh process.
-        start = replace(start, settings=self.settings, graphs=None if start.graphs is None else {})
+        start = replace(start, settings=self.settings, graphs=None if start.graphs is None else Graphs())
         count = len(self.cells)
         for size in stacks:
             for begin in range(0, count, size):

@@ -72,7 +72,13 @@ class Submission:
 
 
 def submit(
-    spec: Spec, beside: Path, store: str, address: str, retry_failed: bool = False, dry_run: bool = False
+    spec: Spec,
+    beside: Path,
+    store: str,
+    address: str,
+    retry_failed: bool = False,
+    dry_run: bool = False,
+    replace: bool = False,
 ) -> Submission:
     """Submit ``fimo run`` as a job; with ``dry_run`` only say what would go up.
 
@@ -87,7 +93,8 @@ def submit(
     job_spec, files, renamed = staging.job_files(spec, beside)
     sweep = Sweep(opened, spec.name)
     words = ["fimo", "run", staging.SPEC_FILE, "--store", store, "--address", "auto"]
-    entrypoint = shlex.join([*words, *(["--retry-failed"] if retry_failed else [])])
+    words += ["--retry-failed"] * retry_failed + ["--replace"] * replace
+    entrypoint = shlex.join(words)
     if dry_run:
         text = staging.spec_text(job_spec).encode()
         files = [Staged(Path(staging.SPEC_FILE), staging.SPEC_FILE, len(text)), *files]

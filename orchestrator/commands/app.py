@@ -31,6 +31,9 @@ SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="STORE/NAME.
 StoreOption = Annotated[str, typer.Option("--store", metavar="STORE", help="A directory or s3://bucket/prefix.")]
 RayOption = Annotated[str | None, typer.Option("--address", help="A running Ray; default: an embedded one.")]
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try tasks again that were set aside.")]
+ReplaceOption = Annotated[
+    bool, typer.Option("--replace", help="Take the place of a sweep of this name that differs; its parts stay.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 HeadOption = Annotated[
     str, typer.Option("--address", metavar="URL", help="The head's dashboard, http://HEAD:8265.", envvar="FIMO_ADDRESS")

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from fimo.orchestrator.commands.app import JsonOption, RayOption, RetryOption, SpecArgument, StoreOption, app
+from fimo.orchestrator.commands.app import (
+    JsonOption,
+    RayOption,
+    ReplaceOption,
+    RetryOption,
+    SpecArgument,
+    StoreOption,
+    app,
+)
 from fimo.orchestrator.commands.run import run_resolved
 
 
@@ -12,13 +20,16 @@ def estimate(
     store: StoreOption,
     address: RayOption = None,
     retry_failed: RetryOption = False,
+    replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a spec's estimators alone; no further training."""
     from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.resolve.suited import refuse_unsuited
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import open_store
 
     opened = open_store(store)
     resolved = resolve(read_file(spec), spec.resolve().parent)
-    run_resolved(resolved, opened, address, retry_failed, as_json, shards=False)
+    refuse_unsuited(resolved)
+    run_resolved(resolved, opened, address, retry_failed, as_json, shards=False, replace=replace)

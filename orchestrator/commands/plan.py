@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fimo.orchestrator.commands.app import JsonOption, app, print_json, print_lines
+from fimo.orchestrator.commands.app import JsonOption, app, exit_with, print_json, print_lines, tell
 
 RELIABILITY = 0.95
 """Wanted of a sweep's seeds, if nothing is said."""
@@ -17,13 +17,15 @@ TOP = 10
 if TYPE_CHECKING:
     from fimo.orchestrator.resolve.resolved import Resolved
     from fimo.orchestrator.run.plan import Plan
+    from fimo.orchestrator.spec.spec import Spec
+    from fimo.orchestrator.sweep.sweep import Sweep
 
 
 @app.command()
 def plan(
     spec: Annotated[Path | None, typer.Argument(metavar="SPEC", help="The sweep's spec, a YAML file.")] = None,
     store: Annotated[str | None, typer.Option("--store", help="Subtract what this store holds.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time a few steps: seconds and device-hours.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a shard and every estimator: device-hours.")] = False,
     rank: Annotated[bool, typer.Option("--rank", help="What `fimo rank` would take, in device-hours.")] = False,
     of: Annotated[
         str | None,
@@ -33,39 +35,79 @@ def plan(
     sem: Annotated[float | None, typer.Option(help="With --from: standard error wanted, in units of g.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Cells, shards and bytes of a sweep, or how many seeds it needs; nothing is written."""
+    """Cells, shards, bytes and faults of a sweep, or how many seeds it needs; nothing is written."""
     if of is not None:
         _seeds(of, spec, reliability, sem, as_json)
         return
-    from fimo.orchestrator.report.show import plan_lines
-    from fimo.orchestrator.resolve.resolved import resolve
-    from fimo.orchestrator.run import measure as measuring
-    from fimo.orchestrator.run.owed import current_plan
-    from fimo.orchestrator.run.rank_cost import rank_cost
     from fimo.orchestrator.spec.spec import read_file
-    from fimo.orchestrator.store import open_store
-    from fimo.orchestrator.sweep.sweep import Sweep
     from fimo.workers.errors import UsageError
 
     if spec is None:
         raise UsageError("give a SPEC, or --from SWEEP for the seeds that a sweep needs")
     if reliability is not None or sem is not None:
         raise UsageError("--reliability and --sem go with --from SWEEP")
-    parsed = read_file(spec)
-    resolved = resolve(parsed, spec.resolve().parent)
-    sweep = None if store is None else Sweep(open_store(store), parsed.name)
-    planned = current_plan(resolved.manifest, sweep)
-    values = _plan_json(resolved, planned) | (measuring.measure(resolved, planned) if measure else {})
-    if rank:
-        values["rank"] = rank_cost(resolved, resolved.manifest.evals, TOP)
+    values = _planned(read_file(spec), spec.resolve().parent, store, measure, rank)
     if as_json:
         print_json(values)
     else:
+        from fimo.orchestrator.report.planned import plan_lines
+
         print_lines(plan_lines(values))
+    for name, why in values["unsuited"].items():
+        tell(f"fimo: estimator {name} does not apply: {why}; leave it out of the spec's estimators")
+    for large in values.get("too_large", ()):
+        tell(f"fimo: estimator {large['name']} is {large['why']}: leave it out, or plan where the sweep will run")
+    exit_with(2 if values["unsuited"] or values.get("too_large") else 0)
+
+
+def _planned(spec: Spec, beside: Path, store: str | None, measure: bool, rank: bool) -> dict[str, Any]:
+    """All that a plan says, for ``--json``; the workload is loaded twice, the second time in another process."""
+    from fimo.orchestrator.report.show import label
+    from fimo.orchestrator.resolve.again import SecondLoad
+    from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.resolve.suited import unsuited
+    from fimo.orchestrator.run.measure import measure as timed
+    from fimo.orchestrator.run.measure import measured_json
+    from fimo.orchestrator.run.owed import current_plan
+    from fimo.orchestrator.run.rank_cost import rank_cost
+    from fimo.orchestrator.store import open_store
+    from fimo.orchestrator.sweep.sweep import Sweep
+
+    again = SecondLoad(spec, beside)
+    try:
+        resolved = resolve(spec, beside)
+        again.check(resolved.manifest)
+    finally:
+        again.stop()
+    sweep = None if store is None else Sweep(open_store(store), spec.name)
+    planned, refused = current_plan(resolved.manifest, sweep), unsuited(resolved)
+    values = _plan_json(resolved, planned)
+    values["unsuited"] = {label(*named): why for named, why in refused.items()}
+    values["unused"] = {} if sweep is None else _unused(resolved, sweep)
+    if measure and not refused:
+        values |= measured_json(timed(resolved, planned, sweep, tell), again.seconds)
+    if rank:
+        values["rank"] = rank_cost(resolved, resolved.manifest.evals, TOP)
+    return values
+
+
+def _unused(resolved: Resolved, sweep: Sweep) -> dict[str, Any]:
+    """Parts that the store holds of another digest, and what has changed since; empty if there are none."""
+    from fimo.orchestrator.resolve.differences import since
+    from fimo.workers.errors import FimoError
+
+    try:
+        there = sweep.read_manifest()
+    except FimoError:
+        return {}
+    if there.digest == resolved.manifest.digest:
+        return {}
+    cells = sum(len(held) for held in sweep.done(there, sweep.list_parts(there.digest)).values())
+    return {"cells": cells, "changed": since(there, resolved.manifest)}
 
 
 def _seeds(uri: str, spec: Path | None, reliability: float | None, sem: float | None, as_json: bool) -> None:
-    from fimo.orchestrator.report.show import seeds_lines
+    from fimo.orchestrator.report.planned import seeds_lines
     from fimo.orchestrator.run.seeds import needed_seeds
     from fimo.orchestrator.sweep.sweep import open_sweep
     from fimo.workers.errors import UsageError
@@ -88,7 +130,8 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
     import torch
 
     from fimo import estimators
-    from fimo.orchestrator.report.show import label, until
+    from fimo.orchestrator.report.planned import until
+    from fimo.orchestrator.report.show import label
     from fimo.orchestrator.run.plan import count_witnesses, witness_share
 
     manifest, spec = resolved.manifest, resolved.spec

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fimo.orchestrator.commands.app import (
     JsonOption,
     RayOption,
+    ReplaceOption,
     RetryOption,
     SpecArgument,
     StoreOption,
@@ -33,10 +34,12 @@ def run(
     store: StoreOption,
     address: RayOption = None,
     retry_failed: RetryOption = False,
+    replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Plan, train, estimate, reduce and score; prints the score table. Run again to compute what is missing."""
     from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.resolve.suited import refuse_unsuited
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import open_store
 
@@ -45,11 +48,18 @@ def run(
     resolved = resolve(parsed, spec.resolve().parent)
     if parsed.further_training.removal_mode is None and resolved.spec.further_training.removal_mode == "mask":
         tell("removal mode mask: this model's training forward mixes the examples of a batch")
-    run_resolved(resolved, opened, address, retry_failed, as_json)
+    refuse_unsuited(resolved)
+    run_resolved(resolved, opened, address, retry_failed, as_json, replace=replace)
 
 
 def run_resolved(
-    resolved: Resolved, store: Store, address: str | None, retry_failed: bool, as_json: bool, shards: bool = True
+    resolved: Resolved,
+    store: Store,
+    address: str | None,
+    retry_failed: bool,
+    as_json: bool,
+    shards: bool = True,
+    replace: bool = False,
 ) -> None:
     """Run a resolved sweep with progress, print how it ended, and exit by it."""
     from fimo.orchestrator.report.ending import complaints, report_json
@@ -60,7 +70,7 @@ def run_resolved(
 
     stop = stop_on_signal()
     with ProgressReport(talk) as progress:
-        report = driver.run(resolved, store, progress.listener, stop, on_ray(address), retry_failed, shards)
+        report = driver.run(resolved, store, progress.listener, stop, on_ray(address), retry_failed, shards, replace)
     if as_json:
         print_json(report_json(report))
     else:

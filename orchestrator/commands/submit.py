@@ -9,6 +9,7 @@ import typer
 from fimo.orchestrator.commands.app import (
     HeadOption,
     JsonOption,
+    ReplaceOption,
     RetryOption,
     SpecArgument,
     StoreOption,
@@ -29,6 +30,7 @@ def submit(
     address: HeadOption,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up; submit nothing.")] = False,
     retry_failed: RetryOption = False,
+    replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a sweep as a job of a Ray cluster; submitting it again continues it.
@@ -41,7 +43,7 @@ def submit(
     from fimo.orchestrator.cluster import jobs
     from fimo.orchestrator.spec.spec import read_file
 
-    submission = jobs.submit(read_file(spec), spec.resolve().parent, store, address, retry_failed, dry_run)
+    submission = jobs.submit(read_file(spec), spec.resolve().parent, store, address, retry_failed, dry_run, replace)
     show_submission(submission, as_json)
 
 

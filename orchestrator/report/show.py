@@ -11,7 +11,6 @@ from rich.table import Table
 
 from fimo import estimators
 from fimo.orchestrator.run.plan import EstimateTask, Task, task_name
-from fimo.orchestrator.spec.spec import Seeds
 
 COLUMNS = 6
 """Amounts shown in the score table; all of them are in ``scores.parquet``."""
@@ -164,72 +163,6 @@ def duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def plan_lines(plan: dict[str, Any]) -> list[str]:
-    """``fimo plan`` for people."""
-    there = f" ({plan['done']} there already)" if plan["done"] else ""
-    weight = f" at weight {plan['removal_weight']:g}" if plan["removal_weight"] != 1 else ""
-    lines = [
-        f"{plan['name']}: {plan['removals']} removals × {plan['seeds']} seeds = {plan['cells']} cells{there}"
-        f"{plan['until']}",
-        f"{plan['shards']} shards to train, {plan['steps']} steps a cell, evaluated at {plan['amounts']} amounts on "
-        f"{plan['evals']} evaluation examples; {plan['witnesses']} witnesses of the "
-        f"noise floor, {plan['witness_share']:.0%} of the cost",
-        f"{plan['scalars']} trainable scalars, {plan['train']} training examples, removal mode "
-        f"{plan['removal_mode']}{weight}",
-        f"about {size(plan['bytes'])} of rows before compression",
-        f"estimators: {', '.join(plan['estimators']) or 'none'}",
-        *(f"{name} is left out of the default estimators: {why}" for name, why in plan["left_out"].items()),
-        *([f"EK-FAC's factors cover {plan['coverage']:.0%} of the trainable scalars"] if plan["coverage"] < 1 else []),
-        f"digest {plan['digest'][:32]}",
-    ]
-    if "device_hours" in plan:
-        lines.append(
-            f"measured on this {plan['device']}: {plan['replicas']} replicas together, "
-            f"{plan['seconds_per_cell']:.2f} s a cell; {plan['device_hours']:.3g} device-hours for what is missing"
-        )
-    if "rank" in plan:
-        lines += rank_cost_lines(plan["rank"])
-    return lines
-
-
-def until(seeds: Seeds) -> str:
-    """That a sweep adds seeds by itself, for people; empty if it does not."""
-    target = seeds.until_reliability
-    return "" if target is None else f"; more seeds until a reliability of {target:g}, at most {seeds.max}"
-
-
-def seeds_lines(found: Mapping[str, Any]) -> list[str]:
-    """How many seeds a sweep needs, for people."""
-    lines = [f"{found['sweep']}: {found['seeds']} seeds, {duration(found['device_seconds_per_seed'])} of a device each"]
-    for name, most in found["wanted"].items():
-        target = found["sem"] if name == "sem" else found["reliability"]
-        what = "a root mean square standard error of" if name == "sem" else "a reliability of"
-        rows = [r for r in found["steps"] if r["step"] in spread([r["step"] for r in found["steps"]])]
-        told = ", ".join(f"{r['step']}: {'not reached' if r[name] is None else r[name]}" for r in rows)
-        lines.append(f"seeds for {what} {target:g}, by step: {told}")
-        if most is None:
-            lines.append("  not reached at any step: the seeds do not agree with each other at all")
-            continue
-        hours = found["device_hours"][name]
-        more = f"{hours:.3g} device-hours more" if most > found["seeds"] else "it has them"
-        lines.append(f"  at every step that reaches it: {most} ({more})")
-    return lines
-
-
-def rank_cost_lines(cost: Mapping[str, Any]) -> list[str]:
-    """What a ranking would take, for people."""
-    lines = [
-        f"to rank {cost['train']} training examples for {cost['evals']} evaluation examples on this {cost['device']}:"
-    ]
-    for named, hours in cost["ranking"].items():
-        name, _, params = named.partition(" ")
-        lines.append(f"  {label(name, params)}: {hours:.3g} device-hours")
-    return [
-        *lines,
-        f"  verification: at most {cost['verify_cells']} cells, {cost['verify_hours']:.3g} device-hours",
-    ]
 
 
 def proof_line(proof: Mapping[str, Any]) -> str:

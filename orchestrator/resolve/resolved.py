@@ -19,6 +19,7 @@ from fimo import estimators
 from fimo.orchestrator.resolve import identity
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.resolve.columns import read_column
+from fimo.orchestrator.resolve.differences import UNSTABLE, in_words, what_differs
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.removals import number_removals
 from fimo.orchestrator.spec.shipped import SHIPPED
@@ -73,8 +74,9 @@ class Resolved:
         section, beside = self.spec.further_training.model_copy(update=changed), Path(self.manifest.beside)
         spec, cpu = self.spec.model_copy(update={"further_training": section}), torch.device("cpu")
         spec = _settled(spec, self.model(cpu), self.examples(cpu)[0])
-        _, _, digest, estimates = _digests(spec, beside, self.workload, self.state, self.manifest.evals)
-        return replace(self, manifest=replace(self.manifest, spec=spec, digest=digest, estimate_digest=estimates))
+        own = digests(spec, beside, self.workload, self.state, self.manifest.evals)
+        changed_manifest = replace(self.manifest, spec=spec, digest=own.result, estimate_digest=own.estimate)
+        return replace(self, manifest=changed_manifest)
 
     def start(self, device: torch.device) -> Start:
         """What the sweep's cells share.
@@ -96,8 +98,8 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
         UsageError, WorkloadError: in one line, before anything is written.
     """
     given, unsuited = [e for entry in spec.estimators or () for e in estimators.parse(entry)], list[tuple[str, str]]()
-    workload, state = _load(spec, beside, read_final(spec, beside))
-    plain, evals = Examples(workload.train, workload.collate), _count_evals(spec, workload)
+    workload, state = load(spec, beside, read_final(spec, beside))
+    plain, evals = Examples(workload.train, workload.collate), count_evals(spec, workload)
     train = len(plain)
     removals = number_removals(
         spec.removals, train, lambda name: read_beside(name, beside), lambda name: read_column(plain, name)
@@ -109,13 +111,13 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
     if spec.estimators is None:
         left_out = [r.indices for r in removals]
         given, unsuited = estimators.choose(estimators.Problem(model, *examples, left_out, settings, list(spec.seeds)))
-    source, data, digest, estimate_digest = _digests(spec, beside, workload, state, evals)
+    own = digests(spec, beside, workload, state, evals)
     manifest = Manifest(
         spec=spec,
         beside=str(beside),
-        source=source,
-        digest=digest,
-        estimate_digest=estimate_digest,
+        source=own.about["source"],
+        digest=own.result,
+        estimate_digest=own.estimate,
         train=train,
         evals=evals,
         scalars=sum(p.numel() for p in model.params.values()),
@@ -123,8 +125,9 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
         removals=tuple(removals),
         estimators=_named(given),
         left_out=tuple(unsuited),
-        train_digest=data,
+        train_digest=own.about["train"],
         eval_digests=identity.each_digest(Examples(workload.evals, workload.collate).first(evals)),
+        about=tuple(sorted(own.about.items())),
     )
     return Resolved(manifest, workload, state)
 
@@ -153,12 +156,12 @@ def resolve_like(manifest: Manifest, final_model: bytes | None) -> Resolved:
     """
     # If the driver's folder is not on this machine, Ray has put the code into the working directory.
     beside = Path(manifest.beside) if Path(manifest.beside).is_dir() else Path.cwd()
-    workload, state = _load(manifest.spec, beside, final_model)
-    _, _, *ours = _digests(manifest.spec, beside, workload, state, _count_evals(manifest.spec, workload))
-    if ours != [manifest.digest, manifest.estimate_digest]:
+    workload, state = load(manifest.spec, beside, final_model)
+    ours = digests(manifest.spec, beside, workload, state, count_evals(manifest.spec, workload))
+    if (ours.result, ours.estimate) != (manifest.digest, manifest.estimate_digest):
+        other = what_differs(dict(manifest.about), ours.about)
         raise WorkloadError(
-            f"node {platform.node()} sees other code or data than the driver (another digest): "
-            "make the workload deterministic and its files the same everywhere"
+            f"node {platform.node()} sees {in_words(other) or 'something'} otherwise than the driver: {UNSTABLE}"
         )
     return Resolved(manifest, workload, state)
 
@@ -211,7 +214,7 @@ def read_beside(name: str, beside: Path) -> bytes:
         raise UsageError(f"'{name}' cannot be read: {error.strerror or error}") from error
 
 
-def _load(spec: Spec, beside: Path, final_model: bytes | None) -> tuple[Workload, dict[str, Tensor] | None]:
+def load(spec: Spec, beside: Path, final_model: bytes | None) -> tuple[Workload, dict[str, Tensor] | None]:
     """The workload and θᶠ, checked to fit each other and the contract."""
     # First the code is read, so that what is not Python is told before any of it runs.
     source_digest(spec.workload, beside)
@@ -232,7 +235,8 @@ def _model(spec: Spec, workload: Workload, state: Mapping[str, Tensor] | None, d
     return FunctionalModel(workload, state, device, _dtype(spec), spec.further_training.settings().trains)
 
 
-def _count_evals(spec: Spec, workload: Workload) -> int:
+def count_evals(spec: Spec, workload: Workload) -> int:
+    """How many evaluation examples a sweep uses: as the spec says, or all."""
     return spec.evals or len(Examples(workload.evals, workload.collate))
 
 
@@ -245,28 +249,39 @@ def _examples(workload: Workload, spec: Spec, evals: int, device: torch.device) 
     return train, Examples(workload.evals, workload.collate, device, _dtype(spec)).first(evals)
 
 
-def _digests(
-    spec: Spec, beside: Path, workload: Workload, state: Mapping[str, Tensor] | None, evals: int
-) -> tuple[str, str, str, str]:
-    """Digests of the workload's code, the training examples, all that a delta and all that an estimate depends on."""
+@dataclass(frozen=True)
+class Digests:
+    """What a number depends on, as digests.
+
+    Attributes:
+        about: by part: the workload's code (``source``), training examples (``train``), evaluation examples that are
+            used (``evals``), ``architecture`` and ``final_model``.
+        result, estimate: of all that a delta, and all that an estimate at θᶠ, depends on.
+    """
+
+    about: dict[str, str]
+    result: str
+    estimate: str
+
+
+def digests(spec: Spec, beside: Path, workload: Workload, state: Mapping[str, Tensor] | None, evals: int) -> Digests:
+    """The digests of a loaded workload; ``spec`` has its removal mode settled, for ``result`` to be the sweep's."""
     # In float64, which holds every θᶠ exactly, whatever the model's own precision.
     model = final_copy(workload.model, state, "cpu", torch.float64)
-    about: dict[str, Any] = {
-        "workload": spec.workload,
-        "workload_args": spec.workload_args,
+    about = {
         "source": source_digest(spec.workload, beside),
         "train": identity.examples_digest(Examples(workload.train, workload.collate)),
         "evals": identity.examples_digest(Examples(workload.evals, workload.collate).first(evals)),
         "architecture": identity.architecture(workload.model),
         "final_model": identity.tensors_digest(sorted(model.state_dict().items())),
     }
+    every: dict[str, Any] = {"workload": spec.workload, "workload_args": spec.workload_args, **about}
     training = identity.training_identity(spec.further_training)
     at_final = {name: training[name] for name in identity.AT_FINAL if name in training}
-    return (
-        about["source"],
-        about["train"],
-        identity.result_digest(**about, further_training=training),
-        identity.result_digest(**about, further_training=at_final),
+    return Digests(
+        about,
+        identity.result_digest(**every, further_training=training),
+        identity.result_digest(**every, further_training=at_final),
     )
 
 

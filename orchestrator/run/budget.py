@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fimo import estimators
+from fimo.estimators.counts import Work
 from fimo.estimators.rates import Rates
 from fimo.orchestrator.spec.spec import Spec
 from fimo.workers.errors import FimoError
@@ -44,11 +45,16 @@ def too_dear(
             f"too dear: about {seconds:.2g} device-seconds, the budget is {budget:.2g}; name it in estimators, or "
             "raise resources.estimator_budget_s"
         )
-    free = _free_bytes(problem.model.device)
-    if work.bytes > FREE * free:
-        sizes = f"about {work.bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-        return f"too large: {sizes}; name it in estimators to try it all the same"
-    return None
+    large = too_large(work, problem.model.device)
+    return None if large is None else f"{large}; name it in estimators to try it all the same"
+
+
+def too_large(work: Work, device: torch.device) -> str | None:
+    """That some work does not fit in the memory that is free on a device now, in a line; None if it does."""
+    free = _free_bytes(device)
+    if work.bytes <= FREE * free:
+        return None
+    return f"too large: it holds about {work.bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free here"
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fimo.orchestrator.resolve.differences import in_words, since
 from fimo.orchestrator.resolve.resolved import Resolved, read_final
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.failures import Failures
@@ -24,7 +25,7 @@ from fimo.orchestrator.run.written import write_tables
 from fimo.orchestrator.store import Store
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.errors import FimoError, StoreError
+from fimo.workers.errors import FimoError, StoreError, UsageError
 
 Where = Callable[[Sweep, Manifest, bytes | None], AbstractContextManager[Pool]]
 """A place to run tasks: an embedded Ray, a cluster, or this process. The bytes are those of θᶠ's file."""
@@ -90,6 +91,7 @@ def run(
     where: Where | None = None,
     retry_failed: bool = False,
     shards: bool = True,
+    replace_other: bool = False,
 ) -> Report:
     """Compute what is missing of a sweep, then reduce and score.
 
@@ -98,13 +100,17 @@ def run(
         where: the pool that tasks run in; default: an embedded Ray.
         retry_failed: have every task tried again that was given up before.
         shards: False computes the estimates alone.
+        replace_other: let the sweep take the place of one of its name and another digest.
 
     Raises:
+        UsageError: the store has a sweep of this name and another digest.
         FimoError: in one line, if nothing could be computed at all.
     """
     manifest = resolved.manifest
     store.check()
     sweep = Sweep(store, manifest.spec.name)
+    if not replace_other:
+        _refuse_other(manifest, sweep)
     if not shards:
         manifest = _with_its_seeds(manifest, sweep)
     sweep.write_manifest(manifest)
@@ -131,6 +137,20 @@ def run(
             break
     written = write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
     return _report(manifest, sweep, gathered, written, outcome, shards)
+
+
+def _refuse_other(manifest: Manifest, sweep: Sweep) -> None:
+    """Refuse to take the place of a sweep of the same name whose numbers are others."""
+    try:
+        there = sweep.read_manifest()
+    except FimoError:
+        return
+    if there.digest != manifest.digest:
+        changed = in_words(since(there, manifest)) or "something that its numbers depend on"
+        raise UsageError(
+            f"{sweep.uri} is another sweep of this name: since then {changed} changed. Give this one another name, or "
+            "--replace it (its parts stay in the store, and count again if the change is undone)"
+        )
 
 
 def _with_its_seeds(manifest: Manifest, sweep: Sweep) -> Manifest:

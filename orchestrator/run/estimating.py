@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -46,7 +47,7 @@ class Run:
     replicas: int | None = None
 
 
-def estimate(
+def asked(
     prepared: Resolved,
     device: torch.device,
     estimator: str,
@@ -57,8 +58,8 @@ def estimate(
     run: Run | None = None,
     tasks: int | None = None,
     at: int | None = None,
-) -> estimators.Estimate:
-    """An estimator's values for some removals and a span (first, count) of evaluation examples.
+) -> Callable[[], estimators.Estimate]:
+    """An estimator's values for some removals and a span (first, count) of evaluation examples, ready to be computed.
 
     Args:
         say: told what the estimator says on the way.
@@ -73,9 +74,6 @@ def estimate(
     [named] = estimators.parse({"name": estimator, **json.loads(params)})
     start = None if run is None else run.start
     model, train, every = _shared(prepared, device) if start is None else (start.model, start.train, start.examples)
-    step, displacement = named.params().get("displacement_step"), None
-    if isinstance(step, int):
-        displacement = mean_displacement(prepared.start(device), prepared.spec.seeds, [step])
     problem = estimators.Problem(
         model=model,
         train=train,
@@ -86,13 +84,21 @@ def estimate(
         start=start,
         replicas=None if run is None else run.replicas,
         at=None if at is None else (at,),
-        displacement=displacement,
         progress=say,
     )
     if tasks is not None:
         dear = too_dear(named, problem, tasks, prepared.spec, prepared.manifest.steps[-1])
         if dear is not None:
             raise TooDearError(dear)
+    return partial(_estimate, named, problem, prepared)
+
+
+def _estimate(named: estimators.Estimator, problem: estimators.Problem, prepared: Resolved) -> estimators.Estimate:
+    """With the baseline's displacement first, if the estimator needs it."""
+    step = named.params().get("displacement_step")
+    if isinstance(step, int):
+        moved = mean_displacement(prepared.start(problem.model.device), prepared.spec.seeds, [step])
+        problem = replace(problem, displacement=moved)
     return named.estimate(problem)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,7 +19,7 @@ from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.plan import size_of_shards
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.spec.canonical import canonical, digest
-from fimo.orchestrator.store import NotFound
+from fimo.orchestrator.store import MemoryStore, NotFound
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -87,6 +88,27 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
         return _taken(json.loads(sweep.store.get(key)), key, start)
     taken = _taken(verdict, key, start)
     return replace(taken, lines=tuple(f"{line}: given up on {device}" for line in verdict["lines"]))
+
+
+def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, float]:
+    """The engine as the sweep's first worker would prove it, and the seconds that it takes; nothing is written.
+
+    Args:
+        sweep: looked at alone: what was measured there counts, and a verdict that is there costs no seconds.
+
+    Raises:
+        UnprovenError: the engine does not give the definition's numbers.
+    """
+    manifest, began = resolved.manifest, time.perf_counter()
+    aside = Sweep(MemoryStore(), sweep.name)
+    aside.write_manifest(manifest)
+    # A verdict, or a measured stack size, that the store has already is not made again.
+    known = [entry.key for entry in sweep.store.list(keys.proof(sweep.name, manifest.digest))]
+    for key in (*known, keys.replicas(sweep.name, manifest.digest, device_name(start.model.device))):
+        with contextlib.suppress(NotFound):
+            aside.store.put(key, sweep.store.get(key))
+    engine = proven(aside, resolved, start, tuple(r.indices for r in manifest.removals))
+    return engine, time.perf_counter() - began
 
 
 def _prove(

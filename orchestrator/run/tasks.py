@@ -27,7 +27,7 @@ from fimo.orchestrator.sweep import estimates, keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.batches import Removal
-from fimo.workers.device import deterministic, device_name, pick_device, prepare_environment
+from fimo.workers.device import clock, deterministic, device_name, pick_device, prepare_environment
 from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
 from fimo.workers.shard import run_shard
 
@@ -153,13 +153,17 @@ def _shard(sweep: Sweep, resolved: Resolved, device: torch.device, task: Shard) 
     with deterministic(device) as flags:
         removals = tuple(r.indices for r in task.removals)
         engine = _engine(sweep, resolved, device, removals)
-        began = time.monotonic()
+        read = clock(device)
+        began, graphs = read(), engine.start.graphs
+        traced = 0.0 if graphs is None else graphs.seconds
         result = run_shard(engine.start, removals, task.seed, engine.replicas)
+        # Tracing is done once a process, whatever it trains.
+        spent = read() - began - (0.0 if graphs is None else graphs.seconds - traced)
     about = {
         **provenance(device, resolved, flags),
         "replicas": result.replicas,
         "engine": dict(engine.record),
-        "device_seconds": time.monotonic() - began,
+        "device_seconds": spent,
         "peak_bytes": result.peak_bytes or peak_host_bytes(),
     }
     data, rows = parts.encode_part(result, task.removals, manifest.digest, about)
@@ -230,18 +234,21 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
     named = task.estimator, task.params
     try:
         with deterministic(device) as flags:
+            # The proof is the sweep's, and no cost of the estimator's; nor is loading the data, or the budget's timing.
             run, engine = _run(sweep, resolved, device, task)
-            # The proof is the sweep's, and no cost of the estimator's.
-            began = time.monotonic() if engine is not None else started
             tasks = _budgeted(manifest, task)
-            estimate = estimating.estimate(resolved, device, *named, removals, span, said.append, run, tasks, task.at)
+            asked = estimating.asked(resolved, device, *named, removals, span, said.append, run, tasks, task.at)
+            read = clock(device)
+            began = read()
+            estimate = asked()
+            spent = read() - began
     except (DivergedError, UsageError, WorkloadError) as error:
         raise CannotEstimateError(str(error)) from error
     about = {
         **provenance(device, resolved, flags),
         **({} if engine is None else {"engine": dict(engine.record)}),
         "notes": json.loads(json.dumps(dict(estimate.notes), default=str)),
-        "device_seconds": time.monotonic() - began,
+        "device_seconds": spent,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes(),
     }
     block = estimates.EstimateBlock(

@@ -6,7 +6,6 @@ float32 (on a GPU up to 64 times), so a worker times both before it trains, if t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from fimo.orchestrator.run.plan import WITNESS_SHARE, WitnessTask, spread_evenly
 from fimo.orchestrator.run.proving import Proven
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers.device import clock
 from fimo.workers.errors import FimoError
 from fimo.workers.shard import ShardResult
 from fimo.workers.witness import Witness, beside, seconds_a_cell_step, train_moved, train_witness, witness_start
@@ -60,7 +60,8 @@ def witnessed(sweep: Sweep, resolved: Resolved, engine: Proven, task: WitnessTas
     removals = task.removals
     if resolved.spec.resources.witnesses == "auto":
         removals = _worth(sweep, resolved, engine, witness, removals)
-    began = time.monotonic()
+    read = clock(engine.start.model.device)
+    began = read()
     result = train_witness(witness, [r.indices for r in removals], task.seed, engine.replicas)
     if task.moved:
         indices = [r.indices for r in task.moved]
@@ -72,7 +73,7 @@ def witnessed(sweep: Sweep, resolved: Resolved, engine: Proven, task: WitnessTas
         "dtype": str(witness.start.model.dtype).removeprefix("torch."),
         "replicas": result.replicas,
         "engine": dict(engine.record),
-        "device_seconds": time.monotonic() - began,
+        "device_seconds": read() - began,
     }
     return Witnessed(result, (*removals, *task.moved), about)
 

@@ -25,6 +25,7 @@ class Manifest:
         left_out: estimators of the default set that do not suit this model, with the reason.
         train_digest: of the training examples; ``eval_digests``: one of each evaluation example, in order. By these two
             sweeps are known to be of the same data; empty in a manifest from before they were recorded.
+        about: (part, digest) of what ``digest`` is made from, to say what has changed; empty in older manifests.
     """
 
     spec: Spec
@@ -41,6 +42,7 @@ class Manifest:
     left_out: tuple[tuple[str, str], ...] = ()
     train_digest: str = ""
     eval_digests: tuple[str, ...] = ()
+    about: tuple[tuple[str, str], ...] = ()
 
     @property
     def cells(self) -> int:
@@ -69,6 +71,7 @@ class Manifest:
             "left_out": [list(e) for e in self.left_out],
             "train_digest": self.train_digest,
             "eval_digests": list(self.eval_digests),
+            "about": dict(self.about),
         }
 
 
@@ -95,4 +98,5 @@ def from_json(values: Any) -> Manifest:
         left_out=tuple((str(n), str(why)) for n, why in values["left_out"]),
         train_digest=str(values.get("train_digest", "")),
         eval_digests=tuple(map(str, values.get("eval_digests", ()))),
+        about=tuple(sorted((str(part), str(of)) for part, of in dict(values.get("about", {})).items())),
     )

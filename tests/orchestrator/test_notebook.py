@@ -11,9 +11,10 @@ import torch
 import yaml
 
 import fimo
+from fimo.orchestrator.run import tasks
 from fimo.orchestrator.run.written import read_table
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.errors import UsageError, WorkloadError
+from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from tests.support.small_sweep import SPEC, make_spec, run_here
 
 TABLES = (
@@ -103,9 +104,16 @@ def test_what_is_no_sweep_is_told(tmp_path):
         fimo.load_spec(tmp_path / "none.yaml")
 
 
-def test_what_a_reader_must_know_is_warned_of_and_a_sweep_that_fails_throughout_raises(beside, tmp_path):
+def test_what_a_reader_must_know_is_warned_of_and_a_sweep_that_fails_throughout_raises(beside, tmp_path, monkeypatch):
     diverging = make_spec(further_training={"optimizer": {"name": "sgd", "lr": 1e38, "momentum": 0.9}})
     with pytest.warns(UserWarning, match="results are not finite"):
         fimo.run(diverging, tmp_path / "one", beside)
-    with pytest.raises(WorkloadError, match=r"every shard fails.*nan at the final model"):
+    with pytest.raises(DivergedError, match="nan at the final model"):
         fimo.run(make_spec(workload="flowers:nan_loss", estimators=[]), tmp_path / "two", beside)
+
+    def fails(*_args, **_options):
+        raise WorkloadError("the disk is on fire")
+
+    monkeypatch.setattr(tasks, "run_shard", fails)
+    with pytest.raises(WorkloadError, match=r"every shard fails.*on fire"):
+        fimo.run(make_spec(estimators=[]), tmp_path / "three", beside)

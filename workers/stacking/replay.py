@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fimo.workers.device import clock
 from fimo.workers.randomness import kept
 from fimo.workers.stacking.simplify import dtype_of, simplify
 
@@ -30,8 +31,17 @@ AFTER = 4
 """Calls of one signature before it is traced: a rare one is not worth a graph."""
 
 Graph = Callable[..., Any]
-Graphs = dict[object, "Graph | None"]
-"""Traced graphs by name and signature, None = cannot be traced; kept from pass to pass."""
+
+
+class Graphs(dict[object, "Graph | None"]):
+    """Traced graphs by name and signature, None = cannot be traced; kept from pass to pass.
+
+    Attributes:
+        seconds: of the device's ``clock``, spent on tracing so far.
+    """
+
+    seconds: float = 0.0
+
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -66,7 +76,10 @@ class Replayed:
                 self._before.setdefault(key, leaves)
             return self.function(*args)
         if key not in self.graphs:
+            read = clock(_device(leaves))
+            began = read()
             self.graphs[key] = _trace_or_none(self.function, leaves, self._before.pop(key, leaves), structure)
+            self.graphs.seconds += read() - began
         graph = self.graphs[key]
         return self.function(*args) if graph is None else graph(leaves)
 
@@ -116,10 +129,14 @@ class _Untraceable(Exception):
     """The graph would not be the function."""
 
 
+def _device(leaves: list[Any]) -> torch.device:
+    return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+
+
 def _trace_or_none(
     function: Callable[..., Any], leaves: list[Any], before: list[Any], structure: Structure
 ) -> Graph | None:
-    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+    device = _device(leaves)
     try:
         # A function that draws only at times is found out here; the call that follows must draw as if it had not been.
         with kept(device):

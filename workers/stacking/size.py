@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 
 from fimo.workers.batches import BASELINE, Removal
+from fimo.workers.device import clock
 from fimo.workers.errors import FimoError
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import further_train
@@ -52,8 +53,7 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
 def time_stack(start: Start, lanes: list[Removal], steps: int = 9) -> float:
     """Seconds per replica and step: the median step of a run, the better of two runs, the first steps apart."""
     device = start.model.device
-    # Read CPU time on one thread: wall time would count the machine's other processes.
-    read = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    read = clock(device)
     # Time steps as a long run takes them: replayed, if the stack's steps are.
     first = AFTER + 2 if start.graphs is not None else 1
 

@@ -194,7 +194,7 @@ def test_a_worker_that_sees_other_code_or_data_refuses_to_compute(beside):
     assert resolve_like(manifest, None).manifest == manifest
     source = beside / "flowers.py"
     source.write_text(source.read_text().replace("nn.Tanh()", "nn.ReLU()"))
-    with pytest.raises(WorkloadError, match="sees other code or data than the driver"):
+    with pytest.raises(WorkloadError, match="sees the workload's code otherwise than the driver"):
         resolve_like(manifest, None)
 
 

@@ -24,7 +24,7 @@ WHY = "the recursion grows instead of converging"
 def diverging(monkeypatch):
     """grad_cos cannot give values for any model; returns how often it was asked."""
     tries: list[str] = []
-    real = estimating.estimate
+    real = estimating.asked
 
     def estimate(resolved, device, estimator, *rest):
         if estimator == "grad_cos":
@@ -32,7 +32,7 @@ def diverging(monkeypatch):
             raise DivergedError(f"grad_cos: {WHY}")
         return real(resolved, device, estimator, *rest)
 
-    monkeypatch.setattr(estimating, "estimate", estimate)
+    monkeypatch.setattr(estimating, "asked", estimate)
     return tries
 
 
@@ -113,7 +113,7 @@ def broken(*_args):
 def test_a_failure_of_a_named_estimator_that_may_be_mended_says_retry_failed(beside, monkeypatch):
     spec = make_spec()
     with monkeypatch.context() as patch:
-        patch.setattr(estimating, "estimate", broken)
+        patch.setattr(estimating, "asked", broken)
         report, store, _ = run_here(spec, beside)
     assert report.exit_code == 1
     assert not report.failures.left_out
@@ -125,7 +125,7 @@ def test_a_failure_of_a_named_estimator_that_may_be_mended_says_retry_failed(bes
 def test_the_default_set_never_fails_a_run_whatever_happens_to_it(beside, monkeypatch):
     spec = default_set(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(estimating, "estimate", broken)
+        patch.setattr(estimating, "asked", broken)
         report, store, _ = run_here(spec, beside)
     assert (report.exit_code, report.complete) == (0, True)
     assert {name for name, _ in report.failures.left_out} == {"grad_dot", "grad_cos"}

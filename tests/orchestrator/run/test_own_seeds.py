@@ -208,7 +208,7 @@ def test_a_block_under_another_seed_s_key_is_refused_and_computed_again(swept, b
 
 
 def test_it_trains_with_the_engine_that_was_proven(beside, monkeypatch):
-    used, real, made = [], estimating.estimate, []
+    used, real, made = [], estimating.asked, []
     prove = proving.prove
 
     def estimate(resolved, device, estimator, params, removals, evals, say, run, *rest):
@@ -220,7 +220,7 @@ def test_it_trains_with_the_engine_that_was_proven(beside, monkeypatch):
         verdict = prove(case, start)
         return replace(verdict, engine=replace(verdict.engine, replay=False, stack=False), path="one replica at a time")
 
-    monkeypatch.setattr(estimating, "estimate", estimate)
+    monkeypatch.setattr(estimating, "asked", estimate)
     monkeypatch.setattr(proving, "prove", refuse_stacks)
     monkeypatch.setattr(tasks, "_engines", {})
     spec = make_spec(**{**SPEC, "seeds": 1, "estimators": ["grad_dot", {"name": "mirrored", "seeds": 1}]})
@@ -234,14 +234,14 @@ def test_it_trains_with_the_engine_that_was_proven(beside, monkeypatch):
 
 
 def test_a_seed_that_diverges_is_told_and_is_no_estimate(beside, monkeypatch):
-    real = estimating.estimate
+    real = estimating.asked
 
     def estimate(resolved, device, estimator, params, removals, evals, say, run, *rest):
         if estimator == "mirrored" and run.seed == 3:
             raise DivergedError("mirrored further training is not finite")
         return real(resolved, device, estimator, params, removals, evals, say, run, *rest)
 
-    monkeypatch.setattr(estimating, "estimate", estimate)
+    monkeypatch.setattr(estimating, "asked", estimate)
     report, store, _ = run_here(make_spec(**SPEC), beside)
     assert report.exit_code == 1
     assert len(report.failures.aside) == 3

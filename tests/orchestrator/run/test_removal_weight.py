@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from fimo.orchestrator.report.show import plan_lines, score_tables
+from fimo.orchestrator.report.planned import plan_lines
+from fimo.orchestrator.report.show import score_tables
 from fimo.orchestrator.resolve import identity
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run.comparing import compare_sweeps
@@ -118,7 +119,7 @@ def test_the_weight_is_named_where_it_is_not_1(swept, beside) -> None:
 
     for weight, said in ((6.0, "removal mode reweight at weight 6"), (None, "removal mode reweight")):
         resolved = resolve(make_spec(further_training=section(weight)), beside)
-        lines = plan_lines(_plan_json(resolved, current_plan(resolved.manifest, None)))
+        lines = plan_lines({**_plan_json(resolved, current_plan(resolved.manifest, None)), "unused": {}})
         assert any(line.endswith(said) for line in lines)
 
 

@@ -12,6 +12,7 @@ from fimo.workers import further_training
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.stacking.forking import stacks_of
+from fimo.workers.stacking.replay import Graphs
 from fimo.workers.start import Engine
 from fimo.workers.workload import Workload
 from tests.workers.problems import classification, make, regression, sentences, settings
@@ -64,7 +65,7 @@ def both(workload: Workload, chosen: FurtherTraining, replicas: int, monkeypatch
     monkeypatch.setattr(further_training._Stack, "gradients", counted)
     for fork in (True, False):
         taken.clear()
-        fresh = replace(start, graphs=None if start.graphs is None else {})
+        fresh = replace(start, graphs=None if start.graphs is None else Graphs())
         found.append((run_shard(fresh.using(Engine(fork=fork)), REMOVALS, 4, replicas), sum(taken)))
     return found
 

@@ -144,7 +144,7 @@ def test_writes_and_draws_are_refused_by_the_tracer() -> None:
         return x * float(x.sum())
 
     for function in (writes, draws, reads_out):
-        graphs: replay.Graphs = {}
+        graphs = replay.Graphs()
         replayed = Replayed(function, "f", graphs)
         for _ in range(AFTER + 2):
             replayed(torch.ones(3))
@@ -158,7 +158,7 @@ def test_a_graph_that_would_not_reproduce_the_call_is_not_used() -> None:
         calls.append(1)
         return x * len(calls)
 
-    graphs: replay.Graphs = {}
+    graphs = replay.Graphs()
     replayed = Replayed(counts, "f", graphs)
     for _ in range(AFTER + 3):
         assert replayed(torch.ones(1)).item() == len(calls)
@@ -176,7 +176,7 @@ def test_products_of_every_shape_and_their_transposes(rows: int, inner: int, col
         product = torch.bmm(a, b)
         return product, torch.bmm(a, b).mT.reshape(3, -1) * 1, torch.bmm(a, b).transpose(2, 1)
 
-    graphs: replay.Graphs = {}
+    graphs = replay.Graphs()
     replayed = Replayed(function, "f", graphs)
     for _ in range(AFTER + 1):
         got = replayed(a, b)

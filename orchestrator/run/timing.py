@@ -1,0 +1,188 @@
+"""Seconds of a sweep's tasks, from parts of them that are timed here: shards, blocks of estimates, witnesses.
+
+A shard is reckoned from a few steps of each size of stack that it trains. An estimator is run on as many examples as
+take a few seconds, and what that took goes up with the work that it counts itself (``Estimator.work``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from fimo import estimators
+from fimo.estimators.rates import Rates
+from fimo.orchestrator.resolve.resolved import Resolved
+from fimo.orchestrator.run.blocks import shares
+from fimo.orchestrator.run.budget import too_dear, too_large
+from fimo.orchestrator.run.plan import EstimateTask, WitnessTask
+from fimo.orchestrator.run.proving import Proven
+from fimo.workers.batches import BASELINE, Removal, steps_recorded
+from fimo.workers.device import clock
+from fimo.workers.errors import FimoError
+from fimo.workers.stacking.forking import stacks_of
+from fimo.workers.stacking.pace import Pace, pace
+from fimo.workers.start import Start
+from fimo.workers.witness import witness_start
+
+STACK_S = 6.0
+"""Seconds that timing one size of stack may take, beyond its first steps."""
+WHOLE_S = 4.0
+"""Counted seconds up to which an estimate is timed as a whole."""
+LEAST_TRAIN = 16
+"""Training examples of the smallest part of an estimate."""
+
+
+class Shards:
+    """Times stacks of each size once."""
+
+    def __init__(self, engine: Proven, seed: int, budget_s: float = STACK_S) -> None:
+        self._engine, self._seed, self._budget_s = engine, seed, budget_s
+        self._paces: dict[int, Pace] = {}
+
+    def _pace(self, start: Start, lanes: Sequence[Removal]) -> Pace:
+        if len(lanes) not in self._paces:
+            self._paces[len(lanes)] = pace(start, lanes, self._seed, self._budget_s)
+        return self._paces[len(lanes)]
+
+    def seconds(self, removals: Sequence[Removal], second: bool = True) -> float:
+        """Of training the removals with their baseline, and with a second one unless ``second`` is false."""
+        start, replicas = self._engine.start, self._engine.replicas
+        recorded = steps_recorded(len(start.train), start.settings)
+        cells = [BASELINE, *removals]
+        size = replicas if start.engine.stack else 1
+        total = 0.0
+        for stack in stacks_of(start, cells, range(len(cells)), self._seed, size):
+            shared = stack.shared if start.engine.fork else 0
+            due = sum(step > shared for step in recorded)
+            total += self._pace(start, stack.lanes).seconds(recorded[-1] - shared, due)
+        if second:
+            alone = [BASELINE] if size > 1 or not start.engine.stack else [BASELINE, BASELINE]
+            total += self._pace(start, alone).seconds(recorded[-1], len(recorded))
+        return total
+
+    def a_cell(self, removals: Sequence[Removal]) -> tuple[float, float]:
+        """Seconds of a step, and of the whole, of one cell in a full stack."""
+        start = self._engine.start
+        recorded = steps_recorded(len(start.train), start.settings)
+        lanes = [BASELINE, *removals][: self._engine.replicas if start.engine.stack else 1]
+        own = self._pace(start, lanes)
+        return own.step / len(lanes), own.seconds(recorded[-1], len(recorded)) / len(lanes)
+
+
+def seconds_of_witnesses(resolved: Resolved, engine: Proven, task: WitnessTask) -> float:
+    """Of a seed's witnesses, as many as are planned; and its moved cells, which train on the sweep's own start."""
+
+    def of(start: Start, removals: int) -> float:
+        lanes = [r.indices for r in (*task.removals, *task.moved)][:removals]
+        own = Proven(start, min(engine.replicas, removals + 1), engine.record)
+        return Shards(own, task.seed, STACK_S / 2).seconds(lanes, second=False)
+
+    wide = witness_start(resolved.workload, resolved.state, engine.start)
+    return of(wide.start, len(task.removals)) + (of(engine.start, len(task.moved)) if task.moved else 0.0)
+
+
+class Estimators:
+    """Times every estimator once for each shape of its tasks."""
+
+    def __init__(self, resolved: Resolved, engine: Proven, say: Callable[[str], None]) -> None:
+        self._resolved, self._engine, self._say = resolved, engine, say
+        self._seconds: dict[tuple[object, ...], float] = {}
+        self._left_out: dict[tuple[str, str], str | None] = {}
+
+    def _problem(self, task: EstimateTask) -> tuple[estimators.Estimator, estimators.Problem]:
+        [named] = estimators.parse({"name": task.estimator, **json.loads(task.params)})
+        start, spec = self._engine.start, self._resolved.spec
+        return named, estimators.Problem(
+            model=start.model,
+            train=start.train,
+            evals=start.examples.span(task.first, task.count),
+            removals=[r.indices for r in task.removals],
+            further_training=start.settings,
+            seeds=list(spec.seeds) if task.seed is None else [task.seed],
+            start=start if named.trains else None,
+            replicas=self._engine.replicas if named.trains else None,
+        )
+
+    def left_out(self, task: EstimateTask) -> str | None:
+        """Why the run will leave the task's estimator out of the default set for its cost; None if it will not."""
+        spec, manifest = self._resolved.spec, self._resolved.manifest
+        name = task.estimator, task.params
+        if spec.estimators is not None:
+            return None
+        if name not in self._left_out:
+            named, problem = self._problem(task)
+            tasks = sum(1 for _ in shares(manifest, *name))
+            self._left_out[name] = too_dear(named, problem, tasks, spec, manifest.steps[-1])
+        return self._left_out[name]
+
+    def too_large(self, task: EstimateTask) -> str | None:
+        """That the task does not fit in the memory that is free here; None if it does."""
+        named, problem = self._problem(task)
+        return too_large(named.work(problem), problem.model.device)
+
+    def seconds(self, task: EstimateTask, counted: bool = False) -> float:
+        """Of one task; ``counted``: from its own count alone, nothing of it is run."""
+        shape = task.estimator, task.params, len(task.removals), task.count
+        if shape not in self._seconds:
+            named, problem = self._problem(task)
+            if counted:
+                self._seconds[shape] = Rates(problem).seconds(named.work(problem))
+            else:
+                self._say(f"timing: estimator {task.estimator}")
+                self._seconds[shape] = self._timed(named, problem)
+        return self._seconds[shape]
+
+    def _timed(self, named: estimators.Estimator, problem: estimators.Problem) -> float:
+        rates = Rates(problem)
+        counted = rates.seconds(named.work(problem))
+        part, of_part, share = problem, counted, 1.0
+        while of_part > WHOLE_S and share > 1e-4:
+            share /= 2
+            smaller = part_of(problem, share, follows_runs(named))
+            part, of_part = smaller, rates.seconds(named.work(smaller))
+        before = 0.0
+        step = named.params().get("displacement_step")
+        if isinstance(step, int):
+            # The baselines are trained again first, one after another.
+            alone = pace(self._engine.start, [BASELINE], 0, STACK_S)
+            before = self._resolved.spec.seeds.count * alone.seconds(step, 0)
+            still = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in problem.model.params.items()}
+            part = replace(part, displacement={step: still})
+        read = clock(problem.model.device)
+        began = read()
+        try:
+            named.estimate(part)
+            if problem.model.device.type == "cuda":
+                torch.cuda.synchronize(problem.model.device)
+        except FimoError:
+            # A part of the examples may diverge where all do not: the count alone is left.
+            return before + counted
+        taken = read() - began
+        return before + (taken if part is problem else taken * counted / max(of_part, 1e-9))
+
+
+def follows_runs(named: estimators.Estimator) -> bool:
+    """Whether an estimator follows runs of the sweep's own length, so that a part of it is a part of the steps."""
+    return named.follows_training() and bool(named.runs((0,)))
+
+
+def part_of(problem: estimators.Problem, share: float, trains: bool) -> estimators.Problem:
+    """A problem of a share of the removals and evaluation examples, and of the training examples or the steps.
+
+    Args:
+        trains: the estimator trains on all of 𝒟: it is the steps that are fewer.
+    """
+    n, evals = len(problem.train), len(problem.evals)
+    fewer = problem.removals[: max(1, round(share * len(problem.removals)))]
+    cut = replace(problem, evals=problem.evals.first(max(1, round(share * evals))), removals=fewer)
+    if not trains:
+        kept = min(n, max(LEAST_TRAIN, round(share * n)))
+        inside = [tuple(dict.fromkeys(index % kept for index in removal)) for removal in fewer]
+        return replace(cut, train=problem.train.first(kept), removals=inside)
+    assert problem.further_training is not None
+    recorded = steps_recorded(n, problem.further_training)
+    near = max([step for step in recorded if step <= share * recorded[-1]], default=recorded[0])
+    return replace(cut, at=tuple(step for step in recorded if step <= near))
