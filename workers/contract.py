@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Batch, Examples, kind_of, leaves_of
 from fimo.workers.functional import FunctionalModel
+from fimo.workers.workload import Workload
 
 LOOK = 4
 """Examples of either kind that the workload's functions are tried on."""
@@ -47,6 +48,24 @@ def check_contract(model: FunctionalModel, train: Examples, evals: Examples) -> 
         some = range(min(LOOK, len(examples)))
         check(model, examples.batch(some), len(some), [name], known if name == "measure" else ())
         _refuse_suspects(model, examples, name)
+
+
+def names_of(workload: Workload, n: int) -> dict[str, list[str]]:
+    """``ids`` and ``labels`` of the n training examples as texts, those of the two that the workload has.
+
+    Raises:
+        WorkloadError: one of them is not a sequence of n values.
+    """
+    found: dict[str, list[str]] = {}
+    for name, values in (("ids", workload.ids), ("labels", workload.labels)):
+        if values is None:
+            continue
+        if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != n:
+            held = len(values) if hasattr(values, "__len__") else kind_of(values)
+            raise WorkloadError(f"the workload's {name} must be one for each of the {n} training examples, got {held}")
+        plain = values.tolist() if hasattr(values, "tolist") else values
+        found[name] = [str(value) for value in plain]
+    return found
 
 
 def _fetched(examples: Examples, some: Sequence[int], kind: str) -> Batch:

@@ -37,6 +37,7 @@ class ShardResult:
         seconds: wall-clock seconds of training and evaluation.
         peak_bytes: peak device memory on CUDA, else 0.
         scale: the root mean square of g(z, θᶠ) over evaluation examples: what a delta is large or small beside.
+        at_final: g(z, θᶠ), float64 (m,).
     """
 
     seed: int
@@ -47,6 +48,7 @@ class ShardResult:
     seconds: float
     peak_bytes: int
     scale: float = 0.0
+    at_final: Tensor | None = None
 
 
 def run_shard(
@@ -89,7 +91,7 @@ def run_shard(
     _copy_before_first_difference(start, removals, seed, deltas, distances)
     peak = torch.cuda.max_memory_allocated(start.model.device) if start.model.device.type == "cuda" else 0
     scale, seconds = float(start.at_final.square().mean().sqrt()), time.monotonic() - started
-    return ShardResult(seed, floor.steps, deltas, distances, replicas, seconds, peak, scale)
+    return ShardResult(seed, floor.steps, deltas, distances, replicas, seconds, peak, scale, start.at_final)
 
 
 def in_stacks(

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.abc import InspectLoader
 from pathlib import Path
@@ -41,6 +41,8 @@ class Workload:
         collate: for datasets, list of items -> batch; default the dataset's own ``collate``.
         padding: of examples kept as tensors, the name of the tensor (n, tokens) that is 0 where there is padding:
             batches are then cut to their longest example, if that is seen to change nothing.
+        ids, labels: of each training example, what leads back to the user's own row: a key, and a text for people.
+            They stand in tables, and no number depends on them.
     """
 
     model: nn.Module
@@ -51,6 +53,8 @@ class Workload:
     measure: Callable[[Tensor, Batch], Tensor] | None = None
     collate: Callable[[list[Any]], Any] | None = None
     padding: str | None = "attention_mask"
+    ids: Sequence[Any] | None = None
+    labels: Sequence[Any] | None = None
 
 
 def find_module(reference: str, beside: Path) -> tuple[str, str, Path | None]:

@@ -41,7 +41,7 @@ def take_scores(file: Path, uri: str, name: str, negate: bool) -> tuple[dict[str
     Raises:
         UsageError: no such sweep, the file cannot be read, or its matrix does not fit.
     """
-    from fimo.orchestrator.report.show import score_tables
+    from fimo.orchestrator.report.scores import score_tables
     from fimo.orchestrator.run.gather import gather
     from fimo.orchestrator.run.written import write_tables
     from fimo.orchestrator.sweep import imported

@@ -10,6 +10,7 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
     run,
     resume,
     status,
+    top,
     pull,
     compare,
     rank,

@@ -48,9 +48,11 @@ def rank(
     from fimo.orchestrator.resolve.resolved import resolve_again
     from fimo.orchestrator.run.pool import on_ray
     from fimo.orchestrator.run.ranking import rank as rank_all
+    from fimo.orchestrator.run.tabled import about
     from fimo.orchestrator.sweep import keys
     from fimo.orchestrator.sweep.sweep import open_sweep
     from fimo.orchestrator.tables import ranked as files
+    from fimo.workers.contract import names_of
     from fimo.workers.errors import StoreError
 
     opened = open_sweep(sweep)
@@ -58,10 +60,10 @@ def rank(
     resolved, stop = resolve_again(opened), stop_on_signal()
     with ProgressReport(talk) as progress:
         ranked = rank_all(resolved, opened, on_ray(address), progress.listener, places, named, top, step, cells, stop)
-    key = keys.table(opened.name, "ranking")
+    key, names = keys.table(opened.name, "ranking"), names_of(resolved.workload, resolved.manifest.train)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ranking.parquet"
-        files.write(tables(ranked), file)
+        files.write(tables(ranked, names), file, {**about(resolved.manifest), "step": ranked.step})
         opened.store.put(key, file.read_bytes())
         if to is not None:
             try:
@@ -74,7 +76,7 @@ def rank(
         print_json({**ranked_json(ranked), "ranking": uri})
         return
     print_lines(ranked_lines(ranked))
-    out.print(top_table(next(tables(ranked)), ranked.step, ranked.k))
+    out.print(top_table(next(tables(ranked, names)), ranked.step, ranked.k))
     print_lines([uri])
 
 

@@ -64,7 +64,7 @@ def run_resolved(
     """Run a resolved sweep with progress, print how it ended, and exit by it."""
     from fimo.orchestrator.report.ending import complaints, report_json
     from fimo.orchestrator.report.progress import ProgressReport
-    from fimo.orchestrator.report.show import score_tables, trust_lines
+    from fimo.orchestrator.report.scores import score_tables, sure_lines
     from fimo.orchestrator.run import driver
     from fimo.orchestrator.run.pool import on_ray
 
@@ -76,9 +76,9 @@ def run_resolved(
     else:
         print_lines(report.gathered.warnings)
         tables, weight = report.gathered.tables, resolved.spec.further_training.removal_weight
+        print_lines(sure_lines(tables))
         for table in score_tables(tables["scores"], tables["costs"], report.gathered.coverage, weight, out.width):
             out.print(table)
-        print_lines(trust_lines(tables["reliability"].to_pylist()))
         print_lines(report.written.values())
     for line in complaints(report):
         tell(f"fimo: {line}")

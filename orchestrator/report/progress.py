@@ -1,20 +1,28 @@
-"""Progress of a run on stderr: a live bar on a terminal, a log line now and then elsewhere."""
+"""Progress of a run on stderr: a live display on a terminal, a log line now and then elsewhere."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-from fimo.orchestrator.report.show import task_label
+from fimo.orchestrator.report.show import duration, task_label
+from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.driver import Listener
 from fimo.orchestrator.run.plan import Plan, Shard, Task
 from fimo.orchestrator.run.schedule import Failed, Lost, Result, error_line
 from fimo.orchestrator.run.tasks import Receipt
 
-LOG_EVERY_S = 10.0
+LOG_EVERY_S, LOG_SHARE, LOG_AT_MOST_S = 10.0, 0.05, 300.0
+"""Seconds between two log lines: at first, as a share of the time so far, and at most."""
+SHOWN = 6
+"""Running tasks that are named."""
 
 
 class ProgressReport:
@@ -22,43 +30,34 @@ class ProgressReport:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._live = console.is_terminal
-        columns = [
-            TextColumn("[progress.description]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        ]
-        self._bar = Progress(*columns, console=console, transient=True) if self._live else None
-        self._cells, self._done, self._logged = 0, 0, 0.0
-        self._bar_task = None if self._bar is None else self._bar.add_task("cells", total=None)
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+        self._bar = Progress(*columns, console=console)
+        self._bar_task = self._bar.add_task("cells", total=None)
+        self._live = Live(console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
+        self._began = self._logged = time.monotonic()
 
     def __enter__(self) -> ProgressReport:
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     @property
     def listener(self) -> Listener:
         """What a run calls."""
-        return Listener(self._start, self._result, self.say)
+        return Listener(self._start, self._result, self.say, self._turn)
 
     def _start(self, plan: Plan, tasks: int) -> None:
-        self._cells, self._done = plan.cells, plan.done
         there = f", {plan.done} there already" if plan.done else ""
         self.say(f"{plan.cells} cells{there}; {len(plan.shards)} shards to train, {tasks} tasks in all")
-        self._show()
 
     def _result(self, task: Task, result: Result) -> None:
         if isinstance(result, Receipt):
-            self._done += result.cells
             for line in result.lines:
                 self.say(line)
             if result.diverged:
@@ -69,19 +68,52 @@ class ProgressReport:
             self.say(f"{task_label(task)}: lost ({result.reason}); queued again")
         elif isinstance(result, Failed):
             self.say(f"{task_label(task)}: {error_line(result.error)}")
-        self._show()
 
-    def _show(self) -> None:
-        if self._bar is not None and self._bar_task is not None:
-            self._bar.update(self._bar_task, completed=self._done, total=self._cells)
-        elif time.monotonic() - self._logged > LOG_EVERY_S or self._done == self._cells:
-            self._logged = time.monotonic()
-            self.say(f"{self._done} of {self._cells} cells done")
+    def _turn(self, course: Course) -> None:
+        now = time.monotonic()
+        if self._live is not None:
+            self._bar.update(self._bar_task, completed=course.done, total=course.cells)
+            self._live.update(Group(self._bar, *(Text(line) for line in course_lines(course.json()))))
+        elif now - self._logged > min(LOG_AT_MOST_S, max(LOG_EVERY_S, LOG_SHARE * (now - self._began))):
+            self._logged = now
+            self.say("; ".join([f"{course.done} of {course.cells} cells done", *course_lines(course.json())]))
 
     def say(self, line: str) -> None:
-        """One line of talk; the reduction of each seed is told on the bar alone, if there is one."""
+        """One line of talk; the reduction of each seed is told on the live display alone, if there is one."""
         if line.startswith("reducing"):
-            if self._bar is not None and self._bar_task is not None:
-                self._bar.update(self._bar_task, description=line)
+            if self._live is not None:
+                self._live.update(Text(line))
             return
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def course_lines(course: Mapping[str, Any]) -> list[str]:
+    """How fast, what runs and what is left, from a ``Course`` as JSON; a line each, those that there are."""
+    lines = []
+    if course["cells_per_second"]:
+        left = course["finish_in_s"]
+        until = f", its cells done in about {duration(left)}" if left is not None else ""
+        lines.append(f"{_pace(course['cells_per_second'])}{until}")
+    running = [f"{task['task']} ({duration(task['seconds'])})" for task in course["running"]]
+    if running:
+        more = f" and {len(running) - SHOWN} more" if len(running) > SHOWN else ""
+        lines.append(f"running: {', '.join(running[:SHOWN])}{more}")
+    if course["left"]:
+        lines.append(f"not finished: {_left(course['left'])}")
+    return lines
+
+
+def _pace(cells_per_second: float) -> str:
+    if cells_per_second >= 0.1:
+        return f"{cells_per_second:.2g} cells a second"
+    return f"{cells_per_second * 3600:.2g} cells an hour"
+
+
+def _left(left: Mapping[str, int]) -> str:
+    """Tasks by name: "6 shards, datainf, 3 of cg, 1 witness"."""
+    plural = {"shard": "shards", "witness": "witnesses"}
+    told: Sequence[str] = [
+        f"{count} {name if count == 1 else plural[name]}" if name in plural else name + (f" × {count}" * (count > 1))
+        for name, count in left.items()
+    ]
+    return ", ".join(told)

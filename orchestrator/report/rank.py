@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from fimo.orchestrator.tables.ranked import ranked_table
 SHOWN = 5
 
 
-def tables(ranked: Ranked) -> Iterator[pa.Table]:
-    """``ranking.parquet``, an evaluation example after another."""
+def tables(ranked: Ranked, names: Mapping[str, Sequence[str]]) -> Iterator[pa.Table]:
+    """``ranking.parquet``, an evaluation example after another; ``names`` as for ``ranked_table``."""
     n, known = ranked.values.shape[1], ranked.known
     seeds = np.full(n, np.nan)
     for index, count in known.seeds.items():
@@ -26,7 +26,7 @@ def tables(ranked: Ranked) -> Iterator[pa.Table]:
         estimate = np.array(ranked.values[place])
         effect, low, high = (x[:, 0] for x in ranked.calibration.at(place).effects(estimate[:, None]))
         verified, sem = (of_eval(of, number, n) for of in (known.effect, known.sem))
-        yield ranked_table(number, estimate, effect, low, high, verified, sem, seeds)
+        yield ranked_table(number, estimate, effect, low, high, verified, sem, seeds, names)
 
 
 def ranked_json(ranked: Ranked) -> dict[str, Any]:
@@ -91,11 +91,14 @@ def top_table(table: pa.Table, step: int, k: int) -> Table:
         title=f"evaluation example {rows[0]['eval']}, step {step}: most helpful and most harmful training examples",
         title_justify="left",
     )
-    for column in ("rank", "example", "effect of removing it", "p"):
+    shown.add_column("rank", justify="right", no_wrap=True)
+    shown.add_column("example", justify="right", overflow="fold")
+    for column in ("effect of removing it", "p"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in rows[:count] + rows[len(rows) - count :]:
         effect = row["effect"] if row["verified"] is None else row["verified"]
         told = f"{effect:+.3e}" + (f" ± {row['sem']:.1e}" if row["sem"] is not None else "")
         p = f"{row['p']:.2g}" if row["p"] is not None else ""
-        shown.add_row(str(row["rank"]), str(row["index"]), told + ("" if row["verified"] is not None else " ?"), p)
+        named = " ".join(filter(None, (str(row["index"]), row["id"], row["label"])))
+        shown.add_row(str(row["rank"]), named, told + ("" if row["verified"] is not None else " ?"), p)
     return shown

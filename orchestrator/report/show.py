@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-from rich.table import Table
-
 from fimo import estimators
+from fimo.orchestrator.report.trust import trust_lines
 from fimo.orchestrator.run.plan import EstimateTask, Task, task_name
 
 COLUMNS = 6
 """Amounts shown in the score table; all of them are in ``scores.parquet``."""
-NAMES, CELL = 32, 15
-"""Characters of a terminal's line that names and costs take in the score table, and an amount."""
-
-
 SHOWN_SCORES = (("cosine", "baseline"), ("cosine", "mean"), ("spearman", "baseline"))
 """What a person is shown of metrics and adjustments: an adjustment moves no rank."""
-METRIC_NAMES = {"lds": "LDS (Spearman over random groups)"}
 
 
 def spread(steps: Sequence[int], count: int = COLUMNS) -> list[int]:
@@ -32,15 +25,26 @@ def spread(steps: Sequence[int], count: int = COLUMNS) -> list[int]:
     return [steps[p] for p in places if p < len(steps)]
 
 
-def label(estimator: str, params: str) -> str:
-    """An estimator with the hyper-parameters that are not its defaults."""
+def label(estimator: str, params: str, swept: Collection[str] = ()) -> str:
+    """An estimator with the hyper-parameters that are not its defaults, and those that are ``swept``."""
     if estimator not in estimators.REGISTRY:
         return f"{estimator} (imported)"
     [plain] = estimators.parse(estimator)
-    usual = plain.params()
-    values: dict[str, Any] = {k: v for k, v in json.loads(params).items() if v != usual.get(k)}
+    usual, given = plain.params(), dict[str, Any](json.loads(params))
+    values = {k: v for k, v in given.items() if v != usual.get(k) or k in swept}
     shown = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
     return f"{estimator} ({shown})" if shown else estimator
+
+
+def labels(entries: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Each (estimator, params) by its label, in which what differs between entries of one estimator is always shown."""
+    kept = list(dict.fromkeys(entries))
+    found: dict[tuple[str, str], str] = {}
+    for estimator, params in kept:
+        others = [json.loads(p) for name, p in kept if name == estimator] if estimator in estimators.REGISTRY else []
+        swept = {key for other in others for key in other if any(o.get(key) != other[key] for o in others)}
+        found[estimator, params] = label(estimator, params, swept)
+    return found
 
 
 def task_label(task: Task) -> str:
@@ -48,90 +52,6 @@ def task_label(task: Task) -> str:
     if isinstance(task, EstimateTask):
         return f"estimator {label(task.estimator, task.params)}{task.span}"
     return task_name(task)
-
-
-def score_table(
-    scores: pa.Table,
-    costs: pa.Table,
-    coverage: Mapping[tuple[str, str], float] | None = None,
-    metric: str = "cosine",
-    adjust: str = "baseline",
-    weight: float = 1.0,
-    columns: int = COLUMNS,
-) -> Table | None:
-    """Estimator × amount against all seeds: score, share of the ceiling, 95% interval, and what the estimator cost.
-
-    Args:
-        coverage: share of the trainable scalars that an estimator's curvature covers; named where it is not all.
-        weight: the removal weight; named where it is not 1.
-        columns: amounts shown at most.
-    """
-    rows = [r for r in scores.to_pylist() if r["metric"] == metric and r["adjust"] == adjust]
-    if not rows:
-        return None
-    seeds = max(r["seeds"] for r in rows)
-    rows = [r for r in rows if r["seeds"] == seeds]
-    steps = spread(sorted({r["step"] for r in rows}), columns)
-    spent = {(c["name"], c["params"]): c["device_seconds"] for c in costs.to_pylist() if c["what"] == "estimator"}
-    named = METRIC_NAMES.get(metric, metric)
-    training = "further training" + (f" at removal weight {weight:g}" if weight != 1 else "")
-    told = " (share of the ceiling), 95% interval" if any(r["ceiling"] is not None for r in rows) else ""
-    title = f"{named} with {training}, {seeds} {'seed' if seeds == 1 else 'seeds'}, by step{told}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("estimator")
-    for step in steps:
-        table.add_column(str(step), justify="right", no_wrap=True)
-    table.add_column("seconds", justify="right")
-    by_step = {(r["estimator"], r["params"], r["step"]): r for r in rows}
-    for estimator, params in dict.fromkeys((r["estimator"], r["params"]) for r in rows):
-        cells = [_score(by_step.get((estimator, params, step))) for step in steps]
-        cost = spent.get((estimator, params))
-        share = (coverage or {}).get((estimator, params), 1.0)
-        name = label(estimator, params) + (f", covers {share:.0%}" if share < 1 else "")
-        table.add_row(name, *cells, f"{cost:.1f}" if cost is not None else "")
-    if told:
-        ceilings = {r["step"]: r["ceiling"] for r in reversed(rows) if r["ceiling"] is not None}
-        table.add_section()
-        table.add_row("ceiling", *(number(ceilings.get(step)) for step in steps), "")
-    return table
-
-
-def score_tables(
-    scores: pa.Table,
-    costs: pa.Table,
-    coverage: Mapping[tuple[str, str], float] | None = None,
-    weight: float = 1.0,
-    width: int | None = None,
-) -> list[Table]:
-    """The score tables that a person is shown: cosines, and the LDS if the removals are random groups.
-
-    ``width``: of the terminal, which decides how many amounts are shown.
-    """
-    columns = COLUMNS if width is None else max(2, min(COLUMNS, (width - NAMES) // CELL))
-    both = (
-        score_table(scores, costs, coverage, metric, weight=weight, columns=columns) for metric in ("cosine", "lds")
-    )
-    return [table for table in both if table is not None]
-
-
-def _score(row: dict[str, Any] | None) -> str:
-    if row is None or row["score"] is None:
-        return "–"
-    share = "" if row["normalised"] is None else f" ({row['normalised']:.2f})"
-    interval = "" if row["low"] is None else f"\n{row['low']:.2f} to {row['high']:.2f}"
-    return f"{row['score']:.3f}{share}{interval}"
-
-
-def trust_lines(reliability: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How far a sweep's own seeds can be trusted, for people: from the rows of ``reliability.parquet``."""
-    rows = [r for r in reliability if r["measured"] and r["adjust"] == "baseline" and r["reliability"] is not None]
-    if not rows:
-        return []
-    shown = [r for r in rows if r["step"] in spread([r["step"] for r in rows])]
-    told = ", ".join(f"{r['reliability']:.2f} at step {r['step']}" for r in shown)
-    pairs = ", ".join("–" if r["significant"] is None else f"{r['significant']:.0%}" for r in shown)
-    seeds = rows[0]["seeds"]
-    return [f"reliability of the mean over {seeds} seeds: {told}; pairs that can be told from zero: {pairs}"]
 
 
 def number(value: float | None) -> str:

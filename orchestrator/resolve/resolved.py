@@ -7,7 +7,7 @@ error, never a number.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.resolve.columns import read_column
 from fimo.orchestrator.resolve.differences import UNSTABLE, in_words, what_differs
 from fimo.orchestrator.spec.canonical import canonical
-from fimo.orchestrator.spec.removals import number_removals
+from fimo.orchestrator.spec.removals import NamedRemoval, number_removals
 from fimo.orchestrator.spec.shipped import SHIPPED
 from fimo.orchestrator.spec.spec import Spec
 from fimo.orchestrator.store import open_store
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.batches import steps_recorded
-from fimo.workers.contract import check_contract
+from fimo.workers.contract import check_contract, names_of
 from fimo.workers.errors import StoreError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.final_model import check_fits, final_copy, read_final_model
@@ -128,8 +128,21 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
         train_digest=own.about["train"],
         eval_digests=identity.each_digest(Examples(workload.evals, workload.collate).first(evals)),
         about=tuple(sorted(own.about.items())),
+        names=_names(workload, removals, train),
     )
     return Resolved(manifest, workload, state)
+
+
+def _names(
+    workload: Workload, removals: Sequence[NamedRemoval], n: int
+) -> tuple[tuple[int, str | None, str | None], ...]:
+    """Id and label of every removed example, if the workload has them."""
+    known = names_of(workload, n)
+    if not known:
+        return ()
+    ids, labels = known.get("ids"), known.get("labels")
+    removed = sorted({index for removal in removals for index in removal.indices})
+    return tuple((i, ids[i] if ids is not None else None, labels[i] if labels is not None else None) for i in removed)
 
 
 def _settled(spec: Spec, model: FunctionalModel, train: Examples) -> Spec:

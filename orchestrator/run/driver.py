@@ -14,13 +14,16 @@ from pathlib import Path
 from fimo.orchestrator.resolve.differences import in_words, since
 from fimo.orchestrator.resolve.resolved import Resolved, read_final
 from fimo.orchestrator.run import failures
+from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import Gathered, gather
+from fimo.orchestrator.run.heartbeat import Heartbeat
 from fimo.orchestrator.run.owed import cells_in, estimators_in, owed_tasks
 from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask
 from fimo.orchestrator.run.pool import on_ray
 from fimo.orchestrator.run.schedule import Outcome, Pool, Result, drive
 from fimo.orchestrator.run.seeds import next_seeds
+from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.run.written import write_tables
 from fimo.orchestrator.store import Store
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -73,11 +76,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told of progress: the plan and the number of tasks owed, each result, and lines of talk."""
+    """Who is told of progress: the plan and the number of tasks owed, each result, lines of talk, and every turn."""
 
     start: Callable[[Plan, int], None]
     result: Callable[[Task, Result], None]
     say: Callable[[str], None]
+    turn: Callable[[Course], None] = lambda course: None
 
 
 SILENT = Listener(lambda plan, tasks: None, lambda task, result: None, lambda line: None)
@@ -121,9 +125,10 @@ def run(
     def compute(of: Manifest, tasks: list[Task], plan: Plan) -> None:
         note_sets(of, sweep, tasks)
         listener.start(plan, len(tasks))
-        final_model = read_final(of.spec, Path(of.beside))
-        with (where or on_ray(None))(sweep, of, final_model) as pool:
-            _compute(of, sweep, tasks, pool, listener, should_stop, outcome)
+        final_model, course = read_final(of.spec, Path(of.beside)), Course.of(plan.cells, plan.done, tasks)
+        with Heartbeat(sweep) as heartbeat, (where or on_ray(None))(sweep, of, final_model) as pool:
+            heartbeat.follow(course)
+            _compute(of, sweep, tasks, pool, listener, should_stop, outcome, course)
 
     if shards and manifest.spec.seeds.until_reliability is not None:
         manifest = _grown(manifest, sweep, compute, listener, outcome)
@@ -213,10 +218,22 @@ def _compute(
     listener: Listener,
     should_stop: Callable[[], str | None],
     total: Outcome,
+    course: Course,
 ) -> None:
     """Drive the tasks, add the outcome to ``total``, and record what was given up."""
     deadline = manifest.spec.resources.deadline_s
-    outcome = drive(tasks, pool, listener.result, should_stop, None if deadline == "auto" else deadline)
+
+    def result(task: Task, of: Result) -> None:
+        if isinstance(of, Receipt):
+            course.finish(task, of.cells)
+        listener.result(task, of)
+
+    def turn(running: Sequence[tuple[Task, float]]) -> None:
+        course.run(running)
+        listener.turn(course)
+
+    limit = None if deadline == "auto" else deadline
+    outcome = drive(tasks, pool, result, should_stop, limit, on_turn=turn)
     total.receipts += outcome.receipts
     total.stopped, total.broken = outcome.stopped, outcome.broken
     total.lost += outcome.lost

@@ -5,6 +5,7 @@ Reads the store and writes nothing; the arithmetic is in ``fimo.orchestrator.tab
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.blocks import assemble, common_steps, listed_blocks, runs_of, value_digest
 from fimo.orchestrator.run.owed import is_complete
+from fimo.orchestrator.run.tabled import tables_of
 from fimo.orchestrator.run.witnesses import Witnesses, read_witnesses
 from fimo.orchestrator.run.written import (
     is_current,
@@ -29,18 +31,9 @@ from fimo.orchestrator.sweep.parts import BadPartError, Part
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.orchestrator.tables import schemas
 from fimo.orchestrator.tables.planning import missed
-from fimo.orchestrator.tables.reduce import (
-    Reduction,
-    SeedBlock,
-    attribution_table,
-    reduce,
-    removals_table,
-    seed_block,
-    training_only_table,
-)
+from fimo.orchestrator.tables.reduce import Reduction, SeedBlock, reduce, seed_block
 from fimo.orchestrator.tables.sanity import is_nonsense, warnings
 from fimo.orchestrator.tables.score import EstimateMatrix, Scorer
-from fimo.orchestrator.tables.similarity import similarity_table
 from fimo.workers.errors import StoreError
 
 Costs = list[tuple[object, ...]]
@@ -101,7 +94,8 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     gathered = Gathered({}, cells=manifest.cells)
     listed = listed_parts(sweep, manifest)
     costs: Costs = []
-    estimates = _estimates(sweep, manifest, gathered, costs)
+    notes: list[tuple[object, ...]] = []
+    estimates = _estimates(sweep, manifest, gathered, costs, notes)
     seeds = len({part.seed for part in listed})
     scorer = Scorer(estimates, manifest.steps, seeds, manifest.spec.removals.random_groups)
     blocks = seed_blocks(sweep, manifest, listed, gathered, costs, say)
@@ -113,7 +107,7 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
         scorer.add(block, reduction.floor)
     scorer.finish(reduction)
     gathered.diverged = sorted(reduction.diverged)
-    gathered.tables = _tables(manifest, reduction, scorer, estimates, costs)
+    gathered.tables = tables_of(manifest, reduction, scorer, estimates, costs, notes)
     _look(gathered, manifest, reduction)
     gathered.devices = sorted({str(row[3]) for row in costs if row[0] == "shard"})
     gathered.stamp = stamp(sweep, manifest, listed)
@@ -163,7 +157,9 @@ def _note_witnesses(witnesses: Witnesses, gathered: Gathered, costs: Costs) -> N
     costs += [_cost("witness", f"seed {seed}", "", about) for seed, about in witnesses.provenance.items()]
 
 
-def _estimates(sweep: Sweep, manifest: Manifest, gathered: Gathered, costs: Costs) -> list[EstimateMatrix]:
+def _estimates(
+    sweep: Sweep, manifest: Manifest, gathered: Gathered, costs: Costs, notes: list[tuple[object, ...]]
+) -> list[EstimateMatrix]:
     """Each estimator's matrix from its blocks, incomplete ones without; then the imported ones."""
     estimates: list[EstimateMatrix] = []
     left_out = failures.read(sweep, manifest).left_out
@@ -181,6 +177,7 @@ def _estimates(sweep: Sweep, manifest: Manifest, gathered: Gathered, costs: Cost
         if blocks:
             costs.append(_total_cost(estimator, params, blocks))
             _note_coverage(gathered, blocks[0])
+            notes += [row for block in blocks for row in _notes(block)]
         if matrix is not None:
             estimates.append(EstimateMatrix(estimator, params, matrix, common_steps(blocks, seeds)))
             gathered.estimators_done += (estimator, params) not in left_out
@@ -192,6 +189,16 @@ def _note_coverage(gathered: Gathered, block: EstimateBlock) -> None:
     share = notes.get("coverage") if isinstance(notes, dict) else None
     if isinstance(share, int | float):
         gathered.coverage[block.estimator, block.params] = float(share)
+
+
+def _notes(block: EstimateBlock) -> Iterator[tuple[object, ...]]:
+    """Rows of ``estimator_notes``: what an estimator says of a block of its values."""
+    notes = block.provenance.get("notes")
+    for note, value in sorted(notes.items()) if isinstance(notes, dict) else ():
+        # Not canonical: an estimator may say of a residual that it is not a number.
+        told = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        count = block.values.shape[-1]
+        yield block.estimator, block.params, block.first, count, block.seed, str(note), told
 
 
 def _imported(sweep: Sweep, manifest: Manifest, gathered: Gathered) -> list[EstimateMatrix]:
@@ -236,45 +243,6 @@ def _total_cost(estimator: str, params: str, blocks: Sequence[EstimateBlock]) ->
     rows = [_cost("estimator", estimator, params, dict(block.provenance)) for block in blocks]
     seconds = sum(float(str(row[4])) for row in rows)
     return ("estimator", estimator, params, rows[0][3], seconds, max(int(str(row[5])) for row in rows))
-
-
-def _tables(
-    manifest: Manifest, reduction: Reduction, scorer: Scorer, estimates: Sequence[EstimateMatrix], costs: Costs
-) -> dict[str, pa.Table]:
-    names = [f.name for f in schemas.COSTS]
-    columns = list(zip(*costs, strict=True)) or [() for _ in names]
-    return {
-        "attribution": attribution_table(reduction, manifest.removals, manifest.steps),
-        "training_only": training_only_table(reduction, manifest.steps),
-        "estimates": _estimates_table(estimates, manifest),
-        "scores": scorer.table(),
-        "similarity": similarity_table(estimates),
-        "reliability": scorer.reliability_table(),
-        "removals": removals_table(manifest.removals),
-        "costs": schemas.table(schemas.COSTS, **{n: list(c) for n, c in zip(names, columns, strict=True)}),
-    }
-
-
-def _estimates_table(estimates: Sequence[EstimateMatrix], manifest: Manifest) -> pa.Table:
-    """``estimates.parquet``: rows by estimator in spec order, step, removal, eval."""
-    numbers = np.array([r.number for r in manifest.removals], dtype=np.int32)
-    tables: list[pa.Table] = []
-    for e in estimates:
-        values = e.values if e.steps is not None else e.values[None]
-        s, r, m = values.shape
-        steps = [None] if e.steps is None else list(e.steps)
-        tables.append(
-            schemas.table(
-                schemas.ESTIMATES,
-                estimator=[e.estimator] * values.size,
-                params=[e.params] * values.size,
-                removal=np.tile(np.repeat(numbers, m), s),
-                eval=np.tile(np.arange(m, dtype=np.int32), s * r),
-                step=[step for step in steps for _ in range(r * m)],
-                value=values.reshape(-1),
-            )
-        )
-    return pa.concat_tables(tables) if tables else schemas.ESTIMATES.empty_table()
 
 
 def current_tables(

@@ -10,7 +10,7 @@ import contextlib
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -103,6 +103,7 @@ class Outcome:
 class _Flight:
     task: Task
     since: float
+    running: float | None = None
 
 
 def drive(
@@ -112,6 +113,7 @@ def drive(
     should_stop: Callable[[], str | None] = lambda: None,
     deadline_s: float | None = None,
     poll_s: float = 0.5,
+    on_turn: Callable[[Sequence[tuple[Task, float]]], None] = lambda running: None,
 ) -> Outcome:
     """Run tasks in order within a bounded window until each is finished or set aside.
 
@@ -119,11 +121,14 @@ def drive(
         on_result: told of every result as it arrives.
         should_stop: asked at every turn; a reason ends the drive, with the tasks in flight given up.
         deadline_s: seconds from submission after which a task counts as lost; None = generous, from those before it.
+        on_turn: told at every turn of the tasks that run, each with its seconds so far, as far as the order of
+            submission tells.
     """
     loop = _Loop(iter(tasks), pool, deadline_s)
     while loop.refill():
         reason = should_stop()
         if reason is None:
+            on_turn(loop.running())
             for handle, result in pool.wait(poll_s):
                 task = loop.take(handle, result)
                 if task is not None:
@@ -147,14 +152,14 @@ class _Loop:
         self.failures: dict[str, int] = {}
         self.losses: dict[str, int] = {}
         self.longest_s = 0.0
-        self.room = True
+        self.room, self.slots = True, 1
         self.store_failures, self.store_line = 0, ""
         self.outcome = Outcome()
 
     def refill(self) -> bool:
         """Fill the window; whether anything is in flight."""
         slots = self.pool.slots()
-        self.room = slots > 0
+        self.room, self.slots = slots > 0, slots
         window = 2 * max(1, slots)
         while len(self.flying) < window:
             task = self.again.popleft() if self.again else next(self.tasks, None)
@@ -162,6 +167,13 @@ class _Loop:
                 break
             self.flying[self.pool.submit(task)] = _Flight(task, time.monotonic())
         return bool(self.flying)
+
+    def running(self) -> list[tuple[Task, float]]:
+        """Tasks with their seconds so far: pools start them in the order in which they were handed over."""
+        now, first = time.monotonic(), list(self.flying.values())[: max(1, self.slots)]
+        for flight in first:
+            flight.running = now if flight.running is None else flight.running
+        return [(flight.task, now - (flight.running or now)) for flight in first]
 
     def take(self, handle: Hashable, result: Result) -> Task | None:
         flight = self.flying.pop(handle, None)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fimo.orchestrator.run import failures
+from fimo.orchestrator.run.heartbeat import drivers
 from fimo.orchestrator.run.owed import missing_estimates, missing_witnesses, owed_tasks
 from fimo.orchestrator.run.written import is_current, read_table, read_warnings
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -55,6 +56,7 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
         "witnesses_left_out": {str(seed): why for seed, why in recorded.witnesses.items()},
         "left_out": {name: why for (name, _), why in recorded.left_out.items()},
         "proofs": sweep.proofs(manifest.digest),
+        "drivers": drivers(sweep),
         "failed": [failure.line for failure in recorded.aside],
         "complete": complete,
         "resumable": not complete and bool(owed_tasks(manifest, sweep, recorded)[0]),

@@ -21,7 +21,7 @@ from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.orchestrator.tables import schemas
 from fimo.workers.errors import StoreError
 
-FORMULAS = 2
+FORMULAS = 3
 """Raised when tables come out otherwise of the same objects, so that those of an older version are made anew."""
 
 
@@ -54,7 +54,8 @@ def stamp(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed]) -> str:
     others = [hashlib.sha256(sweep.store.get(key)).hexdigest() for key in imported_keys(sweep)]
     witnesses = listed_witnesses(sweep, manifest)
     parts = [part.key for part in listed]
-    return digest([FORMULAS, wanted, removals, manifest.evals, parts, blocks, others, witnesses])
+    names = [list(of) for of in manifest.names]
+    return digest([FORMULAS, wanted, removals, names, manifest.evals, parts, blocks, others, witnesses])
 
 
 def write_tables(

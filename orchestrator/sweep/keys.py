@@ -138,6 +138,11 @@ def job(sweep: str, number: str = "") -> str:
     return f"{sweep}/jobs/{number}.json" if number else f"{sweep}/jobs/"
 
 
+def driver(sweep: str, number: str = "") -> str:
+    """What a running driver says of itself; without a number the prefix of them all."""
+    return f"{sweep}/drivers/{number}.json" if number else f"{sweep}/drivers/"
+
+
 def rejected(sweep: str, key: str = "") -> str:
     """Where a bad object is moved: one flat name, since policies that protect ``*/parts/*`` must not match it."""
     return f"{sweep}/rejected/{key.removeprefix(sweep + '/').replace('/', '_')}"

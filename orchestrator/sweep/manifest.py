@@ -26,6 +26,8 @@ class Manifest:
         train_digest: of the training examples; ``eval_digests``: one of each evaluation example, in order. By these two
             sweeps are known to be of the same data; empty in a manifest from before they were recorded.
         about: (part, digest) of what ``digest`` is made from, to say what has changed; empty in older manifests.
+        names: (training index, its id, its label) of every removed example, as the workload has them; None where it
+            has none.
     """
 
     spec: Spec
@@ -43,6 +45,7 @@ class Manifest:
     train_digest: str = ""
     eval_digests: tuple[str, ...] = ()
     about: tuple[tuple[str, str], ...] = ()
+    names: tuple[tuple[int, str | None, str | None], ...] = ()
 
     @property
     def cells(self) -> int:
@@ -72,6 +75,7 @@ class Manifest:
             "train_digest": self.train_digest,
             "eval_digests": list(self.eval_digests),
             "about": dict(self.about),
+            "names": [list(of) for of in self.names],
         }
 
 
@@ -99,4 +103,9 @@ def from_json(values: Any) -> Manifest:
         train_digest=str(values.get("train_digest", "")),
         eval_digests=tuple(map(str, values.get("eval_digests", ()))),
         about=tuple(sorted((str(part), str(of)) for part, of in dict(values.get("about", {})).items())),
+        names=tuple((int(index), _text(own), _text(label)) for index, own, label in values.get("names", ())),
     )
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)

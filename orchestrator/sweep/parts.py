@@ -51,6 +51,7 @@ class Part:
         rows: the digest of the rows and the scale.
         scale: the root mean square of g(z, θᶠ) over evaluation examples.
         provenance: versions, device, dtype, flags, timings.
+        at_final: g(z, θᶠ), float64 (m,); None in a part from before it was kept.
     """
 
     digest: str
@@ -62,6 +63,7 @@ class Part:
     rows: str
     provenance: Mapping[str, Any]
     scale: float = 0.0
+    at_final: NDArray[np.float64] | None = None
 
     @property
     def diverged(self) -> list[tuple[int, int]]:
@@ -81,7 +83,8 @@ def encode_part(
     deltas, distances = result.deltas.numpy(), result.distances.numpy()
     numbers = np.array([*(r.number for r in removals), BASELINE_ROW, FLOOR_ROW], dtype=np.int32)
     steps = np.array(result.steps, dtype=np.int32)
-    rows = _rows(numbers, steps, deltas, distances, result.scale)
+    at_final = None if result.at_final is None else result.at_final.numpy()
+    rows = _rows(numbers, steps, deltas, distances, result.scale, at_final)
     flat = deltas.reshape(-1, deltas.shape[2])
     finite = np.isfinite(flat).all(axis=1)
     offsets = np.concatenate([[0], np.cumsum(np.where(finite, flat.shape[1], 0))]).astype(np.int32)
@@ -103,6 +106,7 @@ def encode_part(
         "evals": int(deltas.shape[2]),
         "removals": [[r.number, r.name, list(r.indices)] for r in removals],
         "scale": result.scale,
+        **({} if at_final is None else {"at_final": at_final.tolist()}),
         "rows": rows,
         "provenance": dict(provenance),
     }
@@ -126,6 +130,7 @@ def decode_part(data: bytes, key: str) -> Part:
         steps, m, seed = tuple(map(int, about["steps"])), int(about["evals"]), int(about["seed"])
         expected, result_digest = str(about["rows"]), str(about["digest"])
         scale, provenance = float(about["scale"]), dict(about["provenance"])
+        at_final = np.array(about["at_final"], dtype=np.float64) if "at_final" in about else None
     except (KeyError, TypeError, ValueError) as error:
         raise BadPartError(f"part {key}: its metadata is not fimo's") from error
     shape = (len(removals) + 2, len(steps))
@@ -138,9 +143,11 @@ def decode_part(data: bytes, key: str) -> Part:
     )
     if not same_rows or set(table["seed"].to_pylist()) != {seed}:
         raise BadPartError(f"part {key}: its rows are not those that its metadata names")
-    if _rows(numbers, np.array(steps, dtype=np.int32), deltas, distances, scale) != expected:
+    if at_final is not None and at_final.shape != (m,):
+        raise BadPartError(f"part {key}: g at the final model is not {m} numbers")
+    if _rows(numbers, np.array(steps, dtype=np.int32), deltas, distances, scale, at_final) != expected:
         raise BadPartError(f"part {key}: its rows do not have the digest that it was written with")
-    return Part(result_digest, seed, removals, steps, deltas, distances, expected, provenance, scale)
+    return Part(result_digest, seed, removals, steps, deltas, distances, expected, provenance, scale, at_final)
 
 
 def _rows(
@@ -149,14 +156,15 @@ def _rows(
     deltas: NDArray[np.float64],
     distances: NDArray[np.float64],
     scale: float,
+    at_final: NDArray[np.float64] | None = None,
 ) -> str:
     finite: Any = np.isfinite(deltas).all(axis=2)
     # Digest every diverged run as the same NaN: it is stored as null, which keeps no bits.
     clean = np.where(finite[:, :, None], deltas, np.nan)
     kept = np.where(finite & np.isfinite(distances), distances, np.nan)
-    return rows_digest(
-        {"removal": numbers, "step": steps, "deltas": clean, "distance": kept, "scale": np.array([scale])}
-    )
+    columns = {"removal": numbers, "step": steps, "deltas": clean, "distance": kept, "scale": np.array([scale])}
+    # Parts from before it was kept have digests without it.
+    return rows_digest(columns if at_final is None else {**columns, "at_final": at_final})
 
 
 def _read(data: bytes, key: str) -> pa.Table:

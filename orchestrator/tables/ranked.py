@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +18,22 @@ Array = NDArray[np.float64]
 
 
 def ranked_table(
-    place: int, estimate: Array, effect: Array, low: Array, high: Array, verified: Array, sem: Array, seeds: Array
+    place: int,
+    estimate: Array,
+    effect: Array,
+    low: Array,
+    high: Array,
+    verified: Array,
+    sem: Array,
+    seeds: Array,
+    names: Mapping[str, Sequence[str]],
 ) -> pa.Table:
     """One evaluation example's rows, by rank: by the verified effect where there is one, else by the calibrated one.
 
     ``p`` is the two-sided t-test of no effect over seeds, of the verified.
+
+    Args:
+        names: ``ids`` and ``labels`` of all n training examples, those of the two that the workload has.
     """
     by = order(np.where(np.isnan(verified), effect, verified))
     n = len(by)
@@ -37,6 +49,10 @@ def ranked_table(
         sem=sem[by],
         p=_p_values(verified, sem, seeds)[by],
         rank=np.arange(1, n + 1, dtype=np.int32),
+        **{
+            column: [names[kind][i] for i in by] if kind in names else [None] * n
+            for column, kind in (("id", "ids"), ("label", "labels"))
+        },
     )
 
 
@@ -53,8 +69,9 @@ def _p_values(mean: Array, sem: Array, seeds: Array) -> Array:
     return np.where(np.isnan(sem), np.nan, p)
 
 
-def write(tables: Iterator[pa.Table], to: Path) -> None:
-    """Write tables as row groups of one file."""
-    with pq.ParquetWriter(to, schemas.RANKING, compression="zstd") as writer:
+def write(tables: Iterator[pa.Table], to: Path, about: Mapping[str, Any]) -> None:
+    """Write tables as row groups of one file; ``about`` goes to its metadata, as in every table."""
+    schema = schemas.RANKING.with_metadata(schemas.metadata("ranking", about))
+    with pq.ParquetWriter(to, schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table)

@@ -10,15 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
-from fimo.orchestrator.tables import schemas as tables
 from fimo.orchestrator.tables.floor import Floor, Pair, measured
 from fimo.orchestrator.tables.sanity import exploded
-from fimo.orchestrator.tables.significance import p_values
 
 Array = NDArray[np.float64]
 
@@ -35,6 +32,8 @@ class SeedBlock:
             float64 (T, m).
         diverged: (removal number or −1 for a baseline, step) of every run that was not finite.
         scale: the root mean square of g(z, θᶠ) over evaluation examples.
+        distance: the baseline's ‖Δθ_t‖ (mean over the seed's parts), float64 (T,); NaN if it diverged.
+        at_final: g(z, θᶠ), float64 (m,); None if no part has it.
     """
 
     seed: int
@@ -44,6 +43,8 @@ class SeedBlock:
     floor_parts: int
     diverged: tuple[tuple[int, int], ...]
     scale: float = 0.0
+    distance: Array | None = None
+    at_final: Array | None = None
 
     @property
     def complete(self) -> bool:
@@ -124,8 +125,11 @@ def seed_block(
             diverged.append((number, step))
     with np.errstate(invalid="ignore"):
         training_only = np.mean(baselines, axis=0) if baselines else np.full(shape[1:], np.nan)
+        distance = np.mean([part.distances[-2] for part in parts], axis=0) if parts else None
+    at_final = next((part.at_final for part in parts if part.at_final is not None), None)
     finite, scale = np.isfinite(effects).all(axis=2, keepdims=True), max((part.scale for part in parts), default=0.0)
-    return SeedBlock(seed, np.where(finite, effects, np.nan), training_only, squares, floors, tuple(diverged), scale)
+    effects = np.where(finite, effects, np.nan)
+    return SeedBlock(seed, effects, training_only, squares, floors, tuple(diverged), scale, distance, at_final)
 
 
 def _known(part: Part, row: int, rows: dict[tuple[int, ...], list[int]]) -> bool:
@@ -195,6 +199,8 @@ class Reduction:
         seeds: seeds of which there is at least one part.
         diverged: (removal number, seed, step) of runs that were not finite, −1 for a baseline.
         scale: the root mean square of g(z, θᶠ) over evaluation examples.
+        distance: of the baseline's ‖Δθ_t‖, (1, T, 1).
+        at_final: g(z, θᶠ), float64 (m,), as the first part has it; None if none does.
     """
 
     effects: Welford
@@ -205,7 +211,9 @@ class Reduction:
     floors: Floor
     seeds: list[int]
     diverged: list[tuple[int, int, int]]
+    distance: Welford
     scale: float = 0.0
+    at_final: Array | None = None
 
     @property
     def floor(self) -> Array:
@@ -240,6 +248,7 @@ def reduce(
         floors=rounding.floor(np.zeros((steps, m))),
         seeds=[],
         diverged=[],
+        distance=Welford((1, steps, 1)),
     )
 
     def stream() -> Iterator[SeedBlock]:
@@ -252,6 +261,9 @@ def reduce(
                 result.centred.add(block.effects - shift)
                 result.shift.add(shift)
             result.training_only.add(block.training_only[None])
+            if block.distance is not None:
+                result.distance.add(block.distance[None, :, None])
+            result.at_final = block.at_final if result.at_final is None else result.at_final
             squares, parts = squares + block.floor_squares, parts + block.floor_parts
             result.seeds.append(block.seed)
             result.floors = rounding.floor(np.sqrt(squares / max(parts, 1)), removals * len(result.seeds))
@@ -260,55 +272,3 @@ def reduce(
             yield block
 
     return stream(), result
-
-
-def attribution_table(reduction: Reduction, removals: Sequence[NamedRemoval], steps: Sequence[int]) -> pa.Table:
-    """``attribution.parquet``: rows by removal, eval, step; cells without any finite seed have no row."""
-    moments = reduction.effects
-    r, t, m = moments.mean.shape
-    counts = np.broadcast_to(moments.count[..., None], (r, t, m))
-    keep = np.moveaxis(counts, 2, 1).reshape(-1) > 0
-
-    def column(values: NDArray[np.generic]) -> NDArray[np.generic]:
-        return np.moveaxis(np.broadcast_to(values, (r, t, m)), 2, 1).reshape(-1)[keep]
-
-    return tables.table(
-        tables.ATTRIBUTION,
-        removal=column(np.array([x.number for x in removals], dtype=np.int32)[:, None, None]),
-        eval=column(np.arange(m, dtype=np.int32)),
-        step=column(np.array(steps, dtype=np.int32)[:, None]),
-        effect=column(moments.mean),
-        sem=column(sem := moments.sem()),
-        p=column(p_values(moments.mean, sem, counts)),
-        seeds=column(counts.astype(np.int32)),
-        spread=column(reduction.joint.spread(moments)),
-        under_floor=column(np.abs(moments.mean) <= reduction.floors.of_mean(len(reduction.seeds))),
-    )
-
-
-def training_only_table(reduction: Reduction, steps: Sequence[int]) -> pa.Table:
-    """``training_only.parquet``: the baseline's mean delta, rows by eval, step."""
-    moments = reduction.training_only
-    _, t, m = moments.mean.shape
-    counts = np.broadcast_to(moments.count[0][:, None], (t, m))
-    keep = counts.T.reshape(-1) > 0
-    return tables.table(
-        tables.TRAINING_ONLY,
-        eval=np.repeat(np.arange(m, dtype=np.int32), t)[keep],
-        step=np.tile(np.array(steps, dtype=np.int32), m)[keep],
-        delta=moments.mean[0].T.reshape(-1)[keep],
-        sem=moments.sem()[0].T.reshape(-1)[keep],
-        seeds=counts.T.reshape(-1).astype(np.int32)[keep],
-    )
-
-
-def removals_table(removals: Sequence[NamedRemoval]) -> pa.Table:
-    """``removals.parquet``: which training indices each removal leaves out."""
-    return pa.table(
-        {
-            "removal": pa.array([r.number for r in removals], pa.int32()),
-            "name": pa.array([r.name for r in removals], pa.string()),
-            "indices": pa.array([list(r.indices) for r in removals], pa.list_(pa.int32())),
-        },
-        schema=tables.REMOVALS,
-    )

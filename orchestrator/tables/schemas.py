@@ -6,13 +6,15 @@ Every table but ``costs`` is a pure function of the spec, so its bytes are the s
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
+from pyarrow import compute
 
+from fimo.orchestrator.spec.canonical import canonical
 from fimo.workers.errors import StoreError
 
 _INT, _REAL, _TEXT = pa.int32(), pa.float64(), pa.string()
@@ -30,7 +32,21 @@ ATTRIBUTION = pa.schema(
         ("under_floor", pa.bool_()),
     ]
 )
-TRAINING_ONLY = pa.schema([("eval", _INT), ("step", _INT), ("delta", _REAL), ("sem", _REAL), ("seeds", _INT)])
+TRAINING_ONLY = pa.schema(
+    [("eval", _INT), ("step", _INT), ("delta", _REAL), ("sem", _REAL), ("seeds", _INT), ("at_final", _REAL)]
+)
+AMOUNTS = pa.schema([("step", _INT), ("distance", _REAL), ("sem", _REAL), ("seeds", _INT)])
+NOTES = pa.schema(
+    [
+        ("estimator", _TEXT),
+        ("params", _TEXT),
+        ("first", _INT),
+        ("count", _INT),
+        ("seed", pa.int64()),
+        ("note", _TEXT),
+        ("value", _TEXT),
+    ]
+)
 ESTIMATES = pa.schema(
     [
         ("estimator", _TEXT),
@@ -86,7 +102,15 @@ RELIABILITY = pa.schema(
         ("spearman_upper", _REAL),
     ]
 )
-REMOVALS = pa.schema([("removal", _INT), ("name", _TEXT), ("indices", pa.list_(_INT))])
+REMOVALS = pa.schema(
+    [
+        ("removal", _INT),
+        ("name", _TEXT),
+        ("indices", pa.list_(_INT)),
+        ("ids", pa.list_(_TEXT)),
+        ("labels", pa.list_(_TEXT)),
+    ]
+)
 COMPARISON = pa.schema(
     [
         ("metric", _TEXT),
@@ -122,6 +146,8 @@ RANKING = pa.schema(
         ("sem", _REAL),
         ("p", _REAL),
         ("rank", _INT),
+        ("id", _TEXT),
+        ("label", _TEXT),
     ]
 )
 """What ``fimo rank`` writes, ``tables/ranking.parquet``: rows by evaluation example, then rank."""
@@ -136,16 +162,58 @@ COSTS = pa.schema(
     ]
 )
 
+
+def with_epoch(schema: pa.Schema) -> pa.Schema:
+    """A schema that has ``step``, with ``epoch`` (float64: passes over the training examples) beside it."""
+    place = schema.get_field_index("step")
+    return schema if place < 0 else schema.insert(place + 1, pa.field("epoch", _REAL))
+
+
 SCHEMAS = {
-    "attribution": ATTRIBUTION,
-    "training_only": TRAINING_ONLY,
-    "estimates": ESTIMATES,
-    "scores": SCORES,
-    "similarity": SIMILARITY,
-    "reliability": RELIABILITY,
-    "removals": REMOVALS,
-    "costs": COSTS,
+    name: with_epoch(schema)
+    for name, schema in {
+        "attribution": ATTRIBUTION,
+        "training_only": TRAINING_ONLY,
+        "amounts": AMOUNTS,
+        "estimates": ESTIMATES,
+        "estimator_notes": NOTES,
+        "scores": SCORES,
+        "similarity": SIMILARITY,
+        "reliability": RELIABILITY,
+        "removals": REMOVALS,
+        "costs": COSTS,
+    }.items()
 }
+"""The tables of a sweep by name, as they are written."""
+
+METADATA_KEY = b"fimo"
+"""Of a table's Parquet metadata: JSON with the ``sweep``'s name, its ``digest``, its ``spec`` and the ``table``."""
+
+
+def metadata(name: str, about: Mapping[str, Any]) -> dict[bytes, bytes]:
+    """The Parquet metadata of a table of a sweep; ``about`` as for ``published``."""
+    return {METADATA_KEY: canonical({**about, "table": name}).encode()}
+
+
+def published(tables: Mapping[str, pa.Table], steps_per_epoch: int, about: Mapping[str, Any]) -> dict[str, pa.Table]:
+    """Tables as they are written: with epochs beside steps, and with what they are of in their metadata.
+
+    Args:
+        steps_per_epoch: optimizer steps of one pass over the training examples.
+        about: the sweep's name, digest and spec, as plain values.
+    """
+    return {
+        name: _with_epochs(value, steps_per_epoch).replace_schema_metadata(metadata(name, about))
+        for name, value in tables.items()
+    }
+
+
+def _with_epochs(value: pa.Table, steps_per_epoch: int) -> pa.Table:
+    place = value.schema.get_field_index("step")
+    if place < 0:
+        return value
+    epochs = compute.divide(value.column(place).cast(_REAL), float(steps_per_epoch))
+    return value.add_column(place + 1, pa.field("epoch", _REAL), epochs)
 
 
 def table(schema: pa.Schema, **columns: Any) -> pa.Table:
@@ -185,14 +253,14 @@ def decode_table(data: bytes, name: str) -> pa.Table:
     if not value.schema.equals(SCHEMAS[name]):
         raise StoreError(f"table {name} has foreign columns; run the sweep again to write it anew")
     # Cast to our own name for a list's items: Parquet has another, `equals` overlooks it, and the bytes would differ.
-    return value.cast(SCHEMAS[name])
+    return value.cast(SCHEMAS[name].with_metadata(value.schema.metadata))
 
 
 def encode_csv(value: pa.Table) -> bytes:
     """CSV bytes; lists are written as numbers joined by spaces."""
     for place, field in enumerate(value.schema):
         if pa.types.is_list(field.type):
-            joined = [" ".join(map(str, row)) for row in value.column(place).to_pylist()]
+            joined = [None if row is None else " ".join(map(str, row)) for row in value.column(place).to_pylist()]
             value = value.set_column(place, field.name, pa.array(joined, pa.string()))
     sink = io.BytesIO()
     pc.write_csv(value, sink)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fimo.orchestrator.report.show import score_tables
+from fimo.orchestrator.report.scores import score_tables
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.tables import schemas

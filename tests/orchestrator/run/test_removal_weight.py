@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fimo.orchestrator.report.planned import plan_lines
-from fimo.orchestrator.report.show import score_tables
+from fimo.orchestrator.report.scores import score_tables
 from fimo.orchestrator.resolve import identity
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run.comparing import compare_sweeps

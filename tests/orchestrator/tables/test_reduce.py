@@ -8,7 +8,8 @@ from scipy.stats import ttest_1samp
 
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
-from fimo.orchestrator.tables.reduce import attribution_table, reduce, seed_block, training_only_table
+from fimo.orchestrator.tables.attributed import attribution_table, training_only_table
+from fimo.orchestrator.tables.reduce import reduce, seed_block
 
 REMOVALS = [NamedRemoval(0, "a", (3,)), NamedRemoval(1, "b", (5,)), NamedRemoval(2, "c", (1, 2))]
 STEPS, M = (2, 7), 4

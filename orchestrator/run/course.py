@@ -1,0 +1,84 @@
+"""The course of a run: what is done, what runs, what is left; for whoever shows it, and never the truth of a sweep."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, task_name
+
+
+@dataclass
+class Course:
+    """How far a driver is with its tasks.
+
+    Attributes:
+        cells: of the sweep; ``done``: of them, those that the store had and those that were trained since.
+        left: tasks that are not finished, by kind: ``shard``, ``witness`` or an estimator's name.
+        running: (task in words, seconds since it began) of every task that runs, the longest first.
+        trained: cells trained by this driver; ``began``: when it started, on the monotonic clock.
+    """
+
+    cells: int
+    done: int
+    left: Counter[str] = field(default_factory=Counter)
+    running: tuple[tuple[str, float], ...] = ()
+    trained: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, cells: int, done: int, tasks: Sequence[Task]) -> Course:
+        """At the start of a run of some tasks."""
+        return cls(cells, done, Counter(kind_of(task) for task in tasks))
+
+    def finish(self, task: Task, cells: int) -> None:
+        """Note a task that is done, with the cells that it trained."""
+        self.left[kind_of(task)] -= 1
+        self.left += Counter()  # drops what is at zero
+        self.done, self.trained = self.done + cells, self.trained + cells
+
+    def run(self, running: Sequence[tuple[Task, float]]) -> None:
+        """Note what runs now, each with its seconds."""
+        named = ((_named(task), seconds) for task, seconds in running)
+        self.running = tuple(sorted(named, key=lambda of: -of[1]))
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.began
+
+    @property
+    def pace(self) -> float | None:
+        """Cells a second since the start; None before the first."""
+        return self.trained / max(self.elapsed_s, 1e-9) if self.trained else None
+
+    @property
+    def finish_in_s(self) -> float | None:
+        """Until the cells are trained at this pace; None while it is not known, or no cell is missing."""
+        return (self.cells - self.done) / self.pace if self.pace and self.cells > self.done else None
+
+    def json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "cells": self.cells,
+            "done": self.done,
+            "left": dict(sorted(self.left.items())),
+            "running": [{"task": name, "seconds": round(seconds, 1)} for name, seconds in self.running],
+            "elapsed_s": round(self.elapsed_s, 1),
+            "cells_per_second": self.pace,
+            "finish_in_s": self.finish_in_s,
+        }
+
+
+def kind_of(task: Task) -> str:
+    """What a task counts as among those that are left."""
+    if isinstance(task, EstimateTask):
+        return task.estimator
+    return "shard" if isinstance(task, Shard) else "witness"
+
+
+def _named(task: Task) -> str:
+    return f"estimator {task.estimator}{task.span}" if isinstance(task, EstimateTask) else task_name(task)
