@@ -1,0 +1,180 @@
+"""What a plan says before anything is spent: what does not apply, what is unstable, what everything takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fimo import estimators
+from fimo.orchestrator.commands.plan import _plan_json, _unused
+from fimo.orchestrator.report.planned import plan_lines, short
+from fimo.orchestrator.resolve.again import SecondLoad
+from fimo.orchestrator.resolve.resolved import resolve
+from fimo.orchestrator.resolve.suited import refuse_unsuited, unsuited
+from fimo.orchestrator.run.measure import Measured, measure, measured_json
+from fimo.orchestrator.run.owed import current_plan
+from fimo.orchestrator.run.plan import EstimateTask, Shard, WitnessTask
+from fimo.orchestrator.run.timing import part_of
+from fimo.orchestrator.store import MemoryStore
+from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers.batches import BASELINE
+from fimo.workers.errors import UsageError, WorkloadError
+from fimo.workers.stacking.pace import Pace, pace
+from tests.support.small_sweep import make_spec, run_here
+
+UNSTABLE = """
+import dataclasses
+import torch
+import flowers as plain
+
+def data():
+    of = plain.flowers()
+    noise = torch.empty(1).uniform_(generator=torch.Generator().manual_seed(torch.seed() % 2**31))
+    x = {**of.train, "features": of.train["features"] + noise}
+    return dataclasses.replace(of, train=x)
+
+def model():
+    of = plain.flowers()
+    torch.seed()
+    for p in of.model.parameters():
+        torch.nn.init.normal_(p)
+    return of
+
+WORDS = sorted({"setosa", "versicolor", "virginica", "other"}, key=hash)
+
+def order():
+    of = plain.flowers()
+    moved = of.evals["features"] + WORDS.index("setosa") + 10 * WORDS.index("other")
+    return dataclasses.replace(of, evals={**of.evals, "features": moved})
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("data", "the training examples"),
+        ("model", "the final model's parameters or buffers"),
+        ("flowers", None),
+    ],
+)
+def test_a_workload_that_is_not_deterministic_is_named_by_its_part(beside, function, said):
+    (beside / "unstable.py").write_text(UNSTABLE)
+    spec = make_spec(workload="flowers:flowers" if said is None else f"unstable:{function}")
+    again = SecondLoad(spec, beside)
+    manifest = resolve(spec, beside).manifest
+    if said is None:
+        again.check(manifest)
+        assert again.seconds > 0
+        return
+    with pytest.raises(WorkloadError) as error:
+        again.check(manifest)
+    assert f"loaded twice, {said} came out otherwise" in str(error.value)
+    assert "code" not in str(error.value).split("otherwise")[0]
+
+
+@pytest.mark.long
+def test_what_hangs_on_the_order_of_a_set_is_found_in_another_process(beside, monkeypatch):
+    (beside / "unstable.py").write_text(UNSTABLE)
+    spec = make_spec(workload="unstable:order")
+    manifest = resolve(spec, beside).manifest
+    said = set()
+    for seed in range(1, 6):
+        monkeypatch.setenv("PYTHONHASHSEED", str(seed))
+        try:
+            SecondLoad(spec, beside).check(manifest)
+        except WorkloadError as error:
+            said.add(str(error).split(" came out")[0])
+    assert said == {"the workload is not deterministic: loaded twice, the evaluation examples"}
+
+
+def test_named_estimators_that_do_not_apply_are_told_before_anything_runs(beside):
+    adam = {"optimizer": {"name": "adamw", "lr": 0.01}}
+    spec = make_spec(
+        further_training=adam, estimators=["grad_dot", "ekfac_matched", {"name": "unrolled", "last_step": 1}]
+    )
+    resolved = resolve(spec, beside)
+    assert [name for name, _ in unsuited(resolved)] == ["ekfac_matched", "unrolled"]
+    with pytest.raises(UsageError, match=r"estimator ekfac_matched does not apply \(and 1 more\): follows SGD alone"):
+        refuse_unsuited(resolved)
+    assert unsuited(resolve(make_spec(further_training=adam, estimators=["grad_dot"]), beside)) == {}
+
+
+def test_why_cells_in_the_store_are_not_used(beside):
+    _, store, _ = run_here(make_spec(), beside)
+    changed = resolve(make_spec(evals=3, further_training={"batch_size": 4}), beside)
+    unused = _unused(changed, Sweep(store, "flowers"))
+    assert unused["cells"] == 20
+    assert unused["changed"] == [
+        "the number of evaluation examples (7, now 3)",
+        "further_training.batch_size (5, now 4)",
+    ]
+    assert _unused(resolve(make_spec(seeds=9), beside), Sweep(store, "flowers")) == {}
+    assert _unused(changed, Sweep(MemoryStore(), "flowers")) == {}
+
+
+def test_every_missing_task_is_timed_and_nothing_that_is_there(beside):
+    spec = make_spec(
+        estimators=["grad_dot", {"name": "cg", "damping": 0.1}, {"name": "mirrored", "seeds": 1}],
+        resources={"witnesses": 1},
+    )
+    resolved = resolve(spec, beside)
+    plan = current_plan(resolved.manifest, None)
+    said: list[str] = []
+    measured = measure(resolved, plan, None, said.append)
+    kinds = [sum(isinstance(t, kind) for t, _ in measured.tasks) for kind in (Shard, EstimateTask, WitnessTask)]
+    assert kinds == [len(plan.shards), 3, 1]
+    assert all(seconds > 0 for _, seconds in measured.tasks)
+    assert {name for name, _ in measured.by_estimator()} == {"grad_dot", "cg", "mirrored"}
+    assert any("estimator mirrored" in line for line in said)
+    values = measured_json(measured, 2.0)
+    assert values["device_seconds"] == pytest.approx(sum(s for _, s in measured.tasks))
+    text = "\n".join(plan_lines({**_plan_json(resolved, plan), "unused": {}, **values}))
+    assert "estimator mirrored (seeds=1)" in text
+    assert "e-0" not in text
+    _, store, _ = run_here(spec, beside)
+    sweep = Sweep(store, "flowers")
+    rest = measure(resolved, current_plan(resolved.manifest, sweep), sweep)
+    assert rest.tasks == []
+    assert rest.proof < measured.proof, "a verdict that is there is not made again"
+
+
+def test_tasks_are_spread_over_workers_in_the_order_in_which_a_run_hands_them_out():
+    shard, estimate = Shard(0, ()), EstimateTask("cg", "{}", (), 0, 1)
+    measured = Measured("cpu", 2, 1, "", 1.0, 3.0, 0.0, 0.0, [(shard, 2.0), (shard, 2.0), (estimate, 10.0)])
+    # The estimate first, beside it both shards.
+    assert measured.wall(5.0) == pytest.approx(5 + 4 + (5 + 1 + 3) + 10 + 2)
+    assert measured.seconds(Shard) == 4.0
+
+
+def test_a_part_of_a_problem_keeps_its_removals_inside_its_training_examples(beside):
+    resolved = resolve(make_spec(), beside)
+    cpu = torch.device("cpu")
+    train, evals = resolved.examples(cpu)
+    whole = estimators.Problem(
+        resolved.model(cpu), train, evals, [(0,), (3, 16), (11,), (22,)], resolved.spec.further_training.settings()
+    )
+    part = part_of(whole, 0.5, trains=False)
+    assert (len(part.train), len(part.evals), len(part.removals)) == (max(16, round(len(train) / 2)), 4, 2)
+    assert all(0 <= i < len(part.train) for removal in part.removals for i in removal)
+    [grad_dot] = estimators.parse("grad_dot")
+    assert grad_dot.estimate(part).values.shape == (2, 4)
+    fewer = part_of(whole, 0.5, trains=True)
+    assert len(fewer.train) == len(train)
+    assert fewer.at is not None
+    assert max(fewer.at) <= resolved.manifest.steps[-1] / 2
+
+
+def test_a_pace_counts_steps_evaluations_and_what_the_first_steps_take(beside):
+    assert Pace(2.0, 3.0, 5.0).seconds(10, 4) == 5 + 20 + 12
+    start = resolve(make_spec(), beside).start(torch.device("cpu"))
+    for lanes in ([BASELINE], [BASELINE, (3,), (5,)]):
+        found = pace(start, lanes, 0, 0.2)
+        assert found.step > 0
+        assert found.evaluation >= 0
+        assert found.first >= 0
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.3387, "0.34 s"), (94.4, "94 s"), (700, "12 min"), (90000, "25.0 h")])
+def test_seconds_are_seconds_where_hours_would_be_a_ten_thousandth(seconds, told):
+    assert short(seconds) == told
