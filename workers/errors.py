@@ -31,7 +31,8 @@ class DivergedError(FimoError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the nearest known name, or the list of known names."""
+    """``" (did you mean 'x'?)"`` for the nearest known name, whatever its case, or the list of known names."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(names)})"
+    folded = {name.casefold(): name for name in names}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    return f" (did you mean '{folded[close[0]]}'?)" if close else f" (known: {', '.join(names)})"

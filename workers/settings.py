@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fimo.workers.errors import UsageError
+from fimo.workers.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         if self.name not in WEIGHT_DECAY:
-            raise UsageError(f"optimizer '{self.name}' is not known: use sgd, adam or adamw")
+            raise UsageError(f"optimizer '{self.name}' is not known{nearest(self.name, WEIGHT_DECAY)}")
         given: float | None = self.weight_decay
         if given is None:
             object.__setattr__(self, "weight_decay", WEIGHT_DECAY[self.name])

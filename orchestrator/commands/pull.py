@@ -45,6 +45,7 @@ def pull_tables(uri: str, to: Path, form: str, say: Callable[[str], None]) -> di
         UsageError: no such sweep or format.
         StoreError: the store cannot be read, or the folder not written.
     """
+    from fimo.orchestrator.report.show import status_lines
     from fimo.orchestrator.run.gather import current_tables
     from fimo.orchestrator.run.status import sweep_status
     from fimo.orchestrator.sweep.sweep import open_sweep
@@ -65,6 +66,7 @@ def pull_tables(uri: str, to: Path, form: str, say: Callable[[str], None]) -> di
     except OSError as error:
         raise StoreError(f"cannot write to {to}: {error.strerror or error}") from error
     if not complete:
-        rest = f"; `fimo resume {sweep.uri}` computes the rest" if sweep_status(sweep)["resumable"] else ""
-        say(f"the sweep is incomplete: these tables hold what is there{rest}")
+        status = sweep_status(sweep)
+        rest = "" if status["complete"] else f"; {status_lines(status)[-1]}"
+        say(f"these tables hold what is there{rest}")
     return {"tables": written, "complete": complete, "exit_code": 0 if complete else 3}

@@ -62,14 +62,14 @@ def run_resolved(
     replace: bool = False,
 ) -> None:
     """Run a resolved sweep with progress, print how it ended, and exit by it."""
-    from fimo.orchestrator.report.ending import complaints, report_json
+    from fimo.orchestrator.report.ending import complaints, listed_tables, report_json
     from fimo.orchestrator.report.progress import ProgressReport
     from fimo.orchestrator.report.scores import score_tables, sure_lines
     from fimo.orchestrator.run import driver
     from fimo.orchestrator.run.pool import on_ray
 
     stop = stop_on_signal()
-    with ProgressReport(talk) as progress:
+    with ProgressReport(talk, cells=shards) as progress:
         report = driver.run(resolved, store, progress.listener, stop, on_ray(address), retry_failed, shards, replace)
     if as_json:
         print_json(report_json(report))
@@ -79,7 +79,7 @@ def run_resolved(
         print_lines(sure_lines(tables))
         for table in score_tables(tables["scores"], tables["costs"], report.gathered.coverage, weight, out.width):
             out.print(table)
-        print_lines(report.written.values())
+        print_lines(listed_tables(report))
     for line in complaints(report):
         tell(f"fimo: {line}")
     exit_with(report.exit_code)

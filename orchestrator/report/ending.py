@@ -37,13 +37,13 @@ def report_json(report: Report) -> dict[str, Any]:
 
 def complaints(report: Report) -> Iterator[str]:
     """One line for each thing that a reader of the tables must know; the last says how to go on, if that can help."""
-    gathered, outcome, uri = report.gathered, report.outcome, report.sweep
+    gathered, outcome = report.gathered, report.outcome
     for named, why in report.failures.left_out.items():
         yield f"{label(*named)} is left out of the default estimators: {why}"
     if outcome.broken:
         yield f"stopped: {outcome.stopped}"
     elif outcome.stopped:
-        yield f"{outcome.stopped}; `fimo resume {uri}` goes on"
+        yield f"{outcome.stopped}; `{again(report)}` goes on"
     yield from _set_aside(report)
     if gathered.diverged:
         number, seed, step = gathered.diverged[0]
@@ -55,10 +55,28 @@ def complaints(report: Report) -> Iterator[str]:
     if len(gathered.devices) > 1:
         devices = ", ".join(gathered.devices)
         yield f"parts come from several devices ({devices}): differences between them are noise"
+    if not report.shards and gathered.done < gathered.cells:
+        yield (
+            f"estimates alone: {gathered.cells - gathered.done} cells are not trained, without which nothing is "
+            f"scored; `fimo run SPEC --store {report.sweep.rpartition('/')[0]}` trains them"
+        )
     cells, estimators, witnesses = report.owed_cells, report.owed_estimators, report.owed_witnesses
     if (cells or estimators or witnesses) and not outcome.broken:
-        owed = f"{cells} cells and {estimators} estimators" + (f" and {witnesses} witnesses" if witnesses else "")
-        yield f"incomplete: {owed} are missing; `fimo resume {uri}` computes them"
+        owed = (f"{cells} cells and " if report.shards else "") + f"{estimators} estimators"
+        owed += f" and {witnesses} witnesses" if witnesses else ""
+        yield f"incomplete: {owed} are missing; `{again(report)}` computes them"
+
+
+def again(report: Report) -> str:
+    """The command that goes on: a resume would also train the cells of a sweep that was only to be estimated."""
+    if report.shards:
+        return f"fimo resume {report.sweep}"
+    return f"fimo estimate SPEC --store {report.sweep.rpartition('/')[0]}"
+
+
+def listed_tables(report: Report) -> list[str]:
+    """The URIs of the tables that have rows."""
+    return [uri for name, uri in report.written.items() if report.gathered.tables[name].num_rows]
 
 
 def _set_aside(report: Report) -> Iterator[str]:
@@ -72,5 +90,11 @@ def _set_aside(report: Report) -> Iterator[str]:
             "an estimator that cannot give values for this model fails the same way every time: change its "
             "hyper-parameters in the spec, or take it out"
         )
-    if not all(failure.final for failure in aside):
-        yield (f"the traceback is under {report.sweep}/failed; `fimo resume {report.sweep} --retry-failed` tries again")
+    others = [failure for failure in aside if not failure.final]
+    if others and all(failure.memory for failure in others):
+        yield (
+            "what ran out of memory does so again on the same machine: give it more, or train fewer cells together "
+            f"(resources: {{replicas: 1}}), and only then `{again(report)} --retry-failed`"
+        )
+    elif others:
+        yield f"the traceback is under {report.sweep}/failed; `{again(report)} --retry-failed` tries again"

@@ -26,13 +26,18 @@ SHOWN = 6
 
 
 class ProgressReport:
-    """Tells a person how a run goes; use as a context manager and pass ``listener`` to the run."""
+    """Tells a person how a run goes; use as a context manager and pass ``listener`` to the run.
 
-    def __init__(self, console: Console) -> None:
+    ``cells``: whether it trains any; else its tasks are counted alone.
+    """
+
+    def __init__(self, console: Console, cells: bool = True) -> None:
         self.console = console
+        self._trains, self._unit = cells, "cells" if cells else "estimates"
+        self._tasks = self._finished = 0
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         self._bar = Progress(*columns, console=console)
-        self._bar_task = self._bar.add_task("cells", total=None)
+        self._bar_task = self._bar.add_task(self._unit, total=None)
         self._live = Live(console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
         self._began = self._logged = time.monotonic()
 
@@ -53,11 +58,16 @@ class ProgressReport:
         return Listener(self._start, self._result, self.say, self._turn)
 
     def _start(self, plan: Plan, tasks: int) -> None:
+        self._tasks, self._finished = tasks, 0
+        if not self._trains:
+            self.say(f"{tasks} {'task' if tasks == 1 else 'tasks'} of estimates alone; no cell is trained")
+            return
         there = f", {plan.done} there already" if plan.done else ""
         self.say(f"{plan.cells} cells{there}; {len(plan.shards)} shards to train, {tasks} tasks in all")
 
     def _result(self, task: Task, result: Result) -> None:
         if isinstance(result, Receipt):
+            self._finished += 1
             for line in result.lines:
                 self.say(line)
             if result.diverged:
@@ -71,12 +81,13 @@ class ProgressReport:
 
     def _turn(self, course: Course) -> None:
         now = time.monotonic()
+        done, of = (course.done, course.cells) if self._trains else (self._finished, self._tasks)
         if self._live is not None:
-            self._bar.update(self._bar_task, completed=course.done, total=course.cells)
+            self._bar.update(self._bar_task, completed=done, total=of)
             self._live.update(Group(self._bar, *(Text(line) for line in course_lines(course.json()))))
         elif now - self._logged > min(LOG_AT_MOST_S, max(LOG_EVERY_S, LOG_SHARE * (now - self._began))):
             self._logged = now
-            self.say("; ".join([f"{course.done} of {course.cells} cells done", *course_lines(course.json())]))
+            self.say("; ".join([f"{done} of {of} {self._unit} done", *course_lines(course.json())]))
 
     def say(self, line: str) -> None:
         """One line of talk; the reduction of each seed is told on the live display alone, if there is one."""

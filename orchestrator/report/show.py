@@ -127,6 +127,9 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         lines.append(f"{len(status['failed'])} tasks set aside; the first: {status['failed'][0]}")
     if status["complete"]:
         lines.append("complete")
+    elif status["estimated_only"]:
+        store = status["sweep"].rpartition("/")[0]
+        lines.append(f"estimated only: `fimo run SPEC --store {store}` trains its cells")
     elif status["resumable"]:
         lines.append(f"incomplete: `fimo resume {status['sweep']}` computes the rest")
     else:

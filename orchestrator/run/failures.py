@@ -22,6 +22,9 @@ from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 
+OUT_OF_MEMORY = ("out of memory", "outofmemoryerror", "memoryerror", "can't allocate memory")
+"""What errors of too little memory say: torch's on a GPU and on a CPU, Python's, Ray's."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -36,6 +39,11 @@ class Failure:
     id: str
     line: str
     final: bool = False
+
+    @property
+    def memory(self) -> bool:
+        """Whether the task ran out of memory, which it does again on the same machine."""
+        return any(said in self.line.lower() for said in OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ RECENT_S = 600.0
 def sweep_status(sweep: Sweep) -> dict[str, Any]:
     """Cells done and missing by seed, tasks set aside, pace and estimated finish, as plain values.
 
-    ``resumable``: whether a resume would compute anything. ``exit_code``: 0 complete, 1 tasks are set aside, 3
+    ``resumable``: whether a resume would compute anything. ``estimated_only``: all estimates are there and no cell is
+    begun, as `fimo estimate` leaves a sweep. ``exit_code``: 0 complete, 1 tasks are set aside, 3
     incomplete.
 
     Raises:
@@ -59,6 +60,7 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
         "drivers": drivers(sweep),
         "failed": [failure.line for failure in recorded.aside],
         "complete": complete,
+        "estimated_only": bool(manifest.estimators) and not (listed or missing or recorded.aside or complete),
         "resumable": not complete and bool(owed_tasks(manifest, sweep, recorded)[0]),
         "exit_code": 1 if recorded.aside else 0 if complete else 3,
         **_told(sweep, manifest),

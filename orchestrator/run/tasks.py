@@ -243,7 +243,7 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
             estimate = asked()
             spent = read() - began
     except (DivergedError, UsageError, WorkloadError) as error:
-        raise CannotEstimateError(str(error)) from error
+        raise CannotEstimateError(without_name(str(error))) from error
     about = {
         **provenance(device, resolved, flags),
         **({} if engine is None else {"engine": dict(engine.record)}),
@@ -264,6 +264,15 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
     )
     warned = tuple(line for line in said if line.startswith("warning")) + (engine.lines if engine is not None else ())
     return receipt(sweep.store.create(key, estimates.encode_block(block)[0]), warned)
+
+
+def without_name(line: str) -> str:
+    """An estimator's complaint without its own name in front, since whoever tells it names the task.
+
+    The name may be that of the estimator that it is built on: lissa's, of lissa_h.
+    """
+    before, colon, rest = line.partition(": ")
+    return rest if colon and before.removeprefix("estimator ") in REGISTRY else line
 
 
 def _budgeted(manifest: Manifest, task: EstimateTask) -> int | None:

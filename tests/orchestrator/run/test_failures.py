@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
+import torch
+from rich.console import Console
 
-from fimo.orchestrator.report.ending import complaints, report_json
+from fimo.orchestrator.report.ending import complaints, listed_tables, report_json
+from fimo.orchestrator.report.progress import ProgressReport
 from fimo.orchestrator.report.show import status_lines
-from fimo.orchestrator.run import budget, estimating
+from fimo.orchestrator.resolve.resolved import resolve
+from fimo.orchestrator.run import budget, driver, estimating, schedule
 from fimo.orchestrator.run.gather import current_tables
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.run.verification import verify
 from fimo.orchestrator.spec.spec import parse
+from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.errors import DivergedError
+from fimo.workers.errors import DivergedError, UsageError
 from tests.support.small_sweep import SPEC, make_spec, run_here
 
 WHY = "the recursion grows instead of converging"
+NO_CPU_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
 
 
 @pytest.fixture
@@ -170,6 +177,96 @@ def test_what_a_resume_would_compute_is_what_it_promises(beside):
     assert f"`fimo resume {report.sweep}` computes them" in last
     assert report.owed_cells == 20 - report.gathered.done
     assert sweep_status(Sweep(store, "flowers"))["resumable"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), MemoryError(), NO_CPU_MEMORY]
+)
+def test_what_ran_out_of_memory_is_not_simply_to_be_tried_again(beside, monkeypatch, error):
+    def full(*_args):
+        raise error
+
+    monkeypatch.setattr(estimating, "estimate", full)
+    report, _, _ = run_here(make_spec(), beside)
+    assert report.exit_code == 1
+    *_, advice = complaints(report)
+    assert "ran out of memory" in advice
+    assert "only then `fimo resume" in advice
+    assert "tries again" not in "\n".join(complaints(report))
+
+
+@pytest.mark.parametrize("prefix", ["estimator grad_cos: ", "grad_cos: ", "lissa: ", ""])
+def test_an_estimator_is_named_once_where_its_failure_is_told(beside, monkeypatch, prefix):
+    real = estimating.estimate
+
+    def estimate(resolved, device, estimator, *rest):
+        if estimator == "grad_cos":
+            raise UsageError(f"{prefix}{WHY}: really")
+        return real(resolved, device, estimator, *rest)
+
+    monkeypatch.setattr(estimating, "estimate", estimate)
+    report, _, heard = run_here(make_spec(), beside)
+    assert [failure.line for failure in report.failures.aside] == [f"estimator grad_cos {{}}: {WHY}: really"]
+    text = io.StringIO()
+    with ProgressReport(Console(file=text, width=200)) as progress:
+        for task, result in zip(heard.tasks, heard.results, strict=True):
+            progress.listener.result(task, result)
+    assert f"estimator grad_cos: {WHY}: really\n" in text.getvalue()
+
+
+@pytest.mark.parametrize("name", ["trak", "cg", "ekfac", "lissa_h", "unrolled"])
+def test_no_estimator_of_ours_names_itself_twice(beside, monkeypatch, name):
+    """Whatever it refuses by itself, told of a model that it does not suit."""
+    from fimo.estimators import REGISTRY
+
+    monkeypatch.setattr(REGISTRY[name], "unsuited", lambda self, problem: "this model is none for it")
+    report, _, _ = run_here(make_spec(estimators=[name]), beside)
+    assert report.failures.aside
+    for failure in report.failures.aside:
+        assert failure.line.count(f"estimator {name}") == 1, failure.line
+
+
+def test_estimates_alone_promise_no_cell_and_no_resume_that_would_train_them(beside):
+    text = io.StringIO()
+    with ProgressReport(Console(file=text, width=200), cells=False) as progress:
+        store = MemoryStore()
+        report = driver.run(
+            resolve(make_spec(), beside), store, progress.listener, where=schedule.in_process, shards=False
+        )
+    assert report.exit_code == 0
+    assert "2 tasks of estimates alone; no cell is trained" in text.getvalue()
+    assert "shards to train" not in text.getvalue()
+    [line] = complaints(report)
+    assert line.startswith("estimates alone: 20 cells are not trained")
+    assert f"`fimo run SPEC --store {store.uri}`" in line
+    status = sweep_status(Sweep(store, "flowers"))
+    assert status["estimated_only"]
+    last = status_lines(status)[-1]
+    assert last.startswith("estimated only")
+    assert "resume" not in last
+    # Once a cell is trained, a resume is what computes the rest.
+    turns = iter([None] * 3 + ["stopped"] * 99)
+    run_here(make_spec(), beside, store, should_stop=lambda: next(turns))
+    status = sweep_status(Sweep(store, "flowers"))
+    assert (0 < status["done"] < 20, status["estimated_only"]) == (True, False)
+    assert "fimo resume" in status_lines(status)[-1]
+
+
+def test_estimates_alone_that_fail_are_not_sent_to_a_resume(beside, monkeypatch):
+    monkeypatch.setattr(estimating, "estimate", broken)
+    report, _, _ = run_here(make_spec(), beside, shards=False)
+    said = "\n".join(complaints(report))
+    assert "--retry-failed" in said
+    assert "fimo resume" not in said
+
+
+def test_a_run_lists_no_empty_table(beside):
+    report, _, _ = run_here(make_spec(estimators=[]), beside)
+    listed = listed_tables(report)
+    names = {uri.rpartition("/")[2].removesuffix(".parquet") for uri in listed}
+    assert names == {name for name, table in report.gathered.tables.items() if table.num_rows}
+    assert {"attribution", "removals"} <= names
+    assert not {"estimates", "scores", "similarity"} & names
 
 
 @pytest.mark.parametrize("record", [b"{", b"[]", b"null", b'{"task": 1}', b"[" * 100_000])
