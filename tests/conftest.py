@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# A developer's own default store is no test's: not in this process, and not in those that it starts.
+os.environ.pop("FIMO_STORE", None)
 
 LONG = (
     "tests/estimators/test_ekfac.py",

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fimo.orchestrator.commands import places
+
 app = typer.Typer(
     name="fimo",
-    help="Further training at cluster scale: the gold standard of training-data attribution for a final model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 # In a file or a pipe, tables are not folded to a terminal's 80 columns.
@@ -27,8 +27,18 @@ out = Console(width=None if sys.stdout.isatty() else 160)
 talk = Console(stderr=True)
 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The sweep's spec, a YAML file.")]
-SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="STORE/NAME.")]
-StoreOption = Annotated[str, typer.Option("--store", metavar="STORE", help="A directory or s3://bucket/prefix.")]
+SWEEP_HELP = "STORE/NAME, or NAME alone in the store FIMO_STORE."
+SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help=SWEEP_HELP, callback=places.sweep_of)]
+StoreOption = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        metavar="STORE",
+        help="A directory or s3://bucket/prefix.",
+        envvar=places.VARIABLE,
+        callback=places.store_of,
+    ),
+]
 RayOption = Annotated[str | None, typer.Option("--address", help="A running Ray; default: an embedded one.")]
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try tasks again that were set aside.")]
 ReplaceOption = Annotated[
@@ -58,6 +68,30 @@ def print_lines(lines: Iterable[str]) -> None:
 def tell(line: str) -> None:
     """One line of talk on stderr, as it is."""
     talk.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def tell_store() -> None:
+    """Say which store is used if nobody named it on the command line."""
+    if said := places.source():
+        tell(f"fimo: {said.strip(' ()')}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print_lines([f"fimo {version('fimo')}"])
+        raise typer.Exit
+
+
+@app.callback()
+def begin(
+    _: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Further training at cluster scale: the gold standard of training-data attribution for a final model."""
+    places.forget()
 
 
 def exit_with(code: int) -> None:

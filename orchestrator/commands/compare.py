@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fimo.orchestrator.commands import places
 from fimo.orchestrator.commands.app import (
     JsonOption,
     SweepArgument,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @app.command()
 def compare(
     sweep: SweepArgument,
-    other: Annotated[str, typer.Argument(metavar="SWEEP", help="The other one, STORE/NAME.")],
+    other: Annotated[str, typer.Argument(metavar="SWEEP", help="The other one, STORE/NAME.", callback=places.sweep_of)],
     pair: Annotated[
         list[str] | None,
         typer.Option("--pair", metavar="STEP:STEP", help="Steps to compare; default: equal ones, or the last."),

@@ -6,12 +6,18 @@ from typing import Annotated
 
 import typer
 
+from fimo.orchestrator.commands import places
 from fimo.orchestrator.commands.app import JsonOption, app, exit_with, print_json, print_lines
 
 
 @app.command()
 def doctor(
-    store: Annotated[str | None, typer.Option("--store", metavar="STORE", help="Check this store.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store", metavar="STORE", help="Check this store.", envvar=places.VARIABLE, callback=places.store_of
+        ),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option("--address", help="Check this Ray (http://HEAD:8265 from outside, auto on a node); else here."),

@@ -10,6 +10,7 @@ from fimo.orchestrator.commands.app import (
     SpecArgument,
     StoreOption,
     app,
+    tell_store,
 )
 from fimo.orchestrator.commands.run import run_resolved
 
@@ -32,4 +33,5 @@ def estimate(
     opened = open_store(store)
     resolved = resolve(read_file(spec), spec.resolve().parent)
     refuse_unsuited(resolved)
+    tell_store()
     run_resolved(resolved, opened, address, retry_failed, as_json, shards=False, replace=replace)

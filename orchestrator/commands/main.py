@@ -11,6 +11,7 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
     resume,
     status,
     top,
+    list_sweeps,
     pull,
     compare,
     rank,
@@ -23,9 +24,11 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
     estimate,
     import_scores,
     audit,
+    remove,
 )
 
 # isort: on
+from fimo.orchestrator.commands import places
 from fimo.orchestrator.commands.app import app
 from fimo.workers.errors import FimoError
 
@@ -35,7 +38,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except FimoError as error:
-        sys.stderr.write(f"fimo: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"fimo: {' '.join(str(error).split())}{places.source()}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("fimo: interrupted\n")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fimo.orchestrator.commands.app import JsonOption, app, exit_with, print_json, print_lines, tell
+from fimo.orchestrator.commands import places
+from fimo.orchestrator.commands.app import JsonOption, app, exit_with, print_json, print_lines, tell, tell_store
 
 RELIABILITY = 0.95
 """Wanted of a sweep's seeds, if nothing is said."""
@@ -24,12 +25,22 @@ if TYPE_CHECKING:
 @app.command()
 def plan(
     spec: Annotated[Path | None, typer.Argument(metavar="SPEC", help="The sweep's spec, a YAML file.")] = None,
-    store: Annotated[str | None, typer.Option("--store", help="Subtract what this store holds.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store", help="Subtract what this store holds.", envvar=places.VARIABLE, callback=places.store_of
+        ),
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time a shard and every estimator: device-hours.")] = False,
     rank: Annotated[bool, typer.Option("--rank", help="What `fimo rank` would take, in device-hours.")] = False,
     of: Annotated[
         str | None,
-        typer.Option("--from", metavar="SWEEP", help="Seeds that this sweep needs, instead of a spec's plan."),
+        typer.Option(
+            "--from",
+            metavar="SWEEP",
+            help="Seeds that this sweep needs, instead of a spec's plan.",
+            callback=places.sweep_of,
+        ),
     ] = None,
     reliability: Annotated[float | None, typer.Option(help="With --from: wanted; default .95, or no --sem.")] = None,
     sem: Annotated[float | None, typer.Option(help="With --from: standard error wanted, in units of g.")] = None,
@@ -47,6 +58,7 @@ def plan(
     if reliability is not None or sem is not None:
         raise UsageError("--reliability and --sem go with --from SWEEP")
     values = _planned(read_file(spec), spec.resolve().parent, store, measure, rank)
+    tell_store()
     if as_json:
         print_json(values)
     else:

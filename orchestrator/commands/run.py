@@ -21,6 +21,7 @@ from fimo.orchestrator.commands.app import (
     print_lines,
     talk,
     tell,
+    tell_store,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def run(
     opened = open_store(store)
     parsed = read_file(spec)
     resolved = resolve(parsed, spec.resolve().parent)
+    tell_store()
     if parsed.further_training.removal_mode is None and resolved.spec.further_training.removal_mode == "mask":
         tell("removal mode mask: this model's training forward mixes the examples of a batch")
     refuse_unsuited(resolved)

@@ -17,6 +17,7 @@ from fimo.orchestrator.commands.app import (
     print_json,
     print_lines,
     tell,
+    tell_store,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def submit(
     from fimo.orchestrator.cluster import jobs
     from fimo.orchestrator.spec.spec import read_file
 
-    submission = jobs.submit(read_file(spec), spec.resolve().parent, store, address, retry_failed, dry_run, replace)
+    parsed = read_file(spec)
+    tell_store()
+    submission = jobs.submit(parsed, spec.resolve().parent, store, address, retry_failed, dry_run, replace)
     show_submission(submission, as_json)
 
 

@@ -106,6 +106,24 @@ class LocalStore:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise self._failure("remove", key, error) from error
 
+    def remove_empty(self, path: str) -> None:
+        """Remove the folder of keys that start with `path/`, and those in it, if no file is left in them.
+
+        Not while something may write there: a writer whose folder goes away fails.
+        """
+        validate_key(path)
+        parent, _, name = path.rpartition("/")
+        try:
+            with self._folder(parent) as folder:
+                for _, _, _, inside in os.fwalk(name, topdown=False, dir_fd=folder, follow_symlinks=False):
+                    for child in os.listdir(inside):
+                        with contextlib.suppress(OSError):
+                            os.rmdir(child, dir_fd=inside)
+                os.rmdir(name, dir_fd=folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY):
+                raise self._failure("remove", path, error) from error
+
     def check(self) -> None:
         """See `Store.check`. Also removes unfinished files whose writer was killed over a day ago."""
         check_store(self)

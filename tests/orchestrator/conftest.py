@@ -1,5 +1,6 @@
 """Fixtures of the small sweep for every room of the orchestrator."""
 
+from tests.support.shell import shell
 from tests.support.small_sweep import beside
 
-__all__ = ["beside"]
+__all__ = ["beside", "shell"]

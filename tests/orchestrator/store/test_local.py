@@ -213,3 +213,26 @@ def test_descriptors_are_not_leaked(local: LocalStore) -> None:
         with pytest.raises(StoreError):
             local.create("a/b/c/d", b"x")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_only_folders_without_a_file_in_them_are_removed(local: LocalStore) -> None:
+    for key in ("sweep/parts/a/x", "sweep/empty/b/y", "sweep-2/z"):
+        local.put(key, b"x")
+    local.delete("sweep/empty/b/y")
+    local.remove_empty("sweep")
+    assert (local.root / "sweep" / "parts" / "a" / "x").exists()
+    assert not (local.root / "sweep" / "empty").exists()
+    local.delete("sweep/parts/a/x")
+    local.remove_empty("sweep")
+    local.remove_empty("sweep")
+    assert not (local.root / "sweep").exists()
+    assert local.get("sweep-2/z") == b"x"
+
+
+def test_a_link_in_the_place_of_a_folder_is_not_followed_to_be_emptied(local: LocalStore, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "empty").mkdir(parents=True)
+    local.put("sweep/x", b"x")
+    local.delete("sweep/x")
+    (local.root / "sweep" / "link").symlink_to(tmp_path / "elsewhere")
+    local.remove_empty("sweep")
+    assert (tmp_path / "elsewhere" / "empty").is_dir()
