@@ -21,7 +21,7 @@ from fimo.estimators.base import Problem
 from fimo.workers.draws import Draws
 from fimo.workers.errors import WorkloadError
 from fimo.workers.examples import Examples
-from fimo.workers.functional import FunctionalModel
+from fimo.workers.functional import FunctionalModel, check
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.workload import Workload
 
@@ -363,3 +363,20 @@ def test_mistakes_are_one_line() -> None:
         fimo.from_kronfluence(KronfluenceTask(), network(), iter([1]), evals)
     with pytest.raises(WorkloadError, match="meta device"):
         fimo.from_kronfluence(KronfluenceTask(), network().to("meta"), train, evals)
+
+
+@pytest.mark.parametrize("given", ["task", "task with outputs", "objective"])
+def test_a_run_s_look_at_the_workload_passes(given: str) -> None:
+    """Every run looks at loss and measure of a few *training* examples first, of which g is never asked."""
+    model, kronfluence = network(), KronfluenceTask()
+    if given == "objective":
+        made = fimo.from_torch_influence(Objective(), model, *loaders())
+    else:
+        split = {
+            "outputs": lambda m, batch: m(batch[0]),
+            "loss": lambda out, batch: F.cross_entropy(out, batch[1], reduction="none"),
+        }
+        made = fimo.from_kronfluence(kronfluence, model, *datasets(), **(split if "outputs" in given else {}))
+    look = FunctionalModel(made, None, torch.device("cpu"), torch.float32)
+    check(look, Examples(made.train, made.collate).batch(range(4)), 4)
+    check(look, Examples(made.evals, made.collate).batch(range(4)), 4, ["measure"])
