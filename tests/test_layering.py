@@ -17,6 +17,7 @@ PACKAGES = ("orchestrator", "workers", "estimators")
 
 ROOMS: dict[str, set[str]] = {
     "spec": set(),
+    "starters": set(),
     "store": set(),
     "sweep": {"spec", "store"},
     "tables": {"sweep", "spec", "store"},
@@ -24,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "run": {"tables", "resolve", "sweep", "spec", "store"},
     "report": {"run", "tables", "resolve", "sweep", "spec", "store"},
     "cluster": {"run", "tables", "resolve", "sweep", "spec", "store"},
-    "commands": {"cluster", "report", "run", "tables", "resolve", "sweep", "spec", "store"},
+    "commands": {"starters", "cluster", "report", "run", "tables", "resolve", "sweep", "spec", "store"},
     "notebook": {"report", "run", "tables", "resolve", "sweep", "spec", "store"},
 }
 """Room of the orchestrator -> the rooms that it may import."""

@@ -33,6 +33,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "deploy/README.md",
     "docs/cost-of-trust.md",
+    "docs/spec.md",
     "docs/workloads.md",
     "workers/workloads/data/README.md",
 ]

@@ -6,6 +6,7 @@ import sys
 
 # isort: off
 from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the app, in the order of `fimo --help`)
+    init,
     plan,
     run,
     resume,
@@ -25,6 +26,7 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
     import_scores,
     audit,
     remove,
+    schema,
 )
 
 # isort: on

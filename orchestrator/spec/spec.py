@@ -28,16 +28,42 @@ class RemovalsSection(Section):
     training tensor). Either: ``from`` a file.
     """
 
-    every: Count | None = None
-    count: Count | None = None
-    indices: tuple[Index, ...] | None = None
-    random: Count | None = None
-    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    seed: Index | None = None
-    groups: dict[str, tuple[Index, ...]] | None = None
-    by: Annotated[str, Field(min_length=1)] | None = None
-    file: str | None = Field(default=None, alias="from")
-    all: bool | None = None
+    every: Count | None = Field(default=None, description="Training examples 0, every, 2·every … one by one.")
+    count: Count | None = Field(
+        default=None,
+        description="With `every`: this many of them, else to the end. With `fraction`: the number of groups.",
+    )
+    indices: tuple[Index, ...] | None = Field(
+        default=None, description="These training examples, counted from 0, one by one."
+    )
+    random: Count | None = Field(
+        default=None,
+        description="This many training examples, drawn with `seed`, one by one. A larger number keeps those of a "
+        "smaller one.",
+    )
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="`count` groups, each this share of the training examples, drawn with `seed`. Over them the linear "
+        "datamodeling score is defined.",
+    )
+    seed: Index | None = Field(default=None, description="Of `random` and `fraction`; 0 if it is not given.")
+    groups: dict[str, tuple[Index, ...]] | None = Field(
+        default=None, description="Groups of training examples by name, each left out as a whole: `{name: [indices]}`."
+    )
+    by: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="A group for each value of this training tensor, one number for each example; `label` is also the "
+        "tensor `labels` or `y`.",
+    )
+    file: str | None = Field(
+        default=None,
+        alias="from",
+        description="A file beside the spec, or a URI: Parquet as pulled (`removals.parquet`), JSON, YAML, or a line "
+        "of indices a group.",
+    )
+    all: bool | None = Field(
+        default=None, description="Every training example, one by one; `removals: all` is the same."
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> RemovalsSection:
@@ -66,11 +92,20 @@ class Seeds(Section):
     reliable at every recorded step; ``count`` is then where it stands.
     """
 
-    first: Index = 0
-    count: Count = Field(default=None, validate_default=False)  # type: ignore[assignment]
-    until_reliability: Annotated[float, Field(gt=0, lt=1)] | None = None
-    min: Annotated[int, Field(ge=2, strict=True)] = 4
-    max: Count = 100
+    first: Index = Field(default=0, description="The first seed.")
+    count: Count = Field(  # type: ignore[assignment]
+        default=None,
+        validate_default=False,
+        description="How many seeds; `seeds: 10` is the same. With `until_reliability` where a run begins: `min`.",
+    )
+    until_reliability: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Add seeds in rounds until the attribution agrees with itself this well at every recorded step.",
+    )
+    min: Annotated[int, Field(ge=2, strict=True)] = Field(
+        default=4, description="With `until_reliability`: seeds at least."
+    )
+    max: Count = Field(default=100, description="With `until_reliability`: seeds at most.")
 
     @model_validator(mode="before")
     @classmethod
@@ -101,45 +136,74 @@ class Seeds(Section):
 
 
 class Resources(Section):
-    """What a task is given; never part of a result's identity.
+    """What a task is given; never part of a result's identity."""
 
-    Attributes:
-        gpus, cpus: what Ray reserves for a task.
-        replicas: cells trained together, or auto = measured once per device type.
-        shard: removals in one part, or auto = bounded by the cost of a cell.
-        deadline_s: seconds after which a task is given up and queued again; auto = from the tasks before it.
-        estimator_budget_s: device-seconds that an estimator of the default set may take in all, by an estimate made
-            before it runs; auto = 60, or a quarter of what the sweep's cells take. What the spec names has no budget.
-        replay: trace the steps of small models; off computes every step as written, with the same numbers to rounding.
-        proof: hold a few cells against the plain definition before the first shard; off trusts the engine unproven.
-        witnesses: cells trained again in float64 to measure the noise floor; auto = up to 16, for at most a twentieth
-            of what the sweep costs, at least 1. 0 = none, and the floor is a lower bound.
-    """
-
-    gpus: NonNegative = 0.0
-    cpus: Annotated[float, Field(gt=0)] = 1.0
-    replicas: Count | Literal["auto"] = "auto"
-    shard: Count | Literal["auto"] = "auto"
-    deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    estimator_budget_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    replay: Annotated[bool, Field(strict=True)] = True
-    proof: Annotated[bool, Field(strict=True)] = True
-    witnesses: Index | Literal["auto"] = "auto"
+    gpus: NonNegative = Field(
+        default=0.0, description="What Ray reserves for a task; a share lets several tasks have one GPU."
+    )
+    cpus: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="What Ray reserves for a task, and torch's threads."
+    )
+    replicas: Count | Literal["auto"] = Field(
+        default="auto", description="Cells trained together. `auto`: measured once per device type."
+    )
+    shard: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Removals in one part, which is what an interruption loses. `auto`: by the cost of a cell.",
+    )
+    deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Seconds after which a task is given up and queued again. `auto`: from those before it.",
+    )
+    estimator_budget_s: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Device-seconds that an estimator of the default set may take in all, by an estimate made before "
+        "it runs. `auto`: 60, or a quarter of what the sweep's cells take. What the spec names has no budget.",
+    )
+    replay: Annotated[bool, Field(strict=True)] = Field(
+        default=True,
+        description="Trace the steps of small models. `off`: every step as written, the same numbers to rounding.",
+    )
+    proof: Annotated[bool, Field(strict=True)] = Field(
+        default=True,
+        description="Hold a few cells against the plain definition before the first shard. `off`: trust the engine "
+        "unproven.",
+    )
+    witnesses: Index | Literal["auto"] = Field(
+        default="auto",
+        description="Cells trained again in float64 to measure the noise floor. `auto`: up to 16, for at most a "
+        "twentieth of what the sweep costs, at least 1. 0: none, and the floor is a lower bound.",
+    )
 
 
 class Spec(Section):
     """A whole sweep spec."""
 
-    name: Name
-    workload: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$|^[A-Za-z_]\w*$")]
-    workload_args: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies it)
-    final_model: str | None = None
-    removals: RemovalsSection
-    seeds: Seeds
-    evals: Count | None = None
-    further_training: FurtherTraining
-    estimators: tuple[str | dict[str, Any], ...] | None = None
-    resources: Resources = Resources()
+    name: Name = Field(description="Of the sweep: its results lie under STORE/name.")
+    workload: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$|^[A-Za-z_]\w*$")] = Field(
+        description="`module:function`, a function that returns a Workload in a module beside the spec or installed; "
+        "or the bare name of a workload that ships with fimo."
+    )
+    workload_args: dict[str, Any] = Field(default={}, description="Keyword arguments of the workload's function.")
+    final_model: str | None = Field(
+        default=None,
+        description="θᶠ: a `.safetensors` file beside the spec, or a URI. Without it, the parameters that the "
+        "workload's model carries.",
+    )
+    removals: RemovalsSection = Field(
+        description="Which training examples are left out, one by one or in groups; `all`, or exactly one form."
+    )
+    seeds: Seeds = Field(description="Over how many seeds an effect is averaged: a number, or a section.")
+    evals: Count | None = Field(
+        default=None, description="The first so many evaluation examples. Without it, or `all`: all of them."
+    )
+    further_training: FurtherTraining = Field(description="How training goes on from θᶠ: what defines the number.")
+    estimators: tuple[str | dict[str, Any], ...] | None = Field(
+        default=None,
+        description="Names, or names with hyper-parameters, of which a list is tried one by one: `{name: cg, damping: "
+        "[1.0e-3, 0.1]}`. Without it, all that suit the model and are not too dear; `[]`: none.",
+    )
+    resources: Resources = Field(default=Resources(), description="What a task is given; may differ from run to run.")
 
     @field_validator("workload")
     @classmethod

@@ -26,41 +26,43 @@ def _by_the_rules(make: Callable[[], object]) -> None:
 class SGD(Section):
     """``torch.optim.SGD``."""
 
-    name: Literal["sgd"]
-    lr: Rate = settings.LEARNING_RATE
-    momentum: NonNegative = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: NonNegative = settings.WEIGHT_DECAY["sgd"]
+    name: Literal["sgd"] = Field(description="Stochastic gradient descent.")
+    lr: Rate = Field(default=settings.LEARNING_RATE, description="Learning rate, the same at every step.")
+    momentum: NonNegative = Field(default=0.0, description="As torch's.")
+    dampening: float = Field(default=0.0, description="As torch's; 0 with nesterov.")
+    nesterov: bool = Field(default=False, description="As torch's; needs momentum.")
+    weight_decay: NonNegative = Field(default=settings.WEIGHT_DECAY["sgd"], description="As torch's.")
 
 
 class _AdamLike(Section):
-    lr: Rate = settings.LEARNING_RATE
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: NonNegative = 1e-8
-    amsgrad: bool = False
+    lr: Rate = Field(default=settings.LEARNING_RATE, description="Learning rate, the same at every step.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="As torch's.")
+    eps: NonNegative = Field(default=1e-8, description="As torch's.")
+    amsgrad: bool = Field(default=False, description="As torch's.")
 
 
 class Adam(_AdamLike):
     """``torch.optim.Adam``."""
 
-    name: Literal["adam"]
-    weight_decay: NonNegative = settings.WEIGHT_DECAY["adam"]
+    name: Literal["adam"] = Field(description="Adam.")
+    weight_decay: NonNegative = Field(
+        default=settings.WEIGHT_DECAY["adam"], description="As torch's: added to the gradient."
+    )
 
 
 class AdamW(_AdamLike):
     """``torch.optim.AdamW``."""
 
-    name: Literal["adamw"]
-    weight_decay: NonNegative = settings.WEIGHT_DECAY["adamw"]
+    name: Literal["adamw"] = Field(description="Adam with decoupled weight decay.")
+    weight_decay: NonNegative = Field(default=settings.WEIGHT_DECAY["adamw"], description="As torch's: decoupled.")
 
 
 class Evaluate(Section):
     """When g is evaluated; exactly one of the forms; the last step always counts too."""
 
-    every_epochs: Count | None = None
-    every_steps: Count | None = None
-    at_steps: tuple[Count, ...] | None = None
+    every_epochs: Count | None = Field(default=None, description="At the end of every so many epochs.")
+    every_steps: Count | None = Field(default=None, description="After every so many steps.")
+    at_steps: tuple[Count, ...] | None = Field(default=None, description="After these numbers of steps.")
 
     @model_validator(mode="after")
     def _rules(self) -> Evaluate:
@@ -71,34 +73,54 @@ class Evaluate(Section):
 class Lora(Section):
     """Low-rank adapters on linear layers."""
 
-    rank: Count
-    targets: Annotated[tuple[str, ...], Field(min_length=1)]
-    alpha: Rate | None = None
+    rank: Count = Field(description="Of an adapter: W x + (alpha / rank) B A x.")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="The linear layers that get one, by the last parts of their dotted names."
+    )
+    alpha: Rate | None = Field(default=None, description="Without it the rank, so that the adapter counts as it is.")
 
 
 class FurtherTraining(Section):
-    """The section that defines the number.
+    """The section that defines the number. The removal mode is written out when the spec is resolved."""
 
-    Attributes:
-        removal_mode: None = reweight, or mask if the model's training forward mixes the examples of a batch; written
-            out when the spec is resolved.
-        removal_weight: w, in reweight alone: w Σ_{i∈removal} ℓ_i / n is subtracted from every step's loss, and effects
-            are divided by w.
-        trainable: patterns of the parameters that are trained; all, or with ``lora`` none, but its adapters.
-    """
-
-    optimizer: Annotated[SGD | Adam | AdamW, Field(discriminator="name")]
-    batch_size: Count
-    epochs: Count | None = None
-    steps: Count | None = None
-    removal_mode: Literal["drop", "mask", "reweight"] | None = None
-    evaluate: Evaluate = Evaluate(every_epochs=1)
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
-    removal_weight: Rate = 1.0
-    mode: Literal["train", "eval"] = "train"
-    precision: Literal["float32", "float64"] = "float32"
-    trainable: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
-    lora: Lora | None = None
+    optimizer: Annotated[SGD | Adam | AdamW, Field(discriminator="name")] = Field(
+        description="A fresh optimizer, `name: sgd`, `adam` or `adamw`, with torch's own semantics."
+    )
+    batch_size: Count = Field(description="Training examples in a batch; the ragged last batch of an epoch is kept.")
+    epochs: Count | None = Field(default=None, description="How long; exactly one of `epochs` and `steps`.")
+    steps: Count | None = Field(default=None, description="How long; exactly one of `epochs` and `steps`.")
+    removal_mode: Literal["drop", "mask", "reweight"] | None = Field(
+        default=None,
+        description="How an example is left out. `reweight`: keep every batch and subtract its loss over n from every "
+        "step's. `mask`: take it out of its own batch. `drop`: take it out of the data, so that later batches slide "
+        "forward. Without it, `reweight`, or `mask` if the training forward mixes the examples of a batch, as batch "
+        "norm does.",
+    )
+    evaluate: Evaluate = Field(
+        default=Evaluate(every_epochs=1), description="When g is evaluated; exactly one form, and the last step always."
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="The gradient's norm is clipped to this."
+    )
+    removal_weight: Rate = Field(
+        default=1.0,
+        description="w of `reweight`: w times the removal's loss over n is subtracted, and effects are divided by w. "
+        "Above 1 it is a wider finite difference, which rounding blurs less.",
+    )
+    mode: Literal["train", "eval"] = Field(
+        default="train", description="Of the model as it trains. `eval`: dropout and batch-norm statistics are frozen."
+    )
+    precision: Literal["float32", "float64"] = Field(
+        default="float32", description="Of further training; g is taken in float64 from the model's outputs in either."
+    )
+    trainable: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default="all",
+        description="Patterns of the names of parameters that are trained, such as `classifier.*`. `all`: those that "
+        "require a gradient, or with `lora` none but its adapters.",
+    )
+    lora: Lora | None = Field(
+        default=None, description="Train low-rank adapters of linear layers (needs `fimo[lora]`)."
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> FurtherTraining:

@@ -25,10 +25,10 @@ def objects() -> dict[str, bytes]:
     return {entry.key: made.get(entry.key) for entry in made.list("")}
 
 
-def filled(store, objects, *more: str) -> Sweep:
+def filled(into, objects, *more: str) -> Sweep:
     for key, data in {**objects, **dict.fromkeys(more, b"{}")}.items():
-        store.put(key, data)
-    return Sweep(store, "flowers")
+        into.put(key, data)
+    return Sweep(into, "flowers")
 
 
 def test_a_sweep_goes_whole_and_its_neighbours_stay(store, objects):  # noqa: F811

@@ -1,0 +1,14 @@
+"""``fimo schema``: the JSON schema of a spec, for editors."""
+
+from __future__ import annotations
+
+import sys
+
+from fimo.orchestrator.commands.app import app
+from fimo.orchestrator.commands.init import SCHEMA, text_of
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a spec, by which an editor completes and checks one."""
+    sys.stdout.write(text_of(SCHEMA))
