@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,14 +16,22 @@ if TYPE_CHECKING:
 
 @app.command("import-scores")
 def import_scores(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="removal × eval: Parquet, npy or safetensors.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A matrix: Parquet, npy, safetensors or CSV.")],
     sweep: SweepArgument,
     name: Annotated[str, typer.Option("--name", help="How the scores are called in tables.")],
     negate: Annotated[bool, typer.Option("--negate", help="The library counts a helpful example as negative.")] = False,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--layout",
+            help="removal-eval, eval-removal, train-eval or eval-train; default: whichever alone fits the shape.",
+            autocompletion=lambda: ["removal-eval", "eval-removal", "train-eval", "eval-train"],
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score another library's matrix beside fimo's; positive must mean that removing the example raises g."""
-    values, tables = take_scores(file, sweep, name, negate)
+    values, tables = take_scores(file, sweep, name, negate, layout, tell)
     if as_json:
         print_json(values)
         return
@@ -31,8 +40,19 @@ def import_scores(
     tell(f"{name}: kept in {values['sweep']}")
 
 
-def take_scores(file: Path, uri: str, name: str, negate: bool) -> tuple[dict[str, Any], list[Table]]:
+def take_scores(
+    file: Path,
+    uri: str,
+    name: str,
+    negate: bool,
+    layout: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Any], list[Table]]:
     """Take a matrix into a sweep and score it.
+
+    Args:
+        layout: which way round it lies; None = told by its shape.
+        say: told how it was read, if not as it lies.
 
     Returns:
         Plain values (sweep, name, negated, tables, scores), and the score tables; none if there is nothing to
@@ -54,7 +74,7 @@ def take_scores(file: Path, uri: str, name: str, negate: bool) -> tuple[dict[str
         data = file.read_bytes()
     except OSError as error:
         raise UsageError(f"'{file}' cannot be read: {error.strerror or error}") from error
-    imported.import_scores(sweep, manifest, data, str(file), name, negate)
+    imported.import_scores(sweep, manifest, data, str(file), name, negate, layout, say)
     gathered = gather(sweep, manifest)
     written = write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
     scores = [r for r in gathered.tables["scores"].to_pylist() if r["estimator"] == name]

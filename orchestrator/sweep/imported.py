@@ -1,14 +1,14 @@
-"""Scores of another library, taken into a sweep's scoring: any removal × eval matrix, as data.
+"""Scores of another library, taken into a sweep's scoring: any matrix over removals or all training examples.
 
-Read from Parquet, npy or safetensors; nothing is unpickled. Positive must mean that removing the example raises g; a
-library that counts the other way is negated on import, never afterwards.
+Read from Parquet, npy, safetensors or CSV; nothing is unpickled. Positive must mean that removing the example raises g;
+a library that counts the other way is negated on import, never afterwards.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from fimo import estimators
 from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.csv import LONG, from_csv
 from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block, encode_block
 from fimo.orchestrator.sweep.foreign import NPY, PARQUET, from_npy, from_safetensors
+from fimo.orchestrator.sweep.layouts import Wanted, check_layout, lay_out
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -28,31 +30,46 @@ PARAMS = '{"imported":true}'
 Matrix = NDArray[np.float64]
 
 
-def read_matrix(data: bytes, name: str, manifest: Manifest) -> tuple[Matrix, tuple[int, ...] | None]:
-    """A removal × eval matrix, (R, m), or (S, R, m) with its steps.
+def read_matrix(
+    data: bytes, name: str, manifest: Manifest, layout: str | None = None
+) -> tuple[Matrix, tuple[int, ...] | None, str | None]:
+    """A removal × eval matrix, (R, m), or (S, R, m) with its steps; and how it was read, if not as it lies.
 
-    Parquet: columns removal, eval, value (and step), as in ``estimates.parquet``; or R rows of m numeric columns.
-    npy and safetensors (one tensor): R × m.
+    Parquet or CSV: columns removal, eval, value (and step), as in ``estimates.parquet``; or rows of numeric columns.
+    npy and safetensors (one tensor): a matrix. Matrices may lie any way of ``fimo.orchestrator.sweep.layouts``.
 
     Raises:
-        UsageError: another shape, values that are missing or not finite, or another kind of file.
+        UsageError: no layout or two fit the shape, values that are missing or not finite, or another kind of file.
     """
-    shape = (len(manifest.removals), manifest.evals)
-    steps: tuple[int, ...] | None = None
-    if data.startswith(PARQUET):
-        values, steps = _from_parquet(data, name, shape)
-    elif data.startswith(NPY):
-        values = from_npy(data, name)
+    wanted = Wanted(manifest.removals, manifest.evals, manifest.train)
+    check_layout(layout)
+    steps, told = None, None
+    matrix = _read_file(data, name)
+    if isinstance(matrix, pa.Table):
+        if layout is not None:
+            raise UsageError(f"'{name}' says of each value what it is of: leave --layout out")
+        values, steps = _from_long(matrix, name, wanted.shape)
     else:
-        values = _only_tensor(data, name)
-    if values.shape[-2:] != shape or values.ndim != (2 if steps is None else 3):
-        raise UsageError(
-            f"'{name}' holds a matrix of shape {values.shape}; the sweep has {shape[0]} removals × {shape[1]} "
-            "evaluation examples"
-        )
+        values, told = lay_out(matrix, name, wanted, layout)
     if not np.isfinite(values).all():
         raise UsageError(f"'{name}' holds values that are missing or not finite")
-    return values, steps
+    return values, steps, told
+
+
+def _read_file(data: bytes, name: str) -> Matrix | pa.Table:
+    """A matrix as it lies, or a table of the long form."""
+    if data.startswith(NPY):
+        return from_npy(data, name)
+    if data.startswith(PARQUET):
+        try:
+            table = pq.read_table(io.BytesIO(data), use_threads=False)
+        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+            raise UsageError(f"'{name}' is not a Parquet file of numbers") from error
+    elif name.lower().endswith(".csv"):
+        table = from_csv(data, name)
+    else:
+        return _only_tensor(data, name)
+    return table if set(LONG) <= set(table.column_names) else _wide(table, name)
 
 
 def _only_tensor(data: bytes, name: str) -> Matrix:
@@ -62,18 +79,22 @@ def _only_tensor(data: bytes, name: str) -> Matrix:
     return next(iter(tensors.values()))
 
 
-def _from_parquet(data: bytes, name: str, shape: tuple[int, int]) -> tuple[Matrix, tuple[int, ...] | None]:
+def _wide(table: pa.Table, name: str) -> Matrix:
     try:
-        table = pq.read_table(io.BytesIO(data), use_threads=False)
-        if not {"removal", "eval", "value"} <= set(table.column_names):
-            columns = [table.column(i).to_numpy().astype(np.float64) for i in range(table.num_columns)]
-            return np.stack(columns, axis=1) if columns else np.zeros((0, 0)), None
-        removal, example = (table[c].to_numpy().astype(np.int64) for c in ("removal", "eval"))
+        columns = [table.column(i).to_numpy().astype(np.float64) for i in range(table.num_columns)]
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise UsageError(f"'{name}' is not a table of numbers") from error
+    return np.stack(columns, axis=1) if columns else np.zeros((0, 0))
+
+
+def _from_long(table: pa.Table, name: str, shape: tuple[int, int]) -> tuple[Matrix, tuple[int, ...] | None]:
+    try:
+        removal, example = (_whole(table[c]) for c in ("removal", "eval"))
         value = table["value"].to_numpy().astype(np.float64)
         by_step = "step" in table.column_names and table["step"].null_count == 0 and table.num_rows > 0
-        step = table["step"].to_numpy().astype(np.int64) if by_step else np.zeros(len(value), dtype=np.int64)
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        raise UsageError(f"'{name}' is not a Parquet file of numbers") from error
+        step = _whole(table["step"]) if by_step else np.zeros(len(value), dtype=np.int64)
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise UsageError(f"'{name}': removal, eval, step and value must be numbers, the first three whole") from error
     inside = (removal >= 0) & (removal < shape[0]) & (example >= 0) & (example < shape[1])
     if not inside.all():
         raise UsageError(f"'{name}' names removals or evaluation examples that the sweep does not have")
@@ -84,11 +105,32 @@ def _from_parquet(data: bytes, name: str, shape: tuple[int, int]) -> tuple[Matri
     if len(set(zip(*(k.tolist() for k in cells), strict=True))) != len(value):
         raise UsageError(f"'{name}' gives a removal and evaluation example twice")
     values[cells] = value
-    return (values, tuple(steps)) if by_step else (values[0] if steps else np.zeros((0, 0)), None)
+    return (values, tuple(steps)) if by_step else (values[0] if steps else np.full(shape, np.nan), None)
 
 
-def import_scores(sweep: Sweep, manifest: Manifest, data: bytes, file: str, name: str, negate: bool) -> EstimateBlock:
+def _whole(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    given = column.to_numpy()
+    whole: NDArray[np.int64] = given.astype(np.int64)
+    if not np.isfinite(given).all() or not np.array_equal(whole, given):
+        raise ValueError("missing, or no whole numbers")
+    return whole
+
+
+def import_scores(
+    sweep: Sweep,
+    manifest: Manifest,
+    data: bytes,
+    file: str,
+    name: str,
+    negate: bool,
+    layout: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> EstimateBlock:
     """Keep a matrix beside the sweep's own estimates, under a name of its own; replaces an earlier import of the name.
+
+    Args:
+        layout: which way round it lies; None = told by its shape.
+        say: told how it was read, if not as it lies.
 
     Raises:
         UsageError: a name that is an estimator's or no name, or see ``read_matrix``.
@@ -97,7 +139,9 @@ def import_scores(sweep: Sweep, manifest: Manifest, data: bytes, file: str, name
         raise UsageError(f"'{name}' is no name for scores: use letters, digits, '.', '_' and '-'")
     if name in estimators.REGISTRY:
         raise UsageError(f"'{name}' is one of fimo's own estimators; choose another name")
-    values, steps = read_matrix(data, file, manifest)
+    values, steps, told = read_matrix(data, file, manifest, layout)
+    if told is not None:
+        say(f"'{file}' {told}")
     block = EstimateBlock(
         digest=manifest.estimate_digest,
         estimator=name,
@@ -106,7 +150,7 @@ def import_scores(sweep: Sweep, manifest: Manifest, data: bytes, file: str, name
         first=0,
         steps=steps,
         values=-values if negate else values,
-        provenance={"imported_from": file.rsplit("/", 1)[-1], "negated": negate},
+        provenance={"imported_from": file.rsplit("/", 1)[-1], "negated": negate, "read": told},
     )
     sweep.store.put(keys.imported(sweep.name, name), encode_block(block)[0])
     return block

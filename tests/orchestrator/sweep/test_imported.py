@@ -43,6 +43,11 @@ FORMS = {
     "safetensors": save({"scores": VALUES}),
     "long parquet": long_form(VALUES),
     "wide parquet": parquet(**{str(i): VALUES[:, i] for i in range(7)}),
+    "transposed npy": npy(VALUES.T),
+    "wide.csv": "\n".join(",".join(map(repr, row)) for row in VALUES.tolist()).encode(),
+    "long.csv": "\n".join(
+        ["removal,eval,value", *(f"{r},{e},{float(VALUES[r, e])!r}" for e in range(7) for r in range(5))]
+    ).encode(),
 }
 
 
@@ -86,7 +91,10 @@ def test_scores_by_step_are_scored_at_their_steps(swept):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (npy(VALUES.T), "shape \\(7, 5\\)"),
+        (npy(VALUES[:4]), "shape \\(4, 7\\)"),
+        (npy(VALUES[:, :6]), "shape \\(5, 6\\)"),
+        (npy(VALUES[None]), "shape \\(1, 5, 7\\)"),
+        (parquet(removal=[0.5], eval=[0], value=[1.0]), "whole"),
         (npy(np.where(VALUES > 1, np.nan, VALUES)), "not finite"),
         (npy(np.array([{"a": 1}], dtype=object)), "plain numbers"),
         (npy(VALUES + 1j), "plain numbers"),
@@ -172,3 +180,27 @@ def test_the_generalised_influence_function_gets_the_baseline_s_mean_displacemen
     report, _, _ = run_here(make_spec(estimators=[far], name="far"), beside)
     assert report.exit_code == 1
     assert "lies beyond" in report.failures.aside[0].line
+
+
+def test_a_library_s_whole_matrix_is_scored_as_the_removals_rows_of_it(beside, tmp_path, shell):
+    """Query × train, as captum, pyDVL and kronfluence give it, over groups: their members' sums, and it is said."""
+    store = open_store(str(tmp_path / "store"))
+    groups = {"a": [0, 3], "b": [5], "c": [2, 11, 22], "d": [1], "e": [7, 8]}
+    run_here(make_spec(removals={"groups": groups}), beside, store)
+    whole = np.random.default_rng(1).normal(size=(9, 23))
+    np.save(tmp_path / "theirs.npy", whole)
+    done = shell("import-scores", tmp_path / "theirs.npy", f"{tmp_path}/store/flowers", "--name", "theirs")
+    assert done.code == 0, done.err
+    assert (
+        "read as evals × training examples: transposed, the 5 removals' rows taken, summed over each removal's "
+        "examples, the first 7 of 9 evaluation examples taken" in done.err
+    )
+    pulled = pull_tables(f"{tmp_path}/store/flowers", tmp_path / "out", "parquet", lambda line: None)
+    kept = pq.read_table(pulled["tables"]["estimates"]).to_pandas().query("estimator == 'theirs'")["value"].to_numpy()
+    expected = [[sum(whole[e, i] for i in members) for e in range(7)] for members in groups.values()]
+    np.testing.assert_allclose(kept.reshape(5, 7), expected, rtol=1e-15)
+    wrong = shell(
+        "import-scores", tmp_path / "theirs.npy", f"{tmp_path}/store/flowers", "--name", "x", "--layout", "up"
+    )
+    assert (wrong.code, len(wrong.err.splitlines())) == (2, 1)
+    assert "--layout 'up' is none" in wrong.err

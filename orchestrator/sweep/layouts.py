@@ -1,0 +1,113 @@
+"""Which way round another library's matrix lies, and of what its rows are: told by its shape, or by its user.
+
+Invariant: a matrix that could be read in two ways with different numbers is refused. What was done to it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.workers.errors import UsageError, nearest
+
+Matrix = NDArray[np.float64]
+
+LAYOUTS = {
+    "removal-eval": "removals × evals",
+    "eval-removal": "evals × removals",
+    "train-eval": "training examples × evals",
+    "eval-train": "evals × training examples",
+}
+"""What may be asked for -> how it is called."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a sweep needs of a matrix: its removals, and the numbers of its evaluation and of all training examples."""
+
+    removals: Sequence[NamedRemoval]
+    evals: int
+    train: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(removals, evals)."""
+        return len(self.removals), self.evals
+
+
+def check_layout(layout: str | None) -> None:
+    """Refuse a layout that is none (UsageError)."""
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"--layout '{layout}' is none{nearest(layout, LAYOUTS)}")
+
+
+def lay_out(matrix: Matrix, name: str, wanted: Wanted, layout: str | None) -> tuple[Matrix, str | None]:
+    """A matrix as (removals, evals), and how it was read, in a line; None if it was so already.
+
+    Of a matrix of all training examples the removals' rows are taken, summed over each removal's examples, since that
+    is what an estimate of a group is. More evaluation examples than the sweep has are cut to the first of them.
+
+    Args:
+        name: of the file, for errors.
+        layout: one of ``LAYOUTS``; None = whichever fits the shape.
+
+    Raises:
+        UsageError: no layout fits the shape, or several that give different numbers.
+    """
+    check_layout(layout)
+    if matrix.ndim != 2:
+        raise UsageError(f"'{name}' holds an array of shape {matrix.shape}; scores are a matrix: {_needed(wanted)}")
+    fitting = [one for one in ([layout] if layout else LAYOUTS) if _fits(matrix.shape, one, wanted)]
+    if not fitting:
+        asked = f" as {LAYOUTS[layout]}" if layout else ""
+        raise UsageError(
+            f"'{name}' holds a matrix of shape {matrix.shape}, which does not fit{asked}: {_needed(wanted)}"
+        )
+    read = {one: _read(matrix, one, wanted) for one in fitting}
+    first = read[fitting[0]]
+    if any(not np.array_equal(first, other, equal_nan=True) for other in read.values()):
+        ways = " or ".join(LAYOUTS[one] for one in fitting)
+        raise UsageError(
+            f"'{name}' of shape {matrix.shape} may be {ways}, which are different numbers: say which it is, "
+            f"--layout {' or '.join(fitting)}"
+        )
+    return first, _told(matrix, fitting[0], wanted)
+
+
+def _needed(wanted: Wanted) -> str:
+    removals, evals = wanted.shape
+    return (
+        f"the sweep has {removals} removals × {evals} evaluation examples, of {wanted.train} training examples "
+        "(either way round)"
+    )
+
+
+def _upright(matrix: Matrix, layout: str) -> Matrix:
+    return matrix.T if layout.startswith("eval-") else matrix
+
+
+def _fits(shape: tuple[int, ...], layout: str, wanted: Wanted) -> bool:
+    rows, evals = shape[::-1] if layout.startswith("eval-") else shape
+    return rows == (wanted.train if "train" in layout else len(wanted.removals)) and evals >= wanted.evals
+
+
+def _read(matrix: Matrix, layout: str, wanted: Wanted) -> Matrix:
+    values = _upright(matrix, layout)[:, : wanted.evals]
+    if "train" in layout:
+        values = np.stack([values[list(removal.indices)].sum(axis=0) for removal in wanted.removals])
+    return np.ascontiguousarray(values)
+
+
+def _told(matrix: Matrix, layout: str, wanted: Wanted) -> str | None:
+    done = ["transposed"] if layout.startswith("eval-") else []
+    if "train" in layout:
+        done.append(f"the {len(wanted.removals)} removals' rows taken")
+        if any(len(removal.indices) > 1 for removal in wanted.removals):
+            done.append("summed over each removal's examples")
+    if (evals := _upright(matrix, layout).shape[1]) > wanted.evals:
+        done.append(f"the first {wanted.evals} of {evals} evaluation examples taken")
+    return f"read as {LAYOUTS[layout]}: {', '.join(done)}" if done else None
