@@ -32,7 +32,7 @@ def filled(beside, monkeypatch) -> MemoryStore:
         raise DivergedError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(estimating, "estimate", fails)
+        patch.setattr(estimating, "asked", fails)
         run_here(make_spec(name="failed", seeds=2), beside, store)
     store.put("foreign/sweep.json", b"{}")
     store.put("folder/other.json", b"{}")

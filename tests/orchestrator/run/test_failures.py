@@ -186,7 +186,7 @@ def test_what_ran_out_of_memory_is_not_simply_to_be_tried_again(beside, monkeypa
     def full(*_args):
         raise error
 
-    monkeypatch.setattr(estimating, "estimate", full)
+    monkeypatch.setattr(estimating, "asked", full)
     report, _, _ = run_here(make_spec(), beside)
     assert report.exit_code == 1
     *_, advice = complaints(report)
@@ -197,14 +197,14 @@ def test_what_ran_out_of_memory_is_not_simply_to_be_tried_again(beside, monkeypa
 
 @pytest.mark.parametrize("prefix", ["estimator grad_cos: ", "grad_cos: ", "lissa: ", ""])
 def test_an_estimator_is_named_once_where_its_failure_is_told(beside, monkeypatch, prefix):
-    real = estimating.estimate
+    real = estimating.asked
 
     def estimate(resolved, device, estimator, *rest):
         if estimator == "grad_cos":
             raise UsageError(f"{prefix}{WHY}: really")
         return real(resolved, device, estimator, *rest)
 
-    monkeypatch.setattr(estimating, "estimate", estimate)
+    monkeypatch.setattr(estimating, "asked", estimate)
     report, _, heard = run_here(make_spec(), beside)
     assert [failure.line for failure in report.failures.aside] == [f"estimator grad_cos {{}}: {WHY}: really"]
     text = io.StringIO()
@@ -253,7 +253,7 @@ def test_estimates_alone_promise_no_cell_and_no_resume_that_would_train_them(bes
 
 
 def test_estimates_alone_that_fail_are_not_sent_to_a_resume(beside, monkeypatch):
-    monkeypatch.setattr(estimating, "estimate", broken)
+    monkeypatch.setattr(estimating, "asked", broken)
     report, _, _ = run_here(make_spec(), beside, shards=False)
     said = "\n".join(complaints(report))
     assert "--retry-failed" in said
