@@ -45,7 +45,7 @@ def pull_tables(uri: str, to: Path, form: str, say: Callable[[str], None]) -> di
         UsageError: no such sweep or format.
         StoreError: the store cannot be read, or the folder not written.
     """
-    from fimo.orchestrator.report.show import status_lines
+    from fimo.orchestrator.report.status import status_lines
     from fimo.orchestrator.run.gather import current_tables
     from fimo.orchestrator.run.status import sweep_status
     from fimo.orchestrator.sweep.sweep import open_sweep

@@ -18,6 +18,7 @@ def remove(
     as_json: JsonOption = False,
 ) -> None:
     """Delete a sweep with all its results from its store, for good; asks before it does."""
+    from fimo.orchestrator.run.heartbeat import drivers
     from fimo.orchestrator.sweep import remove as removing
     from fimo.orchestrator.sweep.sweep import open_sweep
     from fimo.workers.errors import UsageError
@@ -26,6 +27,12 @@ def remove(
     entries = removing.contents(opened)
     total = sum(entry.size for entry in entries)
     about = f"{opened.uri}: {len(entries)} objects, {total:,} bytes"
+    for driver in drivers(opened):
+        if not driver["silent"]:
+            raise UsageError(
+                f"a run goes on (process {driver.get('pid')} on {driver.get('host')}, heard "
+                f"{driver['age_s']:.0f} s ago): end it first, `fimo cancel` a job"
+            )
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(f"nothing is removed: nobody is there to be asked about {about}; give --yes")

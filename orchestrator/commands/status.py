@@ -27,7 +27,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """How far a sweep is, from the store alone."""
-    from fimo.orchestrator.report.show import status_lines
+    from fimo.orchestrator.report.status import status_lines
     from fimo.orchestrator.run.status import sweep_status
     from fimo.orchestrator.sweep.sweep import open_sweep
 
@@ -44,7 +44,7 @@ def _watch(uri: str) -> dict[str, Any]:
     from rich.live import Live
     from rich.text import Text
 
-    from fimo.orchestrator.report.show import status_lines
+    from fimo.orchestrator.report.status import status_lines
     from fimo.orchestrator.run.status import sweep_status
     from fimo.orchestrator.sweep.sweep import open_sweep
     from fimo.workers.errors import StoreError

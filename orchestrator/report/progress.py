@@ -101,8 +101,8 @@ class ProgressReport:
 def course_lines(course: Mapping[str, Any]) -> list[str]:
     """How fast, what runs and what is left, from a ``Course`` as JSON; a line each, those that there are."""
     lines = []
-    if course["cells_per_second"]:
-        left = course["finish_in_s"]
+    if course.get("cells_per_second"):
+        left = course.get("finish_in_s")
         until = f", its cells done in about {duration(left)}" if left is not None else ""
         lines.append(f"{_pace(course['cells_per_second'])}{until}")
     running = [f"{task['task']} ({duration(task['seconds'])})" for task in course["running"]]

@@ -18,7 +18,7 @@ class Course:
     Attributes:
         cells: of the sweep; ``done``: of them, those that the store had and those that were trained since.
         left: tasks that are not finished, by kind: ``shard``, ``witness`` or an estimator's name.
-        running: (task in words, seconds since it began) of every task that runs, the longest first.
+        running: (task in words, when it began on the monotonic clock) of every task that runs, the longest first.
         trained: cells trained by this driver; ``began``: when it started, on the monotonic clock.
     """
 
@@ -41,9 +41,10 @@ class Course:
         self.done, self.trained = self.done + cells, self.trained + cells
 
     def run(self, running: Sequence[tuple[Task, float]]) -> None:
-        """Note what runs now, each with its seconds."""
-        named = ((_named(task), seconds) for task, seconds in running)
-        self.running = tuple(sorted(named, key=lambda of: -of[1]))
+        """Note what runs now, each with its seconds so far."""
+        now = time.monotonic()
+        named = ((_named(task), now - seconds) for task, seconds in running)
+        self.running = tuple(sorted(named, key=lambda of: of[1]))
 
     @property
     def elapsed_s(self) -> float:
@@ -62,11 +63,12 @@ class Course:
 
     def json(self) -> dict[str, Any]:
         """As plain values."""
+        now = time.monotonic()
         return {
             "cells": self.cells,
             "done": self.done,
             "left": dict(sorted(self.left.items())),
-            "running": [{"task": name, "seconds": round(seconds, 1)} for name, seconds in self.running],
+            "running": [{"task": name, "seconds": round(now - began, 1)} for name, began in self.running],
             "elapsed_s": round(self.elapsed_s, 1),
             "cells_per_second": self.pace,
             "finish_in_s": self.finish_in_s,

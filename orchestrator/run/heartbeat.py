@@ -25,6 +25,8 @@ from fimo.workers.errors import FimoError
 EVERY_S = 10.0
 SILENT_S = 60.0
 """Without a beat for so long a driver has most likely ended."""
+SAID = {"left": dict, "running": list, "done": int, "cells": int}
+"""What an object must hold to be a driver's."""
 FORGOTTEN = timedelta(hours=1)
 """After which a new driver clears away what another one left."""
 
@@ -89,7 +91,7 @@ def drivers(sweep: Sweep) -> list[dict[str, Any]]:
             values = json.loads(sweep.store.get(entry.key))
         except (FimoError, ValueError, RecursionError):
             continue
-        if isinstance(values, dict) and isinstance(values.get("left"), dict):
+        if isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in SAID.items()):
             age = max(0.0, (datetime.now(UTC) - entry.modified).total_seconds())
             found.append({**values, "age_s": age, "silent": age > SILENT_S})
     return sorted(found, key=lambda values: float(values["age_s"]))

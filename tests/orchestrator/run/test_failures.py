@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fimo.orchestrator.report.ending import complaints, listed_tables, report_json
 from fimo.orchestrator.report.progress import ProgressReport
-from fimo.orchestrator.report.show import status_lines
+from fimo.orchestrator.report.status import status_lines
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import budget, driver, estimating, schedule
 from fimo.orchestrator.run.gather import current_tables

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fimo.orchestrator.report.show import status_lines
+from fimo.orchestrator.report.status import status_lines
 from fimo.orchestrator.run import proving, tasks, verification
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import MemoryStore
