@@ -45,6 +45,8 @@ def cut(blocks: Iterable[SeedBlock], places: Sequence[int], m: int) -> Iterator[
             effects=block.effects[:, at, :m],
             training_only=block.training_only[at, :m],
             floor_squares=block.floor_squares[at, :m],
+            distance=None if block.distance is None else block.distance[at],
+            at_final=None if block.at_final is None else block.at_final[:m],
         )
 
 

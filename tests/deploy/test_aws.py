@@ -31,6 +31,7 @@ SPEC = "runs/concrete/sweep.json"
 TABLE = "runs/concrete/tables/scores.parquet"
 REJECTED = "runs/concrete/rejected/parts_dddd_seed-0000000003_0123.parquet"  # flat: "*/parts/*" must not match it
 FAILED = "runs/concrete/failed/x.json"
+HEARTBEAT = "runs/" + keys.driver("concrete", "host-1-0123")
 PROBE = f"runs/{PROBE_PREFIX}0123"
 FOREIGN = "other/concrete/parts/x.parquet"
 
@@ -129,9 +130,9 @@ def test_workers_create_results_and_read_and_nothing_else() -> None:
         assert allows(WORKER, "s3:PutObject", key)
         assert not allows(WORKER, "s3:PutObject", key, conditional=False)
         assert allows(WORKER, "s3:GetObject", key)
-    for key in (SPEC, TABLE, REJECTED, FAILED, PROBE, FOREIGN):
+    for key in (SPEC, TABLE, REJECTED, FAILED, HEARTBEAT, PROBE, FOREIGN):
         assert not allows(WORKER, "s3:PutObject", key)
-    for key in (PART, WITNESS, ESTIMATE, REPLICAS, PROOF, SPEC, TABLE, REJECTED, FAILED, PROBE, FOREIGN):
+    for key in (PART, WITNESS, ESTIMATE, REPLICAS, PROOF, SPEC, TABLE, REJECTED, FAILED, HEARTBEAT, PROBE, FOREIGN):
         assert not allows(WORKER, "s3:DeleteObject", key)
         assert not allows([*DRIVER, *WORKER], "s3:DeleteObject", key), "an attached driver policy must not help"
     assert allows(WORKER, "s3:GetObject", SPEC)
@@ -140,14 +141,14 @@ def test_workers_create_results_and_read_and_nothing_else() -> None:
 
 
 def test_the_driver_writes_everything_sets_results_aside_and_never_replaces_one() -> None:
-    for key in (PART, WITNESS, ESTIMATE, SPEC, TABLE, REJECTED, FAILED, REPLICAS, PROOF, PROBE):
+    for key in (PART, WITNESS, ESTIMATE, SPEC, TABLE, REJECTED, FAILED, REPLICAS, PROOF, HEARTBEAT, PROBE):
         assert allows(DRIVER, "s3:PutObject", key)
         assert allows(DRIVER, "s3:GetObject", key)
     for key in (PART, WITNESS, ESTIMATE):
         assert not allows(DRIVER, "s3:PutObject", key, conditional=False)
-    for key in (SPEC, TABLE, REJECTED, FAILED):
+    for key in (SPEC, TABLE, REJECTED, FAILED, HEARTBEAT):
         assert allows(DRIVER, "s3:PutObject", key, conditional=False)
-    for key in (PART, WITNESS, ESTIMATE, FAILED, PROBE):
+    for key in (PART, WITNESS, ESTIMATE, FAILED, HEARTBEAT, PROBE):
         assert allows(DRIVER, "s3:DeleteObject", key)
     for key in (SPEC, TABLE, REJECTED):
         assert not allows(DRIVER, "s3:DeleteObject", key)
