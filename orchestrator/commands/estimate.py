@@ -26,7 +26,7 @@ def estimate(
 ) -> None:
     """Run a spec's estimators alone; no further training."""
     from fimo.orchestrator.resolve.resolved import resolve
-    from fimo.orchestrator.resolve.suited import refuse_unsuited
+    from fimo.orchestrator.run.suited import refuse_unsuited
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import open_store
 

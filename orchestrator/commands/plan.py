@@ -67,9 +67,9 @@ def plan(
         print_lines(plan_lines(values))
     for name, why in values["unsuited"].items():
         tell(f"fimo: estimator {name} does not apply: {why}; leave it out of the spec's estimators")
-    for large in values.get("too_large", ()):
-        tell(f"fimo: estimator {large['name']} is {large['why']}: leave it out, or plan where the sweep will run")
-    exit_with(2 if values["unsuited"] or values.get("too_large") else 0)
+    for name, why in values["too_large"].items():
+        tell(f"fimo: estimator {name} is {why}: leave it out, or plan where the sweep will run")
+    exit_with(2 if values["unsuited"] or values["too_large"] else 0)
 
 
 def _planned(spec: Spec, beside: Path, store: str | None, measure: bool, rank: bool) -> dict[str, Any]:
@@ -77,11 +77,11 @@ def _planned(spec: Spec, beside: Path, store: str | None, measure: bool, rank: b
     from fimo.orchestrator.report.show import label
     from fimo.orchestrator.resolve.again import SecondLoad
     from fimo.orchestrator.resolve.resolved import resolve
-    from fimo.orchestrator.resolve.suited import unsuited
     from fimo.orchestrator.run.measure import measure as timed
     from fimo.orchestrator.run.measure import measured_json
     from fimo.orchestrator.run.owed import current_plan
     from fimo.orchestrator.run.rank_cost import rank_cost
+    from fimo.orchestrator.run.suited import judged
     from fimo.orchestrator.store import open_store
     from fimo.orchestrator.sweep.sweep import Sweep
 
@@ -92,11 +92,14 @@ def _planned(spec: Spec, beside: Path, store: str | None, measure: bool, rank: b
     finally:
         again.stop()
     sweep = None if store is None else Sweep(open_store(store), spec.name)
-    planned, refused = current_plan(resolved.manifest, sweep), unsuited(resolved)
-    values = _plan_json(resolved, planned)
-    values["unsuited"] = {label(*named): why for named, why in refused.items()}
+    planned, found = current_plan(resolved.manifest, sweep), judged(resolved)
+    values, named = _plan_json(resolved, planned), spec.estimators is not None
+    values["unsuited"] = {label(*of): why for of, why in found.unsuited.items()}
+    values["too_large"] = {label(*of): why for of, why in found.too_large.items()} if named else {}
+    if not named:
+        values["left_out"] |= {label(*of): why for of, why in found.too_large.items()}
     values["unused"] = {} if sweep is None else _unused(resolved, sweep)
-    if measure and not refused:
+    if measure and not found.unsuited:
         values |= measured_json(timed(resolved, planned, sweep, tell), again.seconds)
     if rank:
         values["rank"] = rank_cost(resolved, resolved.manifest.evals, TOP)

@@ -40,7 +40,7 @@ def run(
 ) -> None:
     """Plan, train, estimate, reduce and score; prints the score table. Run again to compute what is missing."""
     from fimo.orchestrator.resolve.resolved import resolve
-    from fimo.orchestrator.resolve.suited import refuse_unsuited
+    from fimo.orchestrator.run.suited import refuse_unsuited
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import open_store
 

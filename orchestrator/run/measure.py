@@ -45,7 +45,6 @@ class Measured:
         step: of one cell in a full stack; ``cell``: all of its steps and evaluations.
         tasks: what is missing, in the order in which it runs, with the seconds of each.
         left_out: estimators of the default set that the run will leave out for their cost, with the reason.
-        too_large: estimators that the spec names and that do not fit in the memory that is free here.
     """
 
     device: str
@@ -58,7 +57,6 @@ class Measured:
     cell: float
     tasks: list[tuple[Task, float]] = field(default_factory=list)
     left_out: dict[Named, str] = field(default_factory=dict)
-    too_large: dict[Named, str] = field(default_factory=dict)
 
     def seconds(self, kind: type[Task]) -> float:
         """Of all tasks of a kind."""
@@ -136,15 +134,11 @@ def measure(resolved: Resolved, plan: Plan, sweep: Sweep | None = None, say: Say
 
 def _time_estimators(measured: Measured, timed: Estimators, owed: list[EstimateTask]) -> None:
     for task in owed:
-        named = task.estimator, task.params
         reason = timed.left_out(task)
-        if reason is None:
-            large = timed.too_large(task)
-            if large is not None:
-                measured.too_large[named] = large
-            measured.tasks.append((task, timed.seconds(task, counted=large is not None)))
+        if reason is not None:
+            measured.left_out[task.estimator, task.params] = reason
         else:
-            measured.left_out[named] = reason
+            measured.tasks.append((task, timed.seconds(task)))
 
 
 def _workers(cpus: float, gpus: float) -> int:
@@ -183,5 +177,4 @@ def measured_json(measured: Measured, load: float) -> dict[str, Any]:
         "device_hours": total / 3600,
         "wall_seconds": measured.wall(load),
         "too_dear": [{"name": n, "params": p, "why": why} for (n, p), why in measured.left_out.items()],
-        "too_large": [{"name": n, "params": p, "why": why} for (n, p), why in measured.too_large.items()],
     }

@@ -118,21 +118,15 @@ class Estimators:
             self._left_out[name] = too_dear(named, problem, tasks, spec, manifest.steps[-1])
         return self._left_out[name]
 
-    def too_large(self, task: EstimateTask) -> str | None:
-        """That the task does not fit in the memory that is free here; None if it does."""
-        named, problem = self._problem(task)
-        return too_large(named.work(problem), problem.model.device)
-
-    def seconds(self, task: EstimateTask, counted: bool = False) -> float:
-        """Of one task; ``counted``: from its own count alone, nothing of it is run."""
+    def seconds(self, task: EstimateTask) -> float:
+        """Of one task; from its own count alone if it does not fit in the memory that is free here."""
         shape = task.estimator, task.params, len(task.removals), task.count
         if shape not in self._seconds:
             named, problem = self._problem(task)
-            if counted:
-                self._seconds[shape] = Rates(problem).seconds(named.work(problem))
-            else:
-                self._say(f"timing: estimator {task.estimator}")
-                self._seconds[shape] = self._timed(named, problem)
+            self._say(f"timing: estimator {task.estimator}")
+            work = named.work(problem)
+            large = too_large(work, problem.model.device) is not None
+            self._seconds[shape] = Rates(problem).seconds(work) if large else self._timed(named, problem)
         return self._seconds[shape]
 
     def _timed(self, named: estimators.Estimator, problem: estimators.Problem) -> float:

@@ -10,10 +10,11 @@ from fimo.orchestrator.commands.plan import _plan_json, _unused
 from fimo.orchestrator.report.planned import plan_lines, short
 from fimo.orchestrator.resolve.again import SecondLoad
 from fimo.orchestrator.resolve.resolved import resolve
-from fimo.orchestrator.resolve.suited import refuse_unsuited, unsuited
+from fimo.orchestrator.run import budget
 from fimo.orchestrator.run.measure import Measured, measure, measured_json
 from fimo.orchestrator.run.owed import current_plan
 from fimo.orchestrator.run.plan import EstimateTask, Shard, WitnessTask
+from fimo.orchestrator.run.suited import judged, refuse_unsuited
 from fimo.orchestrator.run.timing import part_of
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -94,10 +95,24 @@ def test_named_estimators_that_do_not_apply_are_told_before_anything_runs(beside
         further_training=adam, estimators=["grad_dot", "ekfac_matched", {"name": "unrolled", "last_step": 1}]
     )
     resolved = resolve(spec, beside)
-    assert [name for name, _ in unsuited(resolved)] == ["ekfac_matched", "unrolled"]
+    assert [name for name, _ in judged(resolved).unsuited] == ["ekfac_matched", "unrolled"]
     with pytest.raises(UsageError, match=r"estimator ekfac_matched does not apply \(and 1 more\): follows SGD alone"):
         refuse_unsuited(resolved)
-    assert unsuited(resolve(make_spec(further_training=adam, estimators=["grad_dot"]), beside)) == {}
+    assert judged(resolve(make_spec(further_training=adam, estimators=["grad_dot"]), beside)).unsuited == {}
+
+
+def test_what_does_not_fit_in_memory_is_told_and_not_run(beside, monkeypatch):
+    monkeypatch.setattr(budget, "_free_bytes", lambda device: 2.0**20)
+    resolved = resolve(make_spec(estimators=["grad_dot"]), beside)
+    [why] = judged(resolved).too_large.values()
+    assert why.startswith("too large: it holds about ")
+    refuse_unsuited(resolved)  # tried all the same, since it is named
+    on_gpus = resolve(make_spec(estimators=["grad_dot"], resources={"gpus": 1}), beside)
+    if not torch.cuda.is_available():
+        assert not judged(on_gpus).too_large, "the memory of a GPU is not known here"
+    monkeypatch.setattr(type(estimators.parse("grad_dot")[0]), "estimate", lambda self, problem: pytest.fail("was run"))
+    measured = measure(resolved, current_plan(resolved.manifest, None))
+    assert measured.by_estimator()["grad_dot", '{"preconditioner":null}'] > 0
 
 
 def test_why_cells_in_the_store_are_not_used(beside):

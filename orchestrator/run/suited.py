@@ -1,0 +1,95 @@
+"""Whether a sweep's estimators mean anything for its model, data and settings, and fit in memory: told before a run.
+
+Nothing is computed but a gradient or two. How long an estimator takes is another question (``run/measure.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+
+from fimo import estimators
+from fimo.orchestrator.resolve.resolved import Resolved
+from fimo.orchestrator.run.blocks import Named, shares
+from fimo.orchestrator.run.budget import too_large
+from fimo.workers.device import deterministic, pick_device
+from fimo.workers.errors import FimoError, UsageError
+
+
+@dataclass
+class Judged:
+    """Estimators that a run will not have, each with the reason in a line.
+
+    Attributes:
+        unsuited: they mean nothing for the sweep. What does not suit is not in the default set, so that these are named
+            by the spec.
+        too_large: one task of them holds more than the memory that is free here. The default set is run without them;
+            what the spec names is tried all the same.
+    """
+
+    unsuited: dict[Named, str] = field(default_factory=dict)
+    too_large: dict[Named, str] = field(default_factory=dict)
+
+
+def judged(resolved: Resolved) -> Judged:
+    """The estimators of a sweep held against it on this machine."""
+    manifest, spec, cpu = resolved.manifest, resolved.spec, torch.device("cpu")
+    model, (train, evals) = resolved.model(cpu), resolved.examples(cpu)
+    found = Judged()
+    # A task that is given a GPU is bounded by its memory, which is not known where there is none.
+    device = pick_device(spec.resources.gpus)
+    known = device.type == "cuda" or not spec.resources.gpus
+    with deterministic(cpu):
+        for name, params in manifest.estimators:
+            [named] = estimators.parse({"name": name, **json.loads(params)})
+            seed, first, count = next(iter(shares(manifest, name, params)))
+            problem = estimators.Problem(
+                model,
+                train,
+                evals.span(first, count),
+                removals=[r.indices for r in manifest.removals],
+                further_training=spec.further_training.settings(),
+                seeds=list(spec.seeds) if seed is None else [seed],
+            )
+            reason, large = _held_against(named, problem, device if known else None, spec.estimators is not None)
+            if reason is not None:
+                found.unsuited[name, params] = reason
+            elif large is not None:
+                found.too_large[name, params] = large
+    return found
+
+
+def _held_against(
+    named: estimators.Estimator, problem: estimators.Problem, device: torch.device | None, asked: bool
+) -> tuple[str | None, str | None]:
+    """Why it means nothing, and that it is too large, None where it is not so.
+
+    Args:
+        asked: the spec names it; the default set has been held against the model when it was chosen.
+    """
+    try:
+        reason = named.refuses(problem) if asked else None
+        if reason is not None:
+            return reason, None
+        # Its hyper-parameters must fit the sweep for its work to be counted.
+        work = named.work(problem)
+    except FimoError as error:
+        return str(error).removeprefix(f"estimator {named.name}: "), None
+    return None, None if device is None else too_large(work, device)
+
+
+def refuse_unsuited(resolved: Resolved) -> None:
+    """Refuse a spec that names an estimator which cannot be had for its model, data and settings.
+
+    Raises:
+        UsageError: one line: the first of them and why.
+    """
+    if resolved.spec.estimators is None:
+        return
+    found = judged(resolved).unsuited
+    if found:
+        (name, _), reason = next(iter(found.items()))
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UsageError(f"estimator {name} does not apply{more}: {reason}; leave it out of the spec's estimators")
