@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import Hyperparameters, Notes, Problem, flat_loss
+from fimo.estimators.base import Hyperparameters, Layered, Notes, Problem, flat_loss
 from fimo.estimators.counts import Work, of_passes
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.matching import Shift
@@ -19,8 +19,14 @@ from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.kronecker import coverage, factorised
 from fimo.estimators.operators.layers import layers_of
 from fimo.estimators.operators.nystrom import Nystrom
+from fimo.estimators.operators.parts import Gradients
+from fimo.estimators.operators.products import Sides
 from fimo.estimators.operators.pseudo_gradients import FEW
+from fimo.estimators.operators.rotated import spectral_products
 from fimo.estimators.operators.spaces import make_curvature, outputs_of
+
+MOST = 4096
+"""Outputs an example up to which their Hessian is formed if the exact Fisher is asked for."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,8 @@ class Factored(Hyperparameters):
 
     Attributes:
         fisher: exact (a backward pass for every output), sampled (labels drawn from the model), or auto: exact for
-            few outputs; which one was used is in the notes.
-        samples: draws an example if sampled.
+            few outputs; which one was used, and what was drawn, is in the notes.
+        samples: draws an example if sampled; of a language model a draw is a label for every token.
         seed: of the draws.
     """
 
@@ -44,6 +50,10 @@ class Factored(Hyperparameters):
 
     def unsuited(self, problem: Problem) -> str | None:
         """No trainable parameter is covered, or the Gauss-Newton matrix is 0."""
+        if self.fisher == "exact" and (outputs := outputs_of(problem.model, problem.train)) > MOST:
+            return (
+                f"fisher exact takes the square of {outputs} outputs an example, more than {MOST}: use fisher sampled"
+            )
         if coverage(problem.model) == 0:
             return "the model has no Linear, Conv2d, Conv1D or small trainable tensor to cover"
         return super().unsuited(problem) or flat_loss(problem)
@@ -61,6 +71,8 @@ class Factored(Hyperparameters):
         """The factorisation; ``notes`` says of which kind it is and what share of the parameters it covers."""
         basis = factorised(problem.model, problem.train, self.fisher, self.samples, self.seed, scale)
         notes.update(fisher=basis.fisher, left_out=basis.left_out, coverage=basis.coverage(problem.model))
+        if basis.drawn:
+            notes.update(sampled=basis.drawn, samples=self.samples)
         if basis.left_out:
             shown = ", ".join(basis.left_out[:8]) + (" …" if len(basis.left_out) > 8 else "")
             problem.say(f"warning: {self.name} leaves out {len(basis.left_out)} parameter tensors: {shown}")
@@ -79,8 +91,25 @@ class EKFAC(Factored, Influence):
     """
 
     name: ClassVar[str] = "ekfac"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     matches: ClassVar[bool] = True
+    by_layers: ClassVar[bool] = True
+
+    def layered(self, problem: Problem, notes: Notes, both: Sides) -> Layered | None:
+        """The same, layer by layer."""
+        if self.training_gradient != "final":
+            return None
+        shift = self.shift(problem)
+        basis = self.eigenbasis(problem, notes, shift.scale)
+        shift.note(notes)
+        filters = [[damped(block.values, value) for value in shift.values] for block in basis.blocks]
+        outside = [1 / value if shift.steps is not None else 0.0 for value in shift.values]
+
+        def value(left: Gradients, right: Gradients) -> Tensor:
+            found = spectral_products(both.train, basis, (left, right), filters, outside, shift.scale)
+            return found if shift.steps is not None else found[0]
+
+        return Layered(value, shift.steps)
 
     def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """(G̃ + λD)⁻¹, 0 on parameters that are left out if λ is not matched."""

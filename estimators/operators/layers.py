@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fimo.estimators.operators.capture import is_conv1d
 from fimo.estimators.operators.eigenbasis import LayerBlock
 from fimo.estimators.operators.gradients import Layout
-from fimo.workers.examples import Examples
+from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel
 
 
@@ -24,7 +25,7 @@ def layers_of(model: FunctionalModel) -> tuple[list[LayerBlock], list[str]]:
     layers, covered = [], set()
     for name, module in model.module.named_modules():
         weight, bias = (f"{name}.{part}" if name else part for part in ("weight", "bias"))
-        transposed = _is_conv1d(module)
+        transposed = is_conv1d(module)
         plain = (
             transposed
             or isinstance(module, nn.Linear)
@@ -47,22 +48,14 @@ def layers_of(model: FunctionalModel) -> tuple[list[LayerBlock], list[str]]:
     return layers, [name for name in slices if name not in covered]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a Linear with weight (in, out); told without importing transformers."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if type(module).__name__ != "Conv1D" or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
-        return False
-    return weight.dim() == 2 and bias.shape == weight.shape[1:]
-
-
 def proven(
-    model: FunctionalModel, examples: Examples, layers: list[LayerBlock], others: list[str]
+    model: FunctionalModel, batch: Batch, layers: list[LayerBlock], others: list[str]
 ) -> tuple[list[LayerBlock], list[str]]:
     """The layers whose weight's gradient is Σ_t g_t a_tᵀ over the calls that hooks see, and all other names.
 
     A weight that is also, or only, used past its module's forward (attention's output projection) is none of them.
     """
-    batch, generator = examples.batch(range(min(8, len(examples)))), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     params = {name: tensor.detach().requires_grad_() for name, tensor in model.params.items()}
     names = list(params)
     owner = {s.start: name for name, s in Layout.of(params).slices.items()}
