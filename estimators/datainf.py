@@ -34,9 +34,9 @@ from fimo.estimators.operators.gradients import (
     measure_gradients,
     unique,
 )
-from fimo.estimators.operators.layerwise import KEPT, LARGE
+from fimo.estimators.operators.layerwise import KEPT
 from fimo.estimators.operators.parts import Gradients, tiles
-from fimo.estimators.operators.products import Sides, mean_squares, square_norms
+from fimo.estimators.operators.products import Sides, mean_squares, sides, square_norms
 
 Rows = Iterator[tuple[list[int], Tensor]]
 
@@ -59,8 +59,11 @@ class DataInf(Influence):
 
     def estimate(self, problem: Problem) -> Estimate:
         """(R, E)."""
-        large = Layout.of(problem.model.params).size >= LARGE
-        if self.training_gradient != "final" or large or kept_scalars(problem) > gradients.HELD:
+        if self.training_gradient != "final" or kept_scalars(problem) > gradients.HELD:
+            return super().estimate(problem)
+        with estimating(problem.model):
+            layers = sides(problem.model, problem.train, problem.evals, problem.removals)
+        if layers is not None:
             return super().estimate(problem)
         with estimating(problem.model):
             values, damping = self._in_one_pass(problem)

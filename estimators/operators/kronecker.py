@@ -72,9 +72,10 @@ def eigenbasis(
     few = (
         examples.batch(range(min(8, len(examples)))) if way is None else way.batch(way.order(range(len(examples)))[:2])
     )
-    layers, others = proven(model, few, layers, others)
+    layers, others, apart = proven(model, few, layers, others)
     source = draw(few)
     size = min(source.block, gradients.block_size(max([layer.out for layer in layers], default=1) * 512))
+    size = size if apart else 1
     small = [name for name in others if model.params[name].numel() <= EXACT]
     seen = [] if way is None else [name for name in small if name not in way.recipe.others]
     squares = Squares({name: model.params[name] for name in seen})
@@ -124,10 +125,12 @@ def _passes(
             for s in source(outputs.detach(), batch, indices) if outputs.requires_grad else ():
                 grads = torch.autograd.grad(outputs, targets, s, retain_graph=True, allow_unused=True)
                 for (layer, _, out), g, into in zip(calls, grads, of_calls, strict=False):
-                    into.append(layer.outputs(torch.zeros_like(out) if g is None else g))
+                    slopes = layer.outputs(torch.zeros_like(out) if g is None else g)
+                    into.append(slopes.reshape(1, -1, slopes.shape[-1]) if len(indices) == 1 else slopes)
                 if squares is not None and small:
                     squares.add(parts_of(small, grads[len(calls) :], len(indices)))
-        yield [(layer, a, gs) for (layer, a, _), gs in zip(calls, of_calls, strict=True)]
+        inputs = [a.reshape(1, -1, a.shape[-1]) if len(indices) == 1 else a for _, a, _ in calls]
+        yield [(layer, a, gs) for (layer, _, _), a, gs in zip(calls, inputs, of_calls, strict=True)]
 
 
 def _batches(examples: Examples, way: Layerwise | None, size: int) -> Iterator[list[int]]:

@@ -50,10 +50,17 @@ def layers_of(model: FunctionalModel) -> tuple[list[LayerBlock], list[str]]:
 
 def proven(
     model: FunctionalModel, batch: Batch, layers: list[LayerBlock], others: list[str]
-) -> tuple[list[LayerBlock], list[str]]:
+) -> tuple[list[LayerBlock], list[str], bool]:
     """The layers whose weight's gradient is Σ_t g_t a_tᵀ over the calls that hooks see, and all other names.
 
     A weight that is also, or only, used past its module's forward (attention's output projection) is none of them.
+
+    Args:
+        batch: at least two examples, if there are as many.
+
+    Returns:
+        The layers, the other names, and whether examples run along the first dimension of every layer's input. If not
+        (time does, or what all examples share), they can only be told apart one at a time.
     """
     generator = torch.Generator().manual_seed(0)
     params = {name: tensor.detach().requires_grad_() for name, tensor in model.params.items()}
@@ -62,6 +69,7 @@ def proven(
     with watched(layers) as seen_calls, torch.enable_grad():
         outputs = model.outputs(params, batch)
         calls = list(seen_calls)
+        apart = all(len(a) == len(outputs) for _, a, _ in calls)
         s = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         targets = [params[name] for name in names] + [out for _, _, out in calls]
         slopes: tuple[Tensor | None, ...] = (None,) * len(targets)
@@ -86,7 +94,7 @@ def proven(
                 names_kept |= {name} if layer.bias is None else {name, owner[layer.bias.start]}
                 continue
         kept.append(layer)
-    return kept, [name for name in names if name in names_kept]
+    return kept, [name for name in names if name in names_kept], apart
 
 
 @contextmanager
@@ -95,16 +103,17 @@ def watched(layers: list[LayerBlock]) -> Iterator[list[tuple[LayerBlock, Tensor,
     calls: list[tuple[LayerBlock, Tensor, Tensor]] = []
 
     def watch(layer: LayerBlock) -> Callable[..., Any]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], out: Tensor) -> Tensor:
             if not out.requires_grad:
                 out.requires_grad_()
-            calls.append((layer, layer.inputs(arguments[0].detach().clone()), out))
+            x = arguments[0] if arguments else next(iter(named.values()))
+            calls.append((layer, layer.inputs(x.detach().clone()), out))
             # What follows may work in place, which must not change the tensor that the gradient is taken at.
             return out.clone()
 
         return hook
 
-    handles = [layer.module.register_forward_hook(watch(layer)) for layer in layers]
+    handles = [layer.module.register_forward_hook(watch(layer), with_kwargs=True) for layer in layers]
     try:
         yield calls
     finally:

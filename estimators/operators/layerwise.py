@@ -50,6 +50,7 @@ class Layerwise:
         params: where the gradients are taken.
         recipe: what is watched, and which parameters are left to autograd, for which batches are of one.
         cuts: how examples are cut; None = they are not.
+        alone: whether a batch is of one example.
         size: examples in a batch of the longest ones.
         scalars: captured of one such example.
     """
@@ -60,6 +61,7 @@ class Layerwise:
     params: Tensors
     recipe: Recipe
     cuts: Trimming | None = None
+    alone: bool = True
     size: int = 1
     scalars: int = 0
 
@@ -85,7 +87,7 @@ class Layerwise:
         for index in ordered:
             longest = 1 if self.cuts is None else int(self.cuts.lengths[index])
             full = 1 if self.cuts is None else self.cuts.full
-            if block and (len(block) + 1) * longest > self.size * full:
+            if block and (self.alone or (len(block) + 1) * longest > self.size * full):
                 yield block
                 block = []
             block.append(index)
@@ -136,7 +138,7 @@ class _Known:
     """A proof's outcome, without the model itself, which must not be kept alive by it."""
 
     examples: weakref.ref[Examples]
-    found: tuple[Recipe, Trimming | None, int, int] | None
+    found: tuple[Recipe, Trimming | None, bool, int, int] | None
 
 
 _PROVEN: weakref.WeakKeyDictionary[FunctionalModel, dict[bool, _Known]] = weakref.WeakKeyDictionary()
@@ -162,7 +164,7 @@ def layerwise(
         if not keeps:
             return way
         known[wide] = _Known(
-            weakref.ref(examples), None if way is None else (way.recipe, way.cuts, way.size, way.scalars)
+            weakref.ref(examples), None if way is None else (way.recipe, way.cuts, way.alone, way.size, way.scalars)
         )
     found = known[wide].found
     return None if found is None else Layerwise(model, function, examples, at, *found)
@@ -311,4 +313,4 @@ def _sized(way: Layerwise, chosen: Sequence[int], batches: bool) -> Layerwise:
     if way.cuts is not None:
         scalars = scalars * way.cuts.full // int(way.cuts.lengths[index])
     size = max(1, min(256, together(way.model.device) // max(1, scalars))) if batches else 1
-    return replace(way, size=size, scalars=scalars)
+    return replace(way, alone=not batches, size=size, scalars=scalars)
