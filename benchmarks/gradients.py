@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--estimators", nargs="+", default=[*FIRST_ORDER, *OTHERS])
-    parser.add_argument("--train", type=int, default=96)
+    parser.add_argument("--train", type=int, default=200)
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
     parser.add_argument("--budget", type=float, default=60.0, help="counted seconds beyond which none is run")
     given = parser.parse_args()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.base import Estimate, Layered, Notes, Problem, estimating, finite
-from fimo.estimators.counts import Work
+from fimo.estimators.counts import Work, of_products
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import (
@@ -126,9 +126,9 @@ class DataInf(Influence):
 
     def work(self, problem: Problem) -> Work:
         """A second pass of gradients where one is not enough, and every training gradient with every row."""
-        rows, size = len(problem.evals) + len(problem.removals), Layout.of(problem.model.params).size
-        n = float(len(problem.train))
-        return super().work(problem) + Work(gradients=n, flops=2 * n * rows * size)
+        rows = len(problem.evals) + len(unique(problem.removals))
+        n = len(problem.train)
+        return super().work(problem) + Work(gradients=float(n)) + of_products(problem.model, n, rows)
 
     def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P by a pass over 𝒟 for λ_l, and one more for each call."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.base import Layered, Notes, Problem, estimating
-from fimo.estimators.counts import Work
+from fimo.estimators.counts import POSITIONS, Work
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, PerExample, loss_gradients
@@ -82,10 +82,18 @@ class TRAK(Influence):
         """A pass of gradients over 𝒟, and the projection of every one."""
         n, size = float(len(problem.train)), Layout.of(problem.model.params).size
         dimension = self.dimension if self.projection != "identity" else size
-        each = 2.0 * size * (1 if self._projection(problem).kind in ("sparse", "identity") else dimension)
-        small = 2.0 * n * dimension**2 + 10.0 * dimension**3
+        kind, small = self._projection(problem).kind, 2.0 * n * dimension**2 + 10.0 * dimension**3
         every = n + len(problem.removals) + len(problem.evals)
-        return super().work(problem) + Work(gradients=n, flops=every * each + small)
+        own = Work(gradients=n, flops=small)
+        if kind == "identity":
+            return super().work(problem) + own
+        if kind == "sparse":
+            # A gradient is made dense, and its entries added up: memory's time, as that of some products.
+            return super().work(problem) + own + Work(inner=2.0 * every * size * 2 * POSITIONS)
+        held = size * dimension <= gradients.HELD
+        blocks = 1 if held else -(-every // gradients.block_size(size))
+        dense = float(size) * dimension
+        return super().work(problem) + own + Work(inner=2.0 * every * dense, draws=blocks * dense)
 
     def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P; one pass over 𝒟 for ΦᵀΦ."""

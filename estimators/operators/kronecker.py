@@ -14,7 +14,7 @@ layers' factors. The rest (embeddings, tied weights) are left out, by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal, TypeAlias
@@ -82,15 +82,25 @@ def eigenbasis(
     scales = {id(layer): layer.matrix(scale[None])[0] for layer in layers} if scale is not None else {}
     batches = list(_batches(examples, way, size))
     kept: list[Seen] = []
-    _factor(
-        layers, _keeping(_passes(model, examples, layers, source, batches, way, squares), kept), len(examples), scales
-    )
+    first = _keeping(_passes(model, examples, layers, source, batches, way, squares), kept)
+    _factor(layers, _sums(layers, first, scales), len(examples), scales)
     if corrected or scales:
         again = _passes(model, examples, layers, source, batches[len(kept) :], way, None)
         _correct(layers, chain(kept, again), len(examples), scales)
     _by_themselves(model, examples, source, squares, [name for name in small if name not in seen])
     dense = squares.blocks(model, len(examples), scale)
     return Eigenbasis([*layers, *dense], [n for n in others if n not in squares.of], source.fisher, source.drawn)
+
+
+def sum_factors(model: FunctionalModel, examples: Examples, indices: Sequence[int]) -> None:
+    """The first pass over some examples with one vector each, for its cost alone."""
+    layers, _ = layers_of(model)
+    way = layerwise(model, model.loss, examples)
+    source = PseudoGradients(model, examples.batch(list(indices)[:2]), "sampled", 1, 0)
+    size = min(source.block, gradients.BLOCK)
+    chosen = [list(indices)] if way is None else list(way.batches(indices))
+    batches = [block[start : start + size] for block in chosen for start in range(0, len(block), size)]
+    _sums(layers, _passes(model, examples, layers, source, batches, way, None), {})
 
 
 def coverage(model: FunctionalModel) -> float:
@@ -196,8 +206,8 @@ Scales: TypeAlias = dict[int, Tensor]
 """What each layer's gradients are multiplied by, (out, in [+ 1]), by the layer's id; empty = nothing."""
 
 
-def _factor(layers: list[LayerBlock], passes: Iterator[Seen], n: int, scales: Scales) -> None:
-    """Set each layer's eigenvectors, and K-FAC's eigenvalues, from its two factors."""
+def _sums(layers: list[LayerBlock], passes: Iterator[Seen], scales: Scales) -> dict[int, _Factors]:
+    """The two second moments of every layer, by its id."""
     factors = {id(layer): _Factors() for layer in layers}
     for seen in passes:
         for layer, of_calls in _by_layer(seen):
@@ -212,6 +222,11 @@ def _factor(layers: list[LayerBlock], passes: Iterator[Seen], n: int, scales: Sc
                 own.inputs.add(_with_gradient(a, gs))
                 for g in gs:
                     own.outputs.add(g.flatten(0, 1))
+    return factors
+
+
+def _factor(layers: list[LayerBlock], factors: dict[int, _Factors], n: int, scales: Scales) -> None:
+    """Set each layer's eigenvectors, and K-FAC's eigenvalues, from its two factors."""
     for layer in layers:
         own, dtype = factors[id(layer)], layer.weight_of().dtype
         # Of whole examples if they are scaled, of positions if not.

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.capture import Recipe, leading, parts_of, recipe_of, watching
@@ -108,6 +109,17 @@ class Layerwise:
         if len(held):
             yield held
 
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """The examples' gradients as rows (len(indices), P), in their order."""
+        layout, like = Layout.of(self.params), next(iter(self.params.values()))
+        places = {index: place for place, index in enumerate(indices)}
+        rows = like.new_zeros(len(indices), layout.size)
+        for some in self.gradients(list(places)):
+            at = torch.tensor([places[index] for index in some.indices], device=like.device)
+            for name, where in layout.slices.items():
+                rows[at, where] = some.dense(name, 0, some.shapes[name][0], None, like)
+        return rows
+
     def differentiate(self, indices: Sequence[int]) -> Parts:
         """The parts of the gradients of one batch."""
         batch, count = self.batch(indices), len(indices)
@@ -147,20 +159,20 @@ _PROVEN: weakref.WeakKeyDictionary[FunctionalModel, dict[bool, _Known]] = weakre
 def layerwise(
     model: FunctionalModel, function: PerExample, examples: Examples, params: Tensors | None = None, wide: bool = False
 ) -> Layerwise | None:
-    """The way to the gradients of ``function``, proven in eval mode; None = small models, and those of which none is.
+    """The way to the gradients of ``function``, proven in eval mode; None = small models that ``vmap`` takes in blocks,
+    and those of which none is proven.
 
     Args:
         function: ``model.loss``, ``model.measure``, or another function of the model's outputs.
         params: where; None = θᶠ.
         wide: whether ``function`` is the measure; else the loss shows what cutting changes.
     """
-    if Layout.of(model.params).size < LARGE:
-        return None
     at = model.params if params is None else params
     keeps = params is None and function in (model.loss, model.measure)
     known = _PROVEN.setdefault(model, {})
     if not keeps or wide not in known or known[wide].examples() is not examples:
-        way = _prove(model, function, examples, at, wide)
+        small = Layout.of(model.params).size < LARGE and _stacks(function, at, examples, model)
+        way = None if small else _prove(model, function, examples, at, wide)
         if not keeps:
             return way
         known[wide] = _Known(
@@ -168,6 +180,13 @@ def layerwise(
         )
     found = known[wide].found
     return None if found is None else Layerwise(model, function, examples, at, *found)
+
+
+def _stacks(function: PerExample, params: Tensors, examples: Examples, model: FunctionalModel) -> bool:
+    """Whether ``vmap`` takes examples of different lengths together, as it must for rows to be had fast."""
+    cuts = trimming(examples, model.padding)
+    chosen = {0, len(examples) - 1} if cuts is None else {int(cuts.lengths.argmin()), int(cuts.lengths.argmax())}
+    return gradients.stacks(function, params, examples.batch(sorted(chosen)))
 
 
 def _prove(
