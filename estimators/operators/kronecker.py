@@ -7,9 +7,9 @@ diagonal there. E[aaᵀ] is over the positions that have a gradient at all: padd
 Grosse (2015); George et al. (2018); Grosse et al. (2023), section 3.
 
 Covered: Linear, Conv2d (one group, zero padding) and transformers' Conv1D, if their weight is used by their own forward
-alone, which one batch proves. Other trainable tensors of at most ``EXACT`` entries (LayerNorm)
-get their dense block: exact as far as the outputs are few enough to hold their Jacobian, or of the same vectors as the
-layers' factors. The rest (embeddings, tied weights) are left out, by name.
+alone, which one batch proves. Other trainable tensors of at most ``EXACT`` entries (LayerNorm) get their dense block, of
+the same vectors at the outputs as the layers' factors (``squares``). The rest (embeddings, tied weights) are left out,
+by name.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from torch import Tensor
 
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.capture import Recipe, parts_of, watching
-from fimo.estimators.operators.eigenbasis import Block, DenseBlock, Eigenbasis, LayerBlock, share_covered
-from fimo.estimators.operators.gradients import Layout
+from fimo.estimators.operators.eigenbasis import Eigenbasis, LayerBlock, share_covered
 from fimo.estimators.operators.layers import layers_of, proven, watched
-from fimo.estimators.operators.layerwise import Layerwise, layerwise, seen_as
-from fimo.estimators.operators.parts import TILE, Parts
-from fimo.estimators.operators.pseudo_gradients import MANY, PseudoGradients
-from fimo.estimators.operators.spaces import linearised, outputs_of
+from fimo.estimators.operators.layerwise import Layerwise, layerwise
+from fimo.estimators.operators.parts import TILE
+from fimo.estimators.operators.pseudo_gradients import PseudoGradients
+from fimo.estimators.operators.squares import Squares, add_by_themselves
 from fimo.workers.examples import Batch, Examples
-from fimo.workers.functional import FunctionalModel, Tensors
+from fimo.workers.functional import FunctionalModel
 
 EXACT = 1024
 """Entries up to which a tensor that no layer type covers gets a dense block."""
@@ -87,7 +86,7 @@ def eigenbasis(
     if corrected or scales:
         again = _passes(model, examples, layers, source, batches[len(kept) :], way, None)
         _correct(layers, chain(kept, again), len(examples), scales)
-    _by_themselves(model, examples, source, squares, [name for name in small if name not in seen])
+    add_by_themselves(model, examples, source, squares, [name for name in small if name not in seen])
     dense = squares.blocks(model, len(examples), scale)
     return Eigenbasis([*layers, *dense], [n for n in others if n not in squares.of], source.fisher, source.drawn)
 
@@ -312,65 +311,3 @@ def _add_second_moment(g: Tensor, a: Tensor, into: Tensor) -> None:
     together = max(1, TILE // into.numel())
     for some_g, some_a in zip(g.split(together), a.split(together), strict=True):
         into += torch.bmm(some_g.transpose(1, 2), some_a).square_().sum(dim=0)
-
-
-class Squares:
-    """E[rrᵀ] of small tensors' gradients r, float64, which are their exact blocks of G.
-
-    Args:
-        small: the tensors by name.
-    """
-
-    def __init__(self, small: Tensors) -> None:
-        self.of = {
-            name: torch.zeros(t.numel(), t.numel(), dtype=torch.float64, device=t.device) for name, t in small.items()
-        }
-        self._shapes = {name: t.shape for name, t in small.items()}
-
-    def add(self, parts: Parts) -> None:
-        """The gradients of some examples for one vector s."""
-        for name, some in parts.items():
-            if name in self.of:
-                rows = sum(part.tile(0, seen_as(self._shapes[name])[0]).double() for part in some)
-                self.of[name] += rows.T @ rows  # type: ignore[union-attr]
-
-    def blocks(self, model: FunctionalModel, n: int, scale: Tensor | None) -> list[Block]:
-        """The blocks, scaled on both sides."""
-        slices, blocks = Layout.of(model.params).slices, list[Block]()
-        for name, square in self.of.items():
-            own = torch.ones(len(square)).to(square) if scale is None else scale[slices[name]]
-            values, vectors = torch.linalg.eigh(square * torch.outer(own, own) / n)
-            blocks.append(DenseBlock(slices[name], values.clamp(min=0), vectors.to(model.dtype)))
-        return blocks
-
-
-def _by_themselves(
-    model: FunctionalModel, examples: Examples, source: PseudoGradients, squares: Squares, names: list[str]
-) -> None:
-    """Add the blocks of tensors that no hook sees: one more pass."""
-    small = {name: model.params[name] for name in names}
-    if not small:
-        return
-    layout, outputs = Layout.of(small), outputs_of(model, examples)
-    squares_of = Squares(small).of
-    if outputs <= MANY:
-        for _, batch in examples.batches(gradients.block_size(layout.size * outputs)):
-            jacobian, weights = linearised(model, batch, small)
-            for name, where in layout.slices.items():
-                j = jacobian[:, where].double().reshape(*weights.shape[:2], -1)
-                squares_of[name] += torch.einsum("boi,bop,bpj->ij", j, weights.double(), j)
-    else:
-
-        def along(params: Tensors, both: Batch) -> Tensor:
-            out = model.outputs({**model.params, **params}, both["batch"])
-            value: Tensor = (out * both["s"]).flatten(1).sum(dim=1)
-            return value
-
-        for indices, batch in examples.batches(min(source.block, gradients.block_size(layout.size))):
-            with torch.no_grad():
-                out = model.outputs(model.params, batch)
-            for s in source(out, batch, indices):
-                rows = gradients.per_example(along, small, {"batch": batch, "s": s}, layout).double()
-                for name, where in layout.slices.items():
-                    squares_of[name] += rows[:, where].T @ rows[:, where]
-    squares.of.update(squares_of)
