@@ -63,7 +63,7 @@ class LiSSA(Influence):
     """
 
     name: ClassVar[str] = "lissa"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     curvature: ClassVar[Literal["gauss_newton", "hessian"]] = "gauss_newton"
     matches: ClassVar[bool] = True
     solved: ClassVar[int | None] = 8

@@ -58,7 +58,6 @@ class TRAK(Influence):
     """
 
     name: ClassVar[str] = "trak"
-    version: ClassVar[int] = 2
     by_layers: ClassVar[bool] = True
     default_scale: ClassVar[float] = 0.0
 

@@ -7,9 +7,9 @@ diagonal there. E[aaᵀ] is over the positions that have a gradient at all: padd
 Grosse (2015); George et al. (2018); Grosse et al. (2023), section 3.
 
 Covered: Linear, Conv2d (one group, zero padding) and transformers' Conv1D, if their weight is used by their own forward
-alone, which one batch proves. Other trainable tensors of at most ``EXACT`` entries (LayerNorm) get their dense block, of
-the same vectors at the outputs as the layers' factors (``squares``). The rest (embeddings, tied weights) are left out,
-by name.
+alone, which one batch proves. Other trainable tensors of at most ``EXACT`` entries (LayerNorm) get their dense block,
+of the same vectors at the outputs as the layers' factors (``squares``). The rest (embeddings, tied weights) are left
+out, by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fimo.estimators.operators.capture import Recipe, parts_of, watching
 from fimo.estimators.operators.eigenbasis import Eigenbasis, LayerBlock, share_covered
 from fimo.estimators.operators.layers import layers_of, proven, watched
 from fimo.estimators.operators.layerwise import Layerwise, layerwise
-from fimo.estimators.operators.parts import TILE
+from fimo.estimators.operators.moments import Moment, SquareSum
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
 from fimo.estimators.operators.squares import Squares, add_by_themselves
 from fimo.workers.examples import Batch, Examples
@@ -159,46 +159,12 @@ def _keeping(passes: Iterator[Seen], kept: list[Seen]) -> Iterator[Seen]:
         yield seen
 
 
-TOGETHER = 1024
-"""Positions whose outer products are summed by one matrix product, in the model's dtype."""
-
-
-class _Moment:
-    """Σ xxᵀ over positions, the sums of ``TOGETHER`` of them in float64, and how many there were."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.positions = 0
-        self._waiting: list[Tensor] = []
-        self._rows = 0
-
-    def add(self, x: Tensor) -> None:
-        """Rows (positions, side)."""
-        self.positions += len(x)
-        self._waiting.append(x)
-        self._rows += len(x)
-        if self._rows >= TOGETHER:
-            self._sum()
-
-    def mean(self, count: int) -> Tensor | None:
-        """The sum divided by ``count``, float64 (side, side); None if nothing was added."""
-        if self._waiting:
-            self._sum()
-        return None if self.total is None or not self.positions else self.total / count
-
-    def _sum(self) -> None:
-        rows = torch.cat(self._waiting)
-        square = (rows.T @ rows).double()
-        self.total = square if self.total is None else self.total.add_(square)
-        self._waiting, self._rows = [], 0
-
-
 @dataclass
 class _Factors:
     """The two second moments of a layer."""
 
-    inputs: _Moment = field(default_factory=_Moment)
-    outputs: _Moment = field(default_factory=_Moment)
+    inputs: Moment = field(default_factory=Moment)
+    outputs: Moment = field(default_factory=Moment)
 
 
 Scales: TypeAlias = dict[int, Tensor]
@@ -285,29 +251,22 @@ def _identity(layer: LayerBlock) -> None:
 
 def _correct(layers: list[LayerBlock], passes: Iterator[Seen], n: int, scales: Scales) -> None:
     """Replace the eigenvalues by the gradients' second moments in the eigenbasis, summed in float64."""
+    sums = {}
     for layer in layers:
         layer.values = torch.zeros_like(layer.values)
+        sums[id(layer)] = SquareSum(layer.values.view(len(layer.left), len(layer.right)))
     for seen in passes:
         for layer, of_calls in _by_layer(seen):
-            scale = scales.get(id(layer))
+            scale, squares = scales.get(id(layer)), sums[id(layer)]
             if scale is not None:
                 for g, a in _gradients_of(of_calls):
                     for matrix in _matrices(g, a, scale):
                         turned = layer.left.T @ matrix @ layer.right
-                        layer.values += turned.square_().sum(dim=0).flatten()
+                        squares.add_sum(turned.square_().sum(dim=0), len(turned))
                 continue
             of_turned = [(a @ layer.right, [g @ layer.left for g in gs]) for a, gs in of_calls]
             for g, a in _gradients_of(of_turned):
-                _add_second_moment(g, a, layer.values.view(g.shape[2], a.shape[2]))
+                squares.add(g, a)
     for layer in layers:
+        sums[id(layer)].flush()
         layer.values /= n
-
-
-def _add_second_moment(g: Tensor, a: Tensor, into: Tensor) -> None:
-    """Add Σ_b (Σ_t g_bt a_btᵀ)² to ``into``, float64 (out, in): a few examples' in the model's dtype."""
-    if g.shape[1] == 1:
-        into += g[:, 0].square().T @ a[:, 0].square()
-        return
-    together = max(1, TILE // into.numel())
-    for some_g, some_a in zip(g.split(together), a.split(together), strict=True):
-        into += torch.bmm(some_g.transpose(1, 2), some_a).square_().sum(dim=0)
