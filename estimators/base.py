@@ -29,7 +29,9 @@ from fimo.estimators.operators.gradients import (
     removal_gradients,
 )
 from fimo.estimators.operators.output_functions import is_flat
+from fimo.estimators.operators.parts import Gradients
 from fimo.estimators.operators.plain import plain_operations
+from fimo.estimators.operators.products import Sides, sides
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel, Tensors
@@ -237,17 +239,39 @@ class Pairing:
 
 
 @dataclass(frozen=True)
+class Layered:
+    """An estimator's mathematics on one problem, of gradients that are kept layer by layer.
+
+    Attributes:
+        value: gradients of b training and of k evaluation examples -> their values (b, k), or (steps, b, k); a
+            removal's are the sum of its examples'.
+        steps: what the leading dimension of the values runs over, if they have one.
+    """
+
+    value: Callable[[Gradients, Gradients], Tensor]
+    steps: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class GradientEstimator(Hyperparameters):
     """Base of the estimators that pair a training-side gradient with an evaluation gradient.
 
     The loops over blocks stand here and nowhere else; a subclass gives ``pairing``. Evaluation gradients are taken
     once; training-side gradients once as long as the evaluation gradients fit ``gradients.HELD``, and once more for
-    every further block.
+    every further block. Large models' gradients are taken and kept layer by layer instead, if a subclass gives
+    ``layered``: see ``operators.layerwise``.
     """
+
+    by_layers: ClassVar[bool] = False
+    """Whether there is ``layered``."""
 
     @abstractmethod
     def pairing(self, problem: Problem, notes: Notes) -> Pairing:
         """How values are made at θᶠ; what a reader should know of it goes to ``notes``."""
+
+    def layered(self, problem: Problem, notes: Notes, both: Sides) -> Layered | None:
+        """The same of a large model's gradients, layer by layer; None = by ``pairing``, with rows of P scalars."""
+        return None
 
     def estimate(self, problem: Problem) -> Estimate:
         """(R, E), or (steps, R, E).
@@ -259,6 +283,11 @@ class GradientEstimator(Hyperparameters):
         notes: Notes = {}
         model, evals = problem.model, len(problem.evals)
         with estimating(model):
+            both = sides(model, problem.train, problem.evals, problem.removals) if self.by_layers else None
+            layered = self.layered(problem, notes, both) if both is not None else None
+            if both is not None and layered is not None:
+                count = None if layered.steps is None else len(layered.steps)
+                return Estimate(finite(both.values(layered.value, count), self.name), layered.steps, notes)
             pairing = self.pairing(problem, notes)
             lead = () if pairing.steps is None else (len(pairing.steps),)
             values = torch.zeros(*lead, len(problem.removals), evals, dtype=torch.float64)

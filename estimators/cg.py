@@ -74,7 +74,7 @@ class CG(Influence):
         outputs = outputs_of(problem.model, problem.train) if self.curvature == "gauss_newton" else 0
         times = 1 if self.preconditioner is None else len(self.amounts(problem) or (0,))
         iterations = times * min(self.max_iterations, ITERATIONS)
-        return super().work(problem) + of_curvature(problem, outputs, iterations)
+        return super().work(problem) + of_curvature(problem, outputs, iterations) + Work(calls=float(iterations))
 
     def rows_kept(self, systems: int) -> int:
         """A solution and a direction for every λ, in float64."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
-from fimo.estimators.operators import gradients
+from fimo.estimators.operators import gradients, layerwise
 from fimo.estimators.operators.gradients import Layout
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
@@ -45,8 +45,12 @@ class Work:
         products: of one example's curvature with one row.
         passes: examples that go forwards and backwards as part of a batch.
         steps: of one replica in a stack of the sweep's engine.
-        flops: of dense linear algebra.
+        flops: of dense linear algebra in float64.
         bytes: held at once beside the model.
+        inner: flops of inner products and projections of gradients, in the model's dtype.
+        factors: examples whose second moments are summed for Kronecker factors, for each vector at their outputs.
+        draws: random numbers, on the CPU.
+        calls: iterations of a solver, for what they take beside their arithmetic.
     """
 
     gradients: float = 0
@@ -55,6 +59,10 @@ class Work:
     steps: float = 0
     flops: float = 0
     bytes: float = 0
+    inner: float = 0
+    factors: float = 0
+    draws: float = 0
+    calls: float = 0
 
     def __add__(self, other: Work) -> Work:
         """Both, one after the other: what they hold is the larger of the two."""
@@ -62,12 +70,32 @@ class Work:
         return Work(**{**sums, "bytes": max(self.bytes, other.bytes)})
 
 
+PROOF = 20
+"""Gradients that it takes to prove that a large model's may be had layer by layer."""
+
+POSITIONS = 32
+"""Tokens of an example, for want of anything better before they are seen."""
+
+
+def is_large(model: FunctionalModel) -> bool:
+    """Whether gradients are kept layer by layer, and made dense once for every inner product."""
+    return Layout.of(model.params).size >= layerwise.LARGE
+
+
+def of_products(model: FunctionalModel, left: int, right: int) -> Work:
+    """Inner products of so many gradients with so many others."""
+    dense = POSITIONS * (left + right) if is_large(model) else 0
+    return Work(inner=2.0 * (float(left) * right + dense) * Layout.of(model.params).size)
+
+
 def of_gradients(problem: Counted) -> Work:
     """Both sides' gradients and their inner products, as most estimators need them."""
     size, evals = Layout.of(problem.model.params).size, len(problem.evals)
     unique = len({index for removal in problem.removals for index in removal})
     held = min(4 * evals * size, 4 * gradients.HELD) + 4 * gradients.STREAM
-    return Work(gradients=evals + unique, flops=2.0 * len(problem.removals) * evals * size, bytes=held)
+    proof = PROOF if is_large(problem.model) else 0
+    own = Work(gradients=evals + unique + proof, bytes=held)
+    return own + of_products(problem.model, unique, evals)
 
 
 def of_passes(problem: Counted, vectors: int = 1) -> Work:

@@ -12,6 +12,8 @@ from fimo.estimators.base import Hyperparameters, Problem
 from fimo.estimators.counts import Work
 from fimo.estimators.matching import Shift, matched, of_scale, spread
 from fimo.estimators.operators.gradients import Layout, mean_square
+from fimo.estimators.operators.layerwise import KEPT, layerwise
+from fimo.estimators.operators.products import mean_squares
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,12 @@ class Damped(Hyperparameters):
         assert self.damping_scale is not None
         model = problem.model
         sizes = [shape.numel() for shape in Layout.of(model.params).shapes.values()]
-        squares = mean_square(model, problem.train)
+        way = layerwise(model, model.loss, problem.train)
+        if way is None:
+            squares = mean_square(model, problem.train)
+        else:
+            squares = mean_squares(
+                way.gradients(range(len(problem.train)), KEPT // 4), next(iter(model.params.values()))
+            )
         weights = torch.tensor(sizes, dtype=torch.float64, device=squares.device)
         return self.damping_scale * float((squares * weights).sum() / weights.sum())

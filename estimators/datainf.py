@@ -7,21 +7,23 @@ With g_l a layer's slice of ∇ℓ (a layer is one parameter tensor) and n train
 Source: Kwon et al., DataInf (ICLR 2024), eq. 5. λ_l = damping_scale × the mean over all of 𝒟 of the mean
 squared entry of the layer's gradient. λ_l is known only after the last example, hence two ways to the same number. If
 the inner products of every example with every evaluation and removal gradient fit in memory, they are kept and each
-gradient is computed once. Otherwise a first pass takes λ_l and a second one applies P.
+gradient is computed once. Otherwise a first pass takes λ_l and a second one applies P. A large model's gradients are
+kept layer by layer, where many fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import Estimate, Notes, Problem, estimating, finite
-from fimo.estimators.counts import Work
+from fimo.estimators.base import Estimate, Layered, Notes, Problem, estimating, finite
+from fimo.estimators.counts import Work, of_products
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import (
@@ -32,6 +34,9 @@ from fimo.estimators.operators.gradients import (
     measure_gradients,
     unique,
 )
+from fimo.estimators.operators.layerwise import KEPT
+from fimo.estimators.operators.parts import Gradients, tiles
+from fimo.estimators.operators.products import Sides, mean_squares, sides, square_norms
 
 Rows = Iterator[tuple[list[int], Tensor]]
 
@@ -46,6 +51,7 @@ class DataInf(Influence):
 
     name: ClassVar[str] = "datainf"
     default_scale: ClassVar[float] = 0.1
+    by_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,14 +62,73 @@ class DataInf(Influence):
         if self.training_gradient != "final" or kept_scalars(problem) > gradients.HELD:
             return super().estimate(problem)
         with estimating(problem.model):
+            layers = sides(problem.model, problem.train, problem.evals, problem.removals)
+        if layers is not None:
+            return super().estimate(problem)
+        with estimating(problem.model):
             values, damping = self._in_one_pass(problem)
         return Estimate(finite(values, self.name), notes=_damping_note(problem, damping))
 
+    def layered(self, problem: Problem, notes: Notes, both: Sides) -> Layered | None:
+        """The same, layer by layer; None if the removed examples' gradients do not fit, for each block of them passes
+        over all of 𝒟.
+        """
+        if self.training_gradient != "final" or not both.train.fits(len(unique(problem.removals))):
+            return None
+        known: list[Tensor] = []
+
+        def value(left: Gradients, right: Gradients) -> Tensor:
+            every = partial(_every_layered, both, left)
+            if not known and _products(problem, left, right) > gradients.HELD // 4:
+                known.append(self._layer_damping(mean_squares(every(), both.like)))
+            found, damping = self._expanded(every(), left, right, both.like, known[0] if known else None)
+            known[:] = [damping]
+            notes.update(_damping_note(problem, damping))
+            return found
+
+        return Layered(value)
+
+    def _expanded(
+        self, every: Iterator[Gradients], left: Gradients, right: Gradients, like: Tensor, damping: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(lᵀPr (b, k), λ_l): the products with every training example are kept if λ_l is not known yet."""
+        names, n = list(left.shapes), 0
+        products: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in names]
+        total = torch.zeros(len(left), len(right), dtype=torch.float64, device=like.device)
+        inner = [torch.zeros_like(total) for _ in names]
+        for block in every:
+            n += len(block)
+            for place, name in enumerate(names):
+                with_l, with_r = (total.new_zeros(len(block), len(side)) for side in (left, right))
+                norms = total.new_zeros(len(block))
+                first = not products[place]
+                for _, (g, a, b) in tiles(name, block, left, right, like=like):
+                    with_l += g @ a.T
+                    with_r += g @ b.T
+                    norms += square_norms(g)
+                    if first:
+                        inner[place] += a @ b.T
+                products[place].append((with_l, with_r, norms))
+                if damping is not None:
+                    weights = 1 / (damping[place] + norms)
+                    total -= (with_l * weights[:, None]).T @ with_r / damping[place]
+                    products[place] = [(with_l[:0], with_r[:0], norms[:0])]
+        if damping is not None:
+            total /= n
+            return total + sum(i / d for i, d in zip(inner, damping, strict=True)), damping
+        sizes = [rows * columns for rows, columns in left.shapes.values()]
+        norms_of = [torch.cat([norms for _, _, norms in some]) for some in products]
+        damping = self._layer_damping(torch.stack([v.mean() / s for v, s in zip(norms_of, sizes, strict=True)]))
+        for some, norms, own, layer in zip(products, norms_of, inner, damping, strict=True):
+            with_l, with_r = (torch.cat([pair[side] for pair in some]) for side in (0, 1))
+            total += (own - (with_l / (n * (layer + norms))[:, None]).T @ with_r) / layer
+        return total, damping
+
     def work(self, problem: Problem) -> Work:
         """A second pass of gradients where one is not enough, and every training gradient with every row."""
-        rows, size = len(problem.evals) + len(problem.removals), Layout.of(problem.model.params).size
-        n = float(len(problem.train))
-        return super().work(problem) + Work(gradients=n, flops=2 * n * rows * size)
+        rows = len(problem.evals) + len(unique(problem.removals))
+        n = len(problem.train)
+        return super().work(problem) + Work(gradients=float(n)) + of_products(problem.model, n, rows)
 
     def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P by a pass over 𝒟 for λ_l, and one more for each call."""
@@ -133,6 +198,17 @@ def _every_gradient(problem: Problem, known: list[int], rows: Tensor) -> Rows:
     have = set(known)
     others = [j for j in range(len(problem.train)) if j not in have]
     return chain([(known, rows)], loss_gradients(problem.model, problem.train, others))
+
+
+def _every_layered(both: Sides, known: Gradients) -> Iterator[Gradients]:
+    """∇ℓ_j for all of 𝒟, those that are known first."""
+    have = set(known.indices)
+    yield known
+    yield from both.train.gradients([j for j in range(len(both.train.examples)) if j not in have], KEPT // 4)
+
+
+def _products(problem: Problem, left: Gradients, right: Gradients) -> int:
+    return len(problem.train) * (len(left) + len(right) + 1) * len(left.shapes)
 
 
 def _damping_note(problem: Problem, damping: Tensor) -> Notes:

@@ -10,17 +10,27 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import Hyperparameters, Notes, Problem, flat_loss
-from fimo.estimators.counts import Work, of_passes
+from fimo.estimators.amounts import linear
+from fimo.estimators.base import Hyperparameters, Layered, Notes, Problem, flat_loss
+from fimo.estimators.counts import POSITIONS, Work, is_large
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.matching import Shift
 from fimo.estimators.operators.eigenbasis import Eigenbasis
-from fimo.estimators.operators.gradients import Layout
-from fimo.estimators.operators.kronecker import coverage, factorised
+from fimo.estimators.operators.gradients import Layout, unique
+from fimo.estimators.operators.kronecker import EXACT, coverage, factorised
 from fimo.estimators.operators.layers import layers_of
 from fimo.estimators.operators.nystrom import Nystrom
+from fimo.estimators.operators.parts import Gradients
+from fimo.estimators.operators.products import Sides
 from fimo.estimators.operators.pseudo_gradients import FEW
+from fimo.estimators.operators.rotated import spectral_products
 from fimo.estimators.operators.spaces import make_curvature, outputs_of
+
+EIGEN = 7.0
+"""Flops of an eigendecomposition, in units of the side's cube."""
+
+MOST = 4096
+"""Outputs an example up to which their Hessian is formed if the exact Fisher is asked for."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,8 @@ class Factored(Hyperparameters):
 
     Attributes:
         fisher: exact (a backward pass for every output), sampled (labels drawn from the model), or auto: exact for
-            few outputs; which one was used is in the notes.
-        samples: draws an example if sampled.
+            few outputs; which one was used, and what was drawn, is in the notes.
+        samples: draws an example if sampled; of a language model a draw is a label for every token.
         seed: of the draws.
     """
 
@@ -44,23 +54,45 @@ class Factored(Hyperparameters):
 
     def unsuited(self, problem: Problem) -> str | None:
         """No trainable parameter is covered, or the Gauss-Newton matrix is 0."""
+        if self.fisher == "exact" and (outputs := outputs_of(problem.model, problem.train)) > MOST:
+            return (
+                f"fisher exact takes the square of {outputs} outputs an example, more than {MOST}: use fisher sampled"
+            )
         if coverage(problem.model) == 0:
             return "the model has no Linear, Conv2d, Conv1D or small trainable tensor to cover"
         return super().unsuited(problem) or flat_loss(problem)
 
     def work(self, problem: Problem) -> Work:
-        """Two passes over 𝒟, and the factors of every layer."""
-        outputs = outputs_of(problem.model, problem.train)
+        """Two passes over 𝒟, the factors of every layer, and both sides' gradients in their eigenbasis."""
+        model, n = problem.model, len(problem.train)
+        outputs = outputs_of(model, problem.train)
         vectors = outputs if self.fisher == "exact" or (self.fisher == "auto" and outputs <= FEW) else self.samples
-        sides = [side for layer in layers_of(problem.model)[0] for side in layer.sides]
-        factors = Work(flops=sum(20.0 * side**3 for side in sides), bytes=sum(32.0 * side**2 for side in sides))
-        passes = of_passes(problem, 2 * (1 + vectors))
-        return super().work(problem) + passes + factors
+        layers, others = layers_of(model)
+        sides = [layer.sides for layer in layers]
+        small = [size for name in others if (size := model.params[name].numel()) <= EXACT]
+        cubes = sum(a**3 + b**3 for a, b in sides) + sum(size**3 for size in small)
+        squares = sum(a**2 + b**2 for a, b in sides)
+        factors = Work(flops=EIGEN * cubes, bytes=32.0 * squares, factors=2.0 * n * (1 + vectors))
+        if small and not is_large(model):
+            factors = factors + Work(gradients=float(n * min(outputs, FEW)))
+        whole = sum(2.0 * a * b * (a + b) for a, b in sides)
+        both = len(problem.evals) + len(unique(problem.removals))
+        by_position = is_large(model) and not self.scaled(problem)
+        turned = Work(inner=(2.0 * POSITIONS * squares if by_position else whole) * both)
+        if self.scaled(problem):
+            turned = turned + Work(inner=2 * n * whole * vectors)
+        return super().work(problem) + factors + turned
+
+    def scaled(self, problem: Problem) -> bool:
+        """Whether gradients are scaled entry by entry, which leaves no outer products of them."""
+        return False
 
     def eigenbasis(self, problem: Problem, notes: Notes, scale: Tensor | None = None) -> Eigenbasis:
         """The factorisation; ``notes`` says of which kind it is and what share of the parameters it covers."""
         basis = factorised(problem.model, problem.train, self.fisher, self.samples, self.seed, scale)
         notes.update(fisher=basis.fisher, left_out=basis.left_out, coverage=basis.coverage(problem.model))
+        if basis.drawn:
+            notes.update(sampled=basis.drawn, samples=self.samples)
         if basis.left_out:
             shown = ", ".join(basis.left_out[:8]) + (" …" if len(basis.left_out) > 8 else "")
             problem.say(f"warning: {self.name} leaves out {len(basis.left_out)} parameter tensors: {shown}")
@@ -79,8 +111,30 @@ class EKFAC(Factored, Influence):
     """
 
     name: ClassVar[str] = "ekfac"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     matches: ClassVar[bool] = True
+    by_layers: ClassVar[bool] = True
+
+    def layered(self, problem: Problem, notes: Notes, both: Sides) -> Layered | None:
+        """The same, layer by layer."""
+        if self.training_gradient != "final":
+            return None
+        shift = self.shift(problem)
+        basis = self.eigenbasis(problem, notes, shift.scale)
+        shift.note(notes)
+        filters = [[damped(block.values, value) for value in shift.values] for block in basis.blocks]
+        outside = [1 / value if shift.steps is not None else 0.0 for value in shift.values]
+
+        def value(left: Gradients, right: Gradients) -> Tensor:
+            found = spectral_products(both.train, basis, (left, right), filters, outside, shift.scale)
+            return found if shift.steps is not None else found[0]
+
+        return Layered(value, shift.steps)
+
+    def scaled(self, problem: Problem) -> bool:
+        """Adam's and AdamW's own scale, if the damping is matched."""
+        settings = problem.further_training
+        return self.is_matched and settings is not None and not linear(settings.optimizer)
 
     def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """(G̃ + λD)⁻¹, 0 on parameters that are left out if λ is not matched."""

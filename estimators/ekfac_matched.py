@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.amounts import SGDMatched
-from fimo.estimators.base import Notes, Pair, Pairing, Problem
+from fimo.estimators.base import Layered, Notes, Pair, Pairing, Problem
 from fimo.estimators.ekfac import Factored, uncovered
 from fimo.estimators.operators.eigenbasis import Eigenbasis
 from fimo.estimators.operators.gradients import dot_products
 from fimo.estimators.operators.optimizers import Descent
+from fimo.estimators.operators.products import Sides
+from fimo.estimators.operators.rotated import spectral_products
 from fimo.workers.settings import Optimizer
 
 
@@ -37,6 +39,17 @@ class EKFACMatched(Factored, SGDMatched):
     """
 
     name: ClassVar[str] = "ekfac_matched"
+    version: ClassVar[int] = 2
+    by_layers: ClassVar[bool] = True
+
+    def layered(self, problem: Problem, notes: Notes, both: Sides) -> Layered:
+        """The same, layer by layer."""
+        settings, steps = self.followed(problem)
+        basis = self.eigenbasis(problem, notes)
+        filters, notes["saturated_eigenvalues"] = _filters(basis, settings.optimizer, steps)
+        rates = spectral_filter(torch.zeros(1, dtype=torch.float64), settings.optimizer, steps)[0].flatten().tolist()
+        each = [list(weights) for weights in filters]
+        return Layered(lambda left, right: spectral_products(both.train, basis, (left, right), each, rates), steps)
 
     def pairing(self, problem: Problem, notes: Notes) -> Pairing:
         """(steps, b, k), in EK-FAC's coordinates."""

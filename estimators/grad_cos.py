@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fimo.estimators.base import GradientEstimator, Notes, Pairing, Problem
+from fimo.estimators.base import GradientEstimator, Layered, Notes, Pairing, Problem
 from fimo.estimators.operators.gradients import dot_products, removal_gradients, units
+from fimo.estimators.operators.products import Sides, cosines
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class GradCos(GradientEstimator):
     """
 
     name: ClassVar[str] = "grad_cos"
+    by_layers: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     def pairing(self, problem: Problem, notes: Notes) -> Pairing:
@@ -30,3 +32,7 @@ class GradCos(GradientEstimator):
             return removal_gradients(problem.model, problem.train, problem.removals, unit=True)
 
         return Pairing(lambda right: lambda left: dot_products(left, units(right)), training_side)
+
+    def layered(self, problem: Problem, notes: Notes, both: Sides) -> Layered:
+        """The same, layer by layer."""
+        return Layered(lambda left, right: cosines(left, right, both.like))

@@ -8,10 +8,12 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fimo.estimators.amounts import NEEDS_TRAINING, linear, settings_of
-from fimo.estimators.base import GradientEstimator, Notes, Pair, Pairing, Problem
+from fimo.estimators.base import GradientEstimator, Layered, Notes, Pair, Pairing, Problem
 from fimo.estimators.counts import Work
 from fimo.estimators.matching import inverse_scale, of_scale
+from fimo.estimators.operators import products
 from fimo.estimators.operators.gradients import dot_products
+from fimo.estimators.operators.products import Sides
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class GradDot(GradientEstimator):
     """
 
     name: ClassVar[str] = "grad_dot"
+    by_layers: ClassVar[bool] = True
 
     preconditioner: Literal["optimizer"] | None = None
 
@@ -62,3 +65,8 @@ class GradDot(GradientEstimator):
             return lambda left: dot_products(left, scaled)
 
         return Pairing(against)
+
+    def layered(self, problem: Problem, notes: Notes, both: Sides) -> Layered:
+        """The same, layer by layer."""
+        scale = None if self.preconditioner is None else inverse_scale(problem, settings_of(self, problem))
+        return Layered(lambda left, right: products.dot_products(left, right, both.like, scale))

@@ -63,7 +63,7 @@ class LiSSA(Influence):
     """
 
     name: ClassVar[str] = "lissa"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     curvature: ClassVar[Literal["gauss_newton", "hessian"]] = "gauss_newton"
     matches: ClassVar[bool] = True
     solved: ClassVar[int | None] = 8
@@ -98,7 +98,8 @@ class LiSSA(Influence):
         # Training that is stable has a largest eigenvalue of at most 2/η, and so s/λ_t of at most about 2t.
         depths = [self.depth if steps is None else min(self.depth, 2 * FORGOTTEN * step) for step in steps or (1,)]
         examples = sum(depths) * self.repeats * min(self.batch_size, n) + 9 * POWER_ITERATIONS * self.batch_size
-        return super().work(problem) + of_curvature(problem, outputs, examples / n)
+        calls = max(depths) * self.repeats + 9.0 * POWER_ITERATIONS
+        return super().work(problem) + of_curvature(problem, outputs, examples / n) + Work(calls=calls)
 
     def rows_kept(self, systems: int) -> int:
         """An iterate, a residual and their sum over repeats for every λ, in float64."""

@@ -14,14 +14,28 @@ import torch
 from torch.func import grad
 
 from fimo.estimators.base import Problem, estimating
-from fimo.estimators.counts import Work
+from fimo.estimators.counts import Work, is_large
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.curvature import Hessian
 from fimo.estimators.operators.gradients import Layout, loss_gradients
+from fimo.estimators.operators.kronecker import sum_factors
+from fimo.estimators.operators.layerwise import layerwise
 from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import Training
 from fimo.workers.stacking.replay import Graphs
+
+SOME = 16
+"""Examples of a large model that are timed together."""
+
+
+OPERATIONS = 50
+"""Small operations of a solver's iteration."""
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """So many indices, evenly: lengths may follow the order."""
+    return [place * size // count for place in range(count)]
 
 
 class Rates:
@@ -39,6 +53,10 @@ class Rates:
             (work.passes, "example"),
             (work.steps, "step"),
             (work.flops, "flop"),
+            (work.inner, "inner"),
+            (work.factors, "factor"),
+            (work.draws, "draw"),
+            (work.calls, "call"),
         ):
             total += count * getattr(self, name) if count else 0.0
         return total
@@ -47,6 +65,12 @@ class Rates:
     def gradient(self) -> float:
         """One example's gradient."""
         model, train = self._problem.model, self._problem.train
+
+        with estimating(model):
+            way = layerwise(model, model.loss, train)
+        if way is not None:
+            some = SOME if is_large(model) else 4 * SOME
+            return self._timed(lambda count: list(way.gradients(_spread(len(train), count))), len(train), some)
 
         def take(count: int) -> None:
             for _ in loss_gradients(model, train, range(count)):
@@ -58,7 +82,8 @@ class Rates:
     def product(self) -> float:
         """One example's curvature with one row, many rows at once."""
         model, train = self._problem.model, self._problem.train
-        layout, rows = Layout.of(model.params), 4
+        layout = Layout.of(model.params)
+        rows = max(1, min(16, len(self._problem.evals), gradients.STREAM // layout.size))
         some = torch.randn(rows, layout.size, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
         operator = Hessian(model, train)
         return self._timed(lambda count: operator(some, range(count)), len(train), 64) / rows
@@ -98,9 +123,37 @@ class Rates:
     @cached_property
     def flop(self) -> float:
         """One multiplication and addition of a matrix product in float64."""
+        return self._flop(torch.float64)
+
+    @cached_property
+    def inner(self) -> float:
+        """The same in the model's dtype."""
+        return self._flop(self._problem.model.dtype)
+
+    def _flop(self, dtype: torch.dtype) -> float:
         side = 512
-        square = torch.ones(side, side, dtype=torch.float64, device=self._problem.model.device)
+        square = torch.ones(side, side, dtype=dtype, device=self._problem.model.device)
         return self._timed(lambda count: [square @ square for _ in range(count)], 4, 4) / (2 * side**3)
+
+    @cached_property
+    def factor(self) -> float:
+        """One example's second moments for Kronecker factors: half for its activations, half for a vector's slopes."""
+        model, train = self._problem.model, self._problem.train
+        return (
+            self._timed(lambda count: sum_factors(model, train, _spread(len(train), count)), len(train), 4 * SOME) / 2
+        )
+
+    @cached_property
+    def draw(self) -> float:
+        """One random sign, drawn on the CPU."""
+        generator = torch.Generator().manual_seed(0)
+        return self._timed(lambda count: torch.randint(2, (count,), generator=generator), 2**20, 2**20)
+
+    @cached_property
+    def call(self) -> float:
+        """What an iteration of a solver takes beside its arithmetic: some dozens of small operations."""
+        small = torch.ones(8, 8, dtype=torch.float64, device=self._problem.model.device)
+        return self._timed(lambda count: [small @ small for _ in range(OPERATIONS * count)], 10, 10)
 
     def _timed(self, call: Callable[[int], object], most: int, block: int) -> float:
         """Seconds for one of ``count`` things done together: of one if that is long, of a block if it is short."""
@@ -119,4 +172,8 @@ class Rates:
         once(1)
         alone = once(1)
         count = min(most, max(1, block))
-        return alone if alone > 0.5 or count == 1 else min(alone, once(count) / count)
+        if alone > 0.5 or count == 1:
+            return alone
+        together = once(count)
+        # The first time pays for its memory.
+        return min(alone, (min(together, once(count)) if together < 0.5 else together) / count)

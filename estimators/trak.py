@@ -17,12 +17,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import Notes, Problem, estimating
-from fimo.estimators.counts import Work
+from fimo.estimators.base import Layered, Notes, Problem, estimating
+from fimo.estimators.counts import POSITIONS, Work
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, PerExample, loss_gradients
+from fimo.estimators.operators.layerwise import KEPT, layerwise
 from fimo.estimators.operators.output_functions import is_cross_entropy, is_scalar, labels, log_odds
+from fimo.estimators.operators.products import Sides
+from fimo.estimators.operators.sketch import Sketch
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel, Tensors
 
@@ -45,18 +48,21 @@ class TRAK(Influence):
 
     Attributes:
         dimension: d, columns of S; at most n for ΦS to have full rank.
-        projection: entries ±1/√d (rademacher), normal with variance 1/d (gaussian), or S = I (identity).
+        projection: entries ±1/√d (rademacher), normal with variance 1/d (gaussian), one ±1 a row (sparse: a count
+            sketch), or S = I (identity). auto: rademacher if S may be held (``gradients.HELD``), else sparse: a dense S
+            of a large model costs many times the gradients that it projects.
         seed: of S.
 
-    Cost: n + R + E backward passes and as many projections of P·d; S is drawn again for every block of gradients
-    if it has more than ``gradients.HELD`` entries.
+    Cost: n + R + E backward passes and as many projections, of P·d operations, or of P if S is sparse. A dense S is
+    drawn again for every block of gradients if it has more than ``gradients.HELD`` entries.
     """
 
     name: ClassVar[str] = "trak"
+    by_layers: ClassVar[bool] = True
     default_scale: ClassVar[float] = 0.0
 
     dimension: int = 512
-    projection: Literal["rademacher", "gaussian", "identity"] = "rademacher"
+    projection: Literal["auto", "rademacher", "gaussian", "sparse", "identity"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,30 +81,54 @@ class TRAK(Influence):
         """A pass of gradients over 𝒟, and the projection of every one."""
         n, size = float(len(problem.train)), Layout.of(problem.model.params).size
         dimension = self.dimension if self.projection != "identity" else size
-        return super().work(problem) + Work(gradients=n, flops=2 * n * size * dimension + 10.0 * dimension**3)
+        kind, small = self._projection(problem).kind, 2.0 * n * dimension**2 + 10.0 * dimension**3
+        every = n + len(problem.removals) + len(problem.evals)
+        own = Work(gradients=n, flops=small)
+        if kind == "identity":
+            return super().work(problem) + own
+        if kind == "sparse":
+            # A gradient is made dense, and its entries added up: memory's time, as that of some products.
+            return super().work(problem) + own + Work(inner=2.0 * every * size * 2 * POSITIONS)
+        held = size * dimension <= gradients.HELD
+        blocks = 1 if held else -(-every // gradients.block_size(size))
+        dense = float(size) * dimension
+        return super().work(problem) + own + Work(inner=2.0 * every * dense, draws=blocks * dense)
 
     def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:
         """P; one pass over 𝒟 for ΦᵀΦ."""
         model, project = problem.model, self._projection(problem)
-        batch = problem.train.batch(range(min(8, len(problem.train))))
-        function = output_function(model, batch)
-        gram = torch.zeros(project.dimension, project.dimension, dtype=torch.float64, device=model.device)
-        for _, rows in loss_gradients(model, problem.train, loss=function):
-            features = project(rows).double()
-            gram += features.T @ features
+        function = output_function(model, problem.train.batch(range(min(8, len(problem.train)))))
+        features = (project(rows) for _, rows in loss_gradients(model, problem.train, loss=function))
+        solve = self._solver(problem, notes, features, project)
+        return lambda rows: project.back(solve(project(rows)).to(rows))
+
+    def layered(self, problem: Problem, notes: Notes, both: Sides) -> Layered | None:
+        """The same, layer by layer; None if S is dense."""
+        model, project = problem.model, self._projection(problem)
+        sketch = project.sketch
+        function = output_function(model, problem.train.batch(range(min(8, len(problem.train)))))
+        way = layerwise(model, function, problem.train)
+        if sketch is None or way is None or self.training_gradient != "final":
+            return None
+        every = (sketch.features(block) for block in way.gradients(range(len(problem.train)), KEPT // 4))
+        solve = self._solver(problem, notes, every, project)
+        return Layered(lambda left, right: sketch.features(left).double() @ solve(sketch.features(right)).T)
+
+    def _solver(
+        self, problem: Problem, notes: Notes, every: Iterator[Tensor], project: Projection
+    ) -> Callable[[Tensor], Tensor]:
+        """(SᵀΦᵀΦS + nλI)⁺ on projected rows (k, d), float64, from the projected rows of all of 𝒟."""
+        size = project.dimension
+        gram = torch.zeros(size, size, dtype=torch.float64, device=problem.model.device)
+        for features in every:
+            gram += features.double().T @ features.double()
         damping = self.resolve_damping(problem)
         values, vectors = torch.linalg.eigh(gram)
         values, ridge = values.clamp(min=0), len(problem.train) * damping
         kept = values > (CUTOFF * values.max() if ridge == 0 else -1)
         inverse = torch.where(kept, 1 / (values + ridge), 0)
-        notes.update(damping=damping, rank=int(kept.sum()), dimension=project.dimension)
-
-        def apply(rows: Tensor) -> Tensor:
-            features = project(rows).double()
-            solved = (features @ vectors * inverse) @ vectors.T
-            return project.back(solved.to(rows))
-
-        return apply
+        notes.update(damping=damping, rank=int(kept.sum()), dimension=size, projection=project.kind)
+        return lambda features: (features.double() @ vectors * inverse) @ vectors.T
 
     def resolve_damping(self, problem: Problem) -> float:
         """λ; without a pass over 𝒟 if it is 0."""
@@ -106,7 +136,10 @@ class TRAK(Influence):
 
     def _projection(self, problem: Problem) -> Projection:
         size = Layout.of(problem.model.params).size
-        return Projection(size, self.dimension, self.projection, self.seed, problem.model)
+        kind = self.projection
+        if kind == "auto":
+            kind = "rademacher" if size * self.dimension <= gradients.HELD else "sparse"
+        return Projection(size, self.dimension, kind, self.seed, problem.model)
 
 
 def output_function(model: FunctionalModel, batch: Batch) -> PerExample:
@@ -131,18 +164,23 @@ class Projection:
         self,
         size: int,
         dimension: int,
-        kind: Literal["rademacher", "gaussian", "identity"],
+        kind: Literal["rademacher", "gaussian", "sparse", "identity"],
         seed: int,
         model: FunctionalModel,
     ) -> None:
         self.dimension = size if kind == "identity" else dimension
-        self._size, self._kind, self._seed, self._model = size, kind, seed, model
+        self.kind: Literal["rademacher", "gaussian", "sparse", "identity"] = kind
+        self._size, self._seed, self._model = size, seed, model
+        like = next(iter(model.params.values()))
+        self.sketch = Sketch(size, dimension, seed, like) if kind == "sparse" else None
         self._kept: list[Tensor] | None = None
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Rows (k, P) times S: (k, d)."""
-        if self._kind == "identity":
+        if self.kind == "identity":
             return rows
+        if self.sketch is not None:
+            return self.sketch.project(rows)
         out = torch.zeros(len(rows), self.dimension, dtype=rows.dtype, device=rows.device)
         for where, tile in self._tiles():
             out += rows[:, where] @ tile
@@ -150,8 +188,10 @@ class Projection:
 
     def back(self, features: Tensor) -> Tensor:
         """Features (k, d) times Sᵀ: (k, P)."""
-        if self._kind == "identity":
+        if self.kind == "identity":
             return features
+        if self.sketch is not None:
+            return self.sketch.back(features)
         return torch.cat([features @ tile.T for _, tile in self._tiles()], dim=1)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
@@ -170,4 +210,4 @@ class Projection:
             "rademacher": lambda: torch.randint(2, (width, self.dimension), generator=generator) * 2 - 1,
             "gaussian": lambda: torch.randn(width, self.dimension, generator=generator),
         }
-        return draw[self._kind]().to(self._model.device, self._model.dtype).div_(self.dimension**0.5)
+        return draw[self.kind]().to(self._model.device, self._model.dtype).div_(self.dimension**0.5)

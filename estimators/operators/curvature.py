@@ -23,6 +23,10 @@ PASS = 64
 """Examples that go through the model at once: with k tangents their activations are k-fold."""
 
 
+OUTPUTS = 4
+"""Tensors of the outputs' size that a product holds for each row."""
+
+
 class Operator(Protocol):
     """A symmetric matrix, the mean over training examples, as what it does to rows."""
 
@@ -39,16 +43,21 @@ class _Mean:
 
     def __init__(self, model: FunctionalModel, examples: Examples) -> None:
         self.model, self.examples, self.layout = model, examples, Layout.of(model.params)
+        with torch.no_grad():
+            self._outputs = model.outputs(model.params, examples.batch([0])).numel()
 
     def __call__(self, rows: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         count = len(self.examples) if indices is None else len(indices)
-        together = max(1, gradients.STREAM // self.layout.size)
+        # A language model's outputs, with those that are differentiated again, are more than its parameters.
+        outputs = OUTPUTS * self._outputs
+        some = max(1, min(PASS, gradients.BLOCK, gradients.STREAM // outputs))
+        together = max(1, gradients.STREAM // max(self.layout.size, some * outputs))
         total = torch.zeros_like(rows)
-        for _, batch in self.examples.batches(min(PASS, gradients.BLOCK), indices):
+        for _, batch in self.examples.batches(some, indices):
             product = self.product(batch)
             for start in range(0, len(rows), together):
-                some = self.layout.tensors(rows[start : start + together])
-                total[start : start + together] += self.layout.rows(each_example(product, some)).detach()
+                along = self.layout.tensors(rows[start : start + together])
+                total[start : start + together] += self.layout.rows(each_example(product, along)).detach()
         return total / count
 
     def product(self, batch: Batch) -> Callable[[Tensors], Tensors]:

@@ -118,11 +118,13 @@ class Eigenbasis:
         blocks: its diagonal blocks.
         left_out: names of the parameters that no block covers.
         fisher: exact or sampled, whichever the pseudo-gradients were.
+        drawn: what was sampled, for a reader; empty if nothing was.
     """
 
     blocks: list[Block]
     left_out: list[str]
     fisher: str
+    drawn: str = ""
 
     def coverage(self, model: FunctionalModel) -> float:
         """The share of trainable scalars that a block covers."""

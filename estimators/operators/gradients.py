@@ -155,6 +155,19 @@ def per_example(
     return each_example(row, batch).detach()
 
 
+def stacks(function: PerExample, params: Tensors, batch: Batch) -> bool:
+    """Whether ``vmap`` takes a batch's examples together; see ``each_example``."""
+    slope = grad(single(function))
+    try:
+        with Stacked():
+            vmap(lambda example: slope(params, example), in_dims=(over_examples(batch),))(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
+
+
 def loss_gradients(
     model: FunctionalModel,
     examples: Examples,
@@ -168,8 +181,33 @@ def loss_gradients(
     ``along``: see ``per_example``.
     """
     layout, at = Layout.of(model.params), model.params if params is None else params
-    for block, batch in examples.batches(block_size(layout.size), indices):
-        yield block, per_example(model.loss if loss is None else loss, at, batch, layout, along)
+    size, function = block_size(layout.size), model.loss if loss is None else loss
+    if params is None and loss is None and along is None:
+        yield from _rows(model, function, examples, list(range(len(examples)) if indices is None else indices), size)
+        return
+    for block, batch in examples.batches(size, indices):
+        yield block, per_example(function, at, batch, layout, along)
+
+
+def _rows(
+    model: FunctionalModel,
+    function: PerExample,
+    examples: Examples,
+    indices: Sequence[int],
+    size: int,
+    wide: bool = False,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Blocks of gradients at θᶠ, layer by layer where that is proven."""
+    # It is made of what is here.
+    from fimo.estimators.operators.layerwise import layerwise
+
+    layout, way = Layout.of(model.params), layerwise(model, function, examples, wide=wide)
+    for start in range(0, len(indices), size):
+        block = list(indices[start : start + size])
+        if way is not None and len(set(block)) == len(block):
+            yield block, way.rows(block)
+        else:
+            yield block, per_example(function, model.params, examples.batch(block), layout)
 
 
 def measure_gradients(
@@ -178,7 +216,11 @@ def measure_gradients(
     """∇g(z) of the evaluation examples at ``params`` (or θᶠ), rows (len(indices), P); the measure in float64."""
     layout, at = Layout.of(model.params), model.params if params is None else params
     size = block_size(layout.size)
-    blocks = [per_example(model.measure, at, batch, layout) for _, batch in evals.batches(size, indices)]
+    if params is None:
+        chosen = list(range(len(evals)) if indices is None else indices)
+        blocks = [rows for _, rows in _rows(model, model.measure, evals, chosen, size, wide=True)]
+    else:
+        blocks = [per_example(model.measure, at, batch, layout) for _, batch in evals.batches(size, indices)]
     return torch.cat(blocks) if blocks else torch.empty(0, layout.size, dtype=model.dtype, device=model.device)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fimo.estimators.operators.capture import is_conv1d
 from fimo.estimators.operators.eigenbasis import LayerBlock
 from fimo.estimators.operators.gradients import Layout
-from fimo.workers.examples import Examples
+from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel
 
 
@@ -24,7 +25,7 @@ def layers_of(model: FunctionalModel) -> tuple[list[LayerBlock], list[str]]:
     layers, covered = [], set()
     for name, module in model.module.named_modules():
         weight, bias = (f"{name}.{part}" if name else part for part in ("weight", "bias"))
-        transposed = _is_conv1d(module)
+        transposed = is_conv1d(module)
         plain = (
             transposed
             or isinstance(module, nn.Linear)
@@ -47,28 +48,28 @@ def layers_of(model: FunctionalModel) -> tuple[list[LayerBlock], list[str]]:
     return layers, [name for name in slices if name not in covered]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a Linear with weight (in, out); told without importing transformers."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if type(module).__name__ != "Conv1D" or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
-        return False
-    return weight.dim() == 2 and bias.shape == weight.shape[1:]
-
-
 def proven(
-    model: FunctionalModel, examples: Examples, layers: list[LayerBlock], others: list[str]
-) -> tuple[list[LayerBlock], list[str]]:
+    model: FunctionalModel, batch: Batch, layers: list[LayerBlock], others: list[str]
+) -> tuple[list[LayerBlock], list[str], bool]:
     """The layers whose weight's gradient is Σ_t g_t a_tᵀ over the calls that hooks see, and all other names.
 
     A weight that is also, or only, used past its module's forward (attention's output projection) is none of them.
+
+    Args:
+        batch: at least two examples, if there are as many.
+
+    Returns:
+        The layers, the other names, and whether examples run along the first dimension of every layer's input. If not
+        (time does, or what all examples share), they can only be told apart one at a time.
     """
-    batch, generator = examples.batch(range(min(8, len(examples)))), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     params = {name: tensor.detach().requires_grad_() for name, tensor in model.params.items()}
     names = list(params)
     owner = {s.start: name for name, s in Layout.of(params).slices.items()}
     with watched(layers) as seen_calls, torch.enable_grad():
         outputs = model.outputs(params, batch)
         calls = list(seen_calls)
+        apart = all(len(a) == len(outputs) for _, a, _ in calls)
         s = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         targets = [params[name] for name in names] + [out for _, _, out in calls]
         slopes: tuple[Tensor | None, ...] = (None,) * len(targets)
@@ -93,7 +94,7 @@ def proven(
                 names_kept |= {name} if layer.bias is None else {name, owner[layer.bias.start]}
                 continue
         kept.append(layer)
-    return kept, [name for name in names if name in names_kept]
+    return kept, [name for name in names if name in names_kept], apart
 
 
 @contextmanager
@@ -102,16 +103,17 @@ def watched(layers: list[LayerBlock]) -> Iterator[list[tuple[LayerBlock, Tensor,
     calls: list[tuple[LayerBlock, Tensor, Tensor]] = []
 
     def watch(layer: LayerBlock) -> Callable[..., Any]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], out: Tensor) -> Tensor:
             if not out.requires_grad:
                 out.requires_grad_()
-            calls.append((layer, layer.inputs(arguments[0].detach().clone()), out))
+            x = arguments[0] if arguments else next(iter(named.values()))
+            calls.append((layer, layer.inputs(x.detach().clone()), out))
             # What follows may work in place, which must not change the tensor that the gradient is taken at.
             return out.clone()
 
         return hook
 
-    handles = [layer.module.register_forward_hook(watch(layer)) for layer in layers]
+    handles = [layer.module.register_forward_hook(watch(layer), with_kwargs=True) for layer in layers]
     try:
         yield calls
     finally:

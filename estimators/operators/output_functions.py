@@ -7,6 +7,7 @@ its gradients: softmax(z) − e_y at any outputs z, hence 1/C − e_y at z = 0, 
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -41,6 +42,55 @@ def is_cross_entropy(model: FunctionalModel, batch: Batch) -> bool:
     return all(torch.allclose(s, e, atol=1e-5) for s, e in zip(slopes, expected, strict=True))
 
 
+def token_weights(model: FunctionalModel, outputs: Tensor, batch: Batch, dim: int) -> Tensor:
+    """w_t of a loss Σ_t w_t · cross-entropy of token t, the classes along ``dim``: the outputs' shape without it.
+
+    Of any targets, smoothed ones too: the slope w_t (softmax(z_t) − target) changes by w_t (softmax(z_t) − 1/C) from
+    z = 0 on.
+    """
+    ramp = _ramp(outputs, dim)
+    change, expected = _slope_change(model, ramp, batch), _softmax_change(ramp, dim)
+    return (change * expected).sum(dim=dim) / expected.square().sum(dim=dim)
+
+
+def class_dimension(model: FunctionalModel, outputs: Tensor, batch: Batch) -> int | None:
+    """The dimension of the classes of a loss that is cross-entropy token by token; None = it is another loss.
+
+    Outputs are (B, C), (B, …, C), or (B, C, …) as torch's ``cross_entropy`` has them. Seen by how the loss's slope
+    changes with the outputs, at two places beside 0.
+    """
+    if not outputs.is_floating_point() or outputs.dim() < 2:
+        return None
+    for dim in dict.fromkeys((outputs.dim() - 1, 1)):
+        if outputs.shape[dim] < 2:
+            continue
+        weights = token_weights(model, outputs, batch, dim).unsqueeze(dim)
+        places = [_ramp(outputs, dim), outputs + _ramp(outputs, dim).flip(dim)]
+        changes = [_slope_change(model, place, batch) for place in places]
+        expected = [weights * _softmax_change(place, dim) for place in places]
+        if bool(weights.any()) and all(
+            float((c - e).norm()) <= 1e-3 * float(e.norm()) for c, e in zip(changes, expected, strict=True)
+        ):
+            return dim
+    return None
+
+
+def _ramp(outputs: Tensor, dim: int) -> Tensor:
+    """Outputs at which the softmax is far from uniform, whatever the number of classes."""
+    count = outputs.shape[dim]
+    ramp = torch.linspace(0, 8, count, dtype=outputs.dtype, device=outputs.device)
+    shape = [count if d == dim else 1 for d in range(outputs.dim())]
+    return ramp.reshape(shape).expand_as(outputs).contiguous()
+
+
+def _slope_change(model: FunctionalModel, outputs: Tensor, batch: Batch) -> Tensor:
+    return loss_slope(model, outputs, batch) - loss_slope(model, torch.zeros_like(outputs), batch)
+
+
+def _softmax_change(outputs: Tensor, dim: int) -> Tensor:
+    return outputs.softmax(dim=dim) - 1 / outputs.shape[dim]
+
+
 FEW = 32
 """Examples whose outputs are held at once: those of a language model are many."""
 
@@ -56,7 +106,9 @@ def is_flat(model: FunctionalModel, examples: Examples) -> bool:
     ends the pass.
     """
     generator = torch.Generator().manual_seed(0)
-    for _, batch in examples.batches(min(FEW, gradients.BLOCK)):
+    # Most often the first example is curved.
+    rest = range(1, len(examples))
+    for _, batch in chain(examples.batches(1, [0]), examples.batches(min(FEW, gradients.BLOCK), rest)):
         outputs = model.outputs(model.params, batch).detach()
         along = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
         image: Tensor = gradients.directional(partial(_slope_of, model, batch), outputs, along)[1]

@@ -8,7 +8,7 @@ from torch import nn
 
 from fimo.estimators import parse
 from fimo.estimators.base import estimating
-from fimo.estimators.operators import gradients, kronecker, layers
+from fimo.estimators.operators import capture, gradients, kronecker
 from fimo.estimators.operators.curvature import GaussNewton
 from fimo.estimators.operators.kronecker import eigenbasis
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
@@ -116,9 +116,9 @@ def test_conv1d_is_covered_as_a_linear_is():
 
 def test_transformers_conv1d_is_the_one_that_is_told_by_its_name():
     module = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 4)
-    assert layers._is_conv1d(module)
-    assert not layers._is_conv1d(nn.Linear(4, 6))
-    assert not layers._is_conv1d(nn.Conv1d(4, 6, 1))
+    assert capture.is_conv1d(module)
+    assert not capture.is_conv1d(nn.Linear(4, 6))
+    assert not capture.is_conv1d(nn.Conv1d(4, 6, 1))
 
 
 def test_one_conv1d_with_one_datum_is_exact():
