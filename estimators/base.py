@@ -106,6 +106,7 @@ class Estimator(Protocol):
     version: ClassVar[int]
     evals_together: ClassVar[int]
     trains: ClassVar[bool]
+    units: ClassVar[str]
 
     def params(self) -> dict[str, JSON]:
         """Every hyper-parameter by name, defaults included: with ``name`` and ``version``, what an estimate is of."""
@@ -157,6 +158,9 @@ class Hyperparameters:
 
     trains: ClassVar[bool] = False
     """Whether it trains in the sweep's stacks, whose engine is then proven first (``Problem.start``)."""
+
+    units: ClassVar[str] = "n times an effect"
+    """What a value is of an effect, as far as the estimator's model of training holds; n: training examples."""
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that make no sense; a subclass calls its base's."""

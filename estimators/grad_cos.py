@@ -22,6 +22,7 @@ class GradCos(GradientEstimator):
     """
 
     name: ClassVar[str] = "grad_cos"
+    units: ClassVar[str] = "a cosine: of no scale"
     by_layers: ClassVar[bool] = True
     version: ClassVar[int] = 2
 

@@ -30,6 +30,7 @@ class GradDot(GradientEstimator):
     """
 
     name: ClassVar[str] = "grad_dot"
+    units: ClassVar[str] = "n / (learning rate * step) times an effect"
     by_layers: ClassVar[bool] = True
 
     preconditioner: Literal["optimizer"] | None = None

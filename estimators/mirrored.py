@@ -36,6 +36,7 @@ class Mirrored(OwnSeeds):
     """
 
     name: ClassVar[str] = "mirrored"
+    units: ClassVar[str] = "an effect, in units of g"
     # With their baseline a stack of 32, or whole stacks of 16, 8, 4.
     evals_together: ClassVar[int] = 31
     trains: ClassVar[bool] = True

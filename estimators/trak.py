@@ -58,6 +58,7 @@ class TRAK(Influence):
     """
 
     name: ClassVar[str] = "trak"
+    units: ClassVar[str] = "of no known scale"
     by_layers: ClassVar[bool] = True
     default_scale: ClassVar[float] = 0.0
 

@@ -57,6 +57,7 @@ class Unrolled(OwnSeeds):
     """
 
     name: ClassVar[str] = "unrolled"
+    units: ClassVar[str] = "an effect, in units of g"
     version: ClassVar[int] = 2
     # Forwards, the changes are carried once for all evaluation examples of a block.
     evals_together: ClassVar[int] = 1024

@@ -99,7 +99,8 @@ def _estimate(named: estimators.Estimator, problem: estimators.Problem, prepared
     if isinstance(step, int):
         moved = mean_displacement(prepared.start(problem.model.device), prepared.spec.seeds, [step])
         problem = replace(problem, displacement=moved)
-    return named.estimate(problem)
+    found = named.estimate(problem)
+    return replace(found, notes={**found.notes, "units": named.units})
 
 
 def _shared(prepared: Resolved, device: torch.device) -> tuple[FunctionalModel, Examples, Examples]:

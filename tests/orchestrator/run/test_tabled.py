@@ -90,6 +90,7 @@ def test_notes_of_estimators_are_rows(beside):
     _, store, _ = run_here(make_spec(estimators=[{"name": "cg", "damping": 0.1}]), beside)
     notes = {r["note"]: r for r in stored(store)["estimator_notes"].to_pylist()}
     assert json.loads(notes["damping"]["value"]) == pytest.approx(0.1)
+    assert notes["units"]["value"] == "n times an effect"
     assert (notes["damping"]["estimator"], notes["damping"]["first"], notes["damping"]["seed"]) == ("cg", 0, None)
 
 
