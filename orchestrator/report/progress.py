@@ -34,7 +34,7 @@ class ProgressReport:
     def __init__(self, console: Console, cells: bool = True) -> None:
         self.console = console
         self._trains, self._unit = cells, "cells" if cells else "estimates"
-        self._tasks = self._finished = 0
+        self._of = self._done = 0
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         self._bar = Progress(*columns, console=console)
         self._bar_task = self._bar.add_task(self._unit, total=None)
@@ -58,7 +58,7 @@ class ProgressReport:
         return Listener(self._start, self._result, self.say, self._turn)
 
     def _start(self, plan: Plan, tasks: int) -> None:
-        self._tasks, self._finished = tasks, 0
+        self._of, self._done = (plan.cells, plan.done) if self._trains else (tasks, 0)
         if not self._trains:
             self.say(f"{tasks} {'task' if tasks == 1 else 'tasks'} of estimates alone; no cell is trained")
             return
@@ -67,7 +67,9 @@ class ProgressReport:
 
     def _result(self, task: Task, result: Result) -> None:
         if isinstance(result, Receipt):
-            self._finished += 1
+            self._done += result.cells if self._trains else 1
+            if self._live is None and self._done == self._of and (result.cells or not self._trains):
+                self.say(f"{self._done} of {self._of} {self._unit} done")
             for line in result.lines:
                 self.say(line)
             if result.diverged:
@@ -81,7 +83,7 @@ class ProgressReport:
 
     def _turn(self, course: Course) -> None:
         now = time.monotonic()
-        done, of = (course.done, course.cells) if self._trains else (self._finished, self._tasks)
+        done, of = (course.done, course.cells) if self._trains else (self._done, self._of)
         if self._live is not None:
             self._bar.update(self._bar_task, completed=done, total=of)
             self._live.update(Group(self._bar, *(Text(line) for line in course_lines(course.json()))))

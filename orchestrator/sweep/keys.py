@@ -15,6 +15,8 @@
     NAME/failed/TASK.json                   a task given up, with its error: a run, when its tasks end (put);
                                             removed by `--retry-failed`
     NAME/jobs/ID.json                       where a job was submitted: `fimo submit`, after the head took it (put)
+    NAME/drivers/ID.json                    what a running driver does, for `fimo status`: that driver, now and then;
+                                            deleted when it ends (put)
     NAME/rejected/KEY                       an object that did not verify: a run, moved from its key (put, then delete)
     NAME/tables/TABLE.parquet               the tables: every run and import, after reducing (put);
                                             `ranking`: `fimo rank`

@@ -8,7 +8,7 @@ import pytest
 
 from fimo.orchestrator.spec.removals import number_removals
 from fimo.orchestrator.spec.spec import RemovalsSection
-from fimo.orchestrator.tables.reduce import removals_table
+from fimo.orchestrator.tables.attributed import removals_table
 from fimo.workers.errors import UsageError
 
 
