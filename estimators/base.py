@@ -21,17 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.estimators.counts import Work, of_gradients
-from fimo.estimators.operators.gradients import (
-    Layout,
-    held_blocks,
-    loss_gradients,
-    measure_gradients,
-    removal_gradients,
-)
+from fimo.estimators.operators.gradients import Layout, held_blocks
 from fimo.estimators.operators.output_functions import is_flat
 from fimo.estimators.operators.parts import Gradients
 from fimo.estimators.operators.plain import plain_operations
 from fimo.estimators.operators.products import Sides, sides
+from fimo.estimators.operators.rows import loss_gradients, measure_gradients, removal_gradients
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel, Tensors

@@ -11,9 +11,10 @@ from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
 from fimo.estimators.base import Hyperparameters, Problem
 from fimo.estimators.counts import Work
 from fimo.estimators.matching import Shift, matched, of_scale, spread
-from fimo.estimators.operators.gradients import Layout, mean_square
+from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.layerwise import KEPT, layerwise
 from fimo.estimators.operators.products import mean_squares
+from fimo.estimators.operators.rows import mean_square
 
 
 @dataclass(frozen=True)

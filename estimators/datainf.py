@@ -26,17 +26,11 @@ from fimo.estimators.base import Estimate, Layered, Notes, Problem, estimating, 
 from fimo.estimators.counts import Work, of_products
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
-from fimo.estimators.operators.gradients import (
-    Layout,
-    incidence,
-    loss_gradients,
-    mean_square,
-    measure_gradients,
-    unique,
-)
+from fimo.estimators.operators.gradients import Layout, incidence, unique
 from fimo.estimators.operators.layerwise import KEPT
 from fimo.estimators.operators.parts import Gradients, tiles
 from fimo.estimators.operators.products import Sides, mean_squares, sides, square_norms
+from fimo.estimators.operators.rows import loss_gradients, mean_square, measure_gradients
 
 Rows = Iterator[tuple[list[int], Tensor]]
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from fimo.estimators.base import GradientEstimator, Layered, Notes, Pairing, Problem
-from fimo.estimators.operators.gradients import dot_products, removal_gradients, units
+from fimo.estimators.operators.gradients import dot_products, units
 from fimo.estimators.operators.products import Sides, cosines
+from fimo.estimators.operators.rows import removal_gradients
 
 
 @dataclass(frozen=True)

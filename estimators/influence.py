@@ -34,7 +34,8 @@ from fimo.estimators.base import (
     gradients_of_removals,
 )
 from fimo.estimators.damping import Damped
-from fimo.estimators.operators.gradients import Layout, dot_products, loss_gradients
+from fimo.estimators.operators.gradients import Layout, dot_products
+from fimo.estimators.operators.rows import loss_gradients
 from fimo.workers.errors import UsageError
 from fimo.workers.functional import Tensors
 

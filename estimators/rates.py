@@ -17,9 +17,10 @@ from fimo.estimators.base import Problem, estimating
 from fimo.estimators.counts import Work, is_large
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.curvature import Hessian
-from fimo.estimators.operators.gradients import Layout, loss_gradients
+from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.kronecker import sum_factors
 from fimo.estimators.operators.layerwise import layerwise
+from fimo.estimators.operators.rows import loss_gradients
 from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import Training

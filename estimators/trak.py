@@ -21,10 +21,11 @@ from fimo.estimators.base import Layered, Notes, Problem, estimating
 from fimo.estimators.counts import POSITIONS, Work
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
-from fimo.estimators.operators.gradients import Layout, PerExample, loss_gradients
+from fimo.estimators.operators.gradients import Layout, PerExample
 from fimo.estimators.operators.layerwise import KEPT, layerwise
 from fimo.estimators.operators.output_functions import is_cross_entropy, is_scalar, labels, log_odds
 from fimo.estimators.operators.products import Sides
+from fimo.estimators.operators.rows import loss_gradients
 from fimo.estimators.operators.sketch import Sketch
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel, Tensors

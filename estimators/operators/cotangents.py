@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from fimo.estimators.operators.gradients import measure_gradients
 from fimo.estimators.operators.optimizers import State
+from fimo.estimators.operators.rows import measure_gradients
 from fimo.estimators.operators.trajectory import Point, Step, Trajectory
 from fimo.workers.examples import Examples
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fimo.estimators import parse
 from fimo.estimators.base import Problem, estimating
-from fimo.estimators.operators import layerwise, parts
+from fimo.estimators.operators import layerwise, parts, rows
 from fimo.estimators.operators.layerwise import layerwise as way_to
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
@@ -199,10 +199,57 @@ def test_each_example_s_gradient_is_what_it_has_alone(model, dataset):
             seen = []
             for some in way.gradients(range(len(examples)), most=500):
                 seen += some.indices
-                rows = torch.cat([found_rows(way, name, some) for name in some.shapes], dim=1)
+                found = torch.cat([found_rows(way, name, some) for name in some.shapes], dim=1)
                 truth = torch.stack([problems.gradient(p.model, function, examples, i) for i in some.indices])
-                torch.testing.assert_close(rows, truth, rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
             assert sorted(seen) == list(range(len(examples)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_come_in_the_order_that_they_are_asked_for(model):
+    p = problem(model)
+    asked = [9, 3, 16, 0, 5]
+    with estimating(p.model):
+        found = [(block, some) for block, some in rows.loss_gradients(p.model, p.train, asked)]
+        twice = rows.measure_gradients(p.model, p.evals, [2, 2, 0])
+        truth = torch.stack([problems.gradient(p.model, p.model.loss, p.train, i) for i in asked])
+        evals = problems.eval_gradients(p)
+    assert [i for block, _ in found for i in block] == asked
+    torch.testing.assert_close(torch.cat([some for _, some in found]), truth, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(twice, evals[[2, 2, 0]], rtol=1e-9, atol=1e-12)
+
+
+class Deciding(nn.Module):
+    """Asks its data whether there is any padding, as transformers does, which vmap cannot answer for many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.last = nn.Embedding(11, 4), nn.Linear(4, 3)
+
+    def forward(self, batch):
+        mask = batch["mask"].unsqueeze(2)
+        hidden = self.tokens(batch["ids"])
+        if mask.all():
+            return self.last(hidden.mean(1))
+        return self.last((hidden * mask).sum(1) / mask.sum(1))
+
+
+def test_a_small_model_that_vmap_refuses_is_taken_layer_by_layer_and_others_are_not(monkeypatch):
+    monkeypatch.setattr(layerwise, "LARGE", 2**20)
+    torch.manual_seed(0)
+    sets = [data(17, 1), data(5, 2)]
+    for some in sets:
+        some["mask"][1] = 1  # one without padding among others
+    p = problems.problem(
+        Workload(Deciding().double(), *sets, lambda m, b: m(b), classes, padding="mask"), [[0], [1, 2]]
+    )
+    with estimating(p.model):
+        assert way_to(p.model, p.model.loss, p.train) is not None
+    truth = problems.removal_sums(p) @ problems.eval_gradients(p).T
+    torch.testing.assert_close(parse("grad_dot")[0].estimate(p).values, truth, rtol=1e-9, atol=1e-12)
+    p = problem("leaky")
+    with estimating(p.model):
+        assert way_to(p.model, p.model.loss, p.train) is None
 
 
 def test_only_what_is_proven_exact_is_cut_and_only_what_is_proven_alone_goes_together():

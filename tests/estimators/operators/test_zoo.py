@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fimo.estimators.base import estimating
 from fimo.estimators.operators import gradients, spaces
 from fimo.estimators.operators.curvature import GaussNewton, Hessian
+from fimo.estimators.operators.rows import loss_gradients
 from fimo.estimators.operators.spaces import Compressed
 from fimo.workers.workload import Workload
 from tests.estimators import problems
@@ -74,7 +75,7 @@ def test_derivatives_are_those_of_plain_loops(name):
             moved = {n: t[0] for n, t in layout.tensors(step * v).items()}
             ends.append(problems.train_gradients(problems.problem_at(p, moved)).mean(dim=0))
     with estimating(p.model):
-        found = torch.cat([block for _, block in gradients.loss_gradients(p.model, p.train)])
+        found = torch.cat([block for _, block in loss_gradients(p.model, p.train)])
         torch.testing.assert_close(found, rows, rtol=1e-9, atol=1e-12)
         bent = Hessian(p.model, p.train)(v)[0]
         torch.testing.assert_close(bent, (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-8)
