@@ -75,7 +75,7 @@ class Work:
 PROOF = 20
 """Gradients that it takes to prove that a large model's may be had layer by layer."""
 
-SETTING_UP = 60
+SETTING_UP = 20
 """Solver's iterations that it takes to look at a problem and its model before anything is done."""
 
 POSITIONS = 32
@@ -119,8 +119,8 @@ def of_curvature(problem: Counted, outputs: int, products: float) -> Work:
     size, n, evals = Layout.of(problem.model.params).size, len(problem.train), len(problem.evals)
     rank = n * outputs
     if outputs and rank * size * 2 <= gradients.HELD and min(rank, size) <= gradients.LARGEST_RANK:
-        # Householder's QR, at a third of a product's speed.
-        flops = 12.0 * min(rank, size) ** 2 * max(rank, size) + 2.0 * products * evals * min(rank, size) ** 2
+        # Householder's QR, at half of a product's speed.
+        flops = 7.0 * min(rank, size) ** 2 * max(rank, size) + 2.0 * products * evals * min(rank, size) ** 2
         return Work(gradients=float(rank), flops=flops, bytes=24.0 * rank * size)
     through, held = products * n * evals, 32.0 * min(evals * size, gradients.HELD)
     return Work(gauss=through, bytes=held) if outputs else Work(products=through, bytes=held)

@@ -30,7 +30,7 @@ SOME = 16
 """Examples of a large model that are timed together."""
 
 
-OPERATIONS = 50
+OPERATIONS = 200
 """Small operations of a solver's iteration."""
 
 
