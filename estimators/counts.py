@@ -42,7 +42,8 @@ class Work:
 
     Attributes:
         gradients: of one example each.
-        products: of one example's curvature with one row.
+        products: of one example's Hessian with one row.
+        gauss: of one example's Gauss-Newton matrix with one row.
         passes: examples that go forwards and backwards as part of a batch.
         steps: of one replica in a stack of the sweep's engine.
         flops: of dense linear algebra in float64.
@@ -63,6 +64,7 @@ class Work:
     factors: float = 0
     draws: float = 0
     calls: float = 0
+    gauss: float = 0
 
     def __add__(self, other: Work) -> Work:
         """Both, one after the other: what they hold is the larger of the two."""
@@ -72,6 +74,9 @@ class Work:
 
 PROOF = 20
 """Gradients that it takes to prove that a large model's may be had layer by layer."""
+
+SETTING_UP = 20
+"""Solver's iterations that it takes to look at a problem and its model before anything is done."""
 
 POSITIONS = 32
 """Tokens of an example, for want of anything better before they are seen."""
@@ -94,7 +99,7 @@ def of_gradients(problem: Counted) -> Work:
     unique = len({index for removal in problem.removals for index in removal})
     held = min(4 * evals * size, 4 * gradients.HELD) + 4 * gradients.STREAM
     proof = PROOF if is_large(problem.model) else 0
-    own = Work(gradients=evals + unique + proof, bytes=held)
+    own = Work(gradients=evals + unique + proof, bytes=held, calls=SETTING_UP)
     return own + of_products(problem.model, unique, evals)
 
 
@@ -109,11 +114,13 @@ def of_curvature(problem: Counted, outputs: int, products: float) -> Work:
     As ``make_curvature`` does them: compressed if the outputs' Jacobian may be held, else through the model.
 
     Args:
-        outputs: o, scalars that the model puts out for an example; 0 = through the model in any case.
+        outputs: o, scalars that the model puts out for an example; 0 = the Hessian, through the model in any case.
     """
     size, n, evals = Layout.of(problem.model.params).size, len(problem.train), len(problem.evals)
     rank = n * outputs
     if outputs and rank * size * 2 <= gradients.HELD and min(rank, size) <= gradients.LARGEST_RANK:
-        flops = 4.0 * min(rank, size) ** 2 * max(rank, size) + 2.0 * products * evals * min(rank, size) ** 2
+        # Householder's QR, at half of a product's speed.
+        flops = 7.0 * min(rank, size) ** 2 * max(rank, size) + 2.0 * products * evals * min(rank, size) ** 2
         return Work(gradients=float(rank), flops=flops, bytes=24.0 * rank * size)
-    return Work(products=products * n * evals, bytes=32.0 * min(evals * size, gradients.HELD))
+    through, held = products * n * evals, 32.0 * min(evals * size, gradients.HELD)
+    return Work(gauss=through, bytes=held) if outputs else Work(products=through, bytes=held)

@@ -74,7 +74,7 @@ class Factored(Hyperparameters):
         squares = sum(a**2 + b**2 for a, b in sides)
         factors = Work(flops=EIGEN * cubes, bytes=32.0 * squares, factors=2.0 * n * (1 + vectors))
         if small and not is_large(model):
-            factors = factors + Work(gradients=float(n * min(outputs, FEW)))
+            factors = factors + Work(gradients=float(n * vectors))
         whole = sum(2.0 * a * b * (a + b) for a, b in sides)
         both = len(problem.evals) + len(unique(problem.removals))
         by_position = is_large(model) and not self.scaled(problem)

@@ -95,8 +95,9 @@ class LiSSA(Influence):
         assert self.depth is not None
         steps, n = self.amounts(problem), len(problem.train)
         outputs = outputs_of(problem.model, problem.train) if self.curvature == "gauss_newton" else 0
-        # Training that is stable has a largest eigenvalue of at most 2/η, and so s/λ_t of at most about 2t.
-        depths = [self.depth if steps is None else min(self.depth, 2 * FORGOTTEN * step) for step in steps or (1,)]
+        # s/λ_t lies between 1 (no curvature) and 1 + 2t (as much as stable training has).
+        likely = [math.ceil(FORGOTTEN * (1 + step / 2)) for step in steps or ()]
+        depths = [self.depth] if steps is None else [min(self.depth, depth) for depth in likely]
         examples = sum(depths) * self.repeats * min(self.batch_size, n) + 9 * POWER_ITERATIONS * self.batch_size
         calls = max(depths) * self.repeats + 9.0 * POWER_ITERATIONS
         return super().work(problem) + of_curvature(problem, outputs, examples / n) + Work(calls=calls)

@@ -16,7 +16,7 @@ from torch.func import grad
 from fimo.estimators.base import Problem, estimating
 from fimo.estimators.counts import Work, is_large
 from fimo.estimators.operators import gradients
-from fimo.estimators.operators.curvature import Hessian
+from fimo.estimators.operators.curvature import GaussNewton, Hessian, Operator
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.kronecker import sum_factors
 from fimo.estimators.operators.layerwise import layerwise
@@ -30,7 +30,7 @@ SOME = 16
 """Examples of a large model that are timed together."""
 
 
-OPERATIONS = 50
+OPERATIONS = 200
 """Small operations of a solver's iteration."""
 
 
@@ -51,6 +51,7 @@ class Rates:
         for count, name in (
             (work.gradients, "gradient"),
             (work.products, "product"),
+            (work.gauss, "gauss"),
             (work.passes, "example"),
             (work.steps, "step"),
             (work.flops, "flop"),
@@ -81,12 +82,19 @@ class Rates:
 
     @cached_property
     def product(self) -> float:
-        """One example's curvature with one row, many rows at once."""
+        """One example's Hessian with one row, many rows at once."""
+        return self._product(Hessian(self._problem.model, self._problem.train))
+
+    @cached_property
+    def gauss(self) -> float:
+        """One example's Gauss-Newton matrix with one row, many rows at once."""
+        return self._product(GaussNewton(self._problem.model, self._problem.train))
+
+    def _product(self, operator: Operator) -> float:
         model, train = self._problem.model, self._problem.train
         layout = Layout.of(model.params)
         rows = max(1, min(16, len(self._problem.evals), gradients.STREAM // layout.size))
         some = torch.randn(rows, layout.size, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
-        operator = Hessian(model, train)
         return self._timed(lambda count: operator(some, range(count)), len(train), 64) / rows
 
     @cached_property

@@ -151,7 +151,7 @@ def _batches(examples: Examples, way: Layerwise | None, size: int) -> Iterator[l
 
 def _keeping(passes: Iterator[Seen], kept: list[Seen]) -> Iterator[Seen]:
     """The batches, the first ones of which are kept for the second pass."""
-    room = gradients.HELD // 2
+    room = gradients.HELD
     for seen in passes:
         room -= sum(a.numel() + sum(g.numel() for g in gs) for _, a, gs in seen)
         if room > 0:

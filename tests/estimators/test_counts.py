@@ -61,8 +61,8 @@ def test_a_curvature_that_cannot_be_held_is_products_through_the_model(monkeypat
     held = parse("cg")[0].work(problem())
     monkeypatch.setattr(gradients, "LARGEST_RANK", 0)
     free = parse("cg")[0].work(problem())
-    assert held.products == 0 < free.products
-    assert free.products == 100 * 27 * 6
+    assert held.gauss == 0 < free.gauss
+    assert free.gauss == 100 * 27 * 6
 
 
 def test_two_pieces_of_work_hold_the_larger_of_their_memories():
