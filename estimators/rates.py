@@ -5,7 +5,6 @@ An estimate, for a budget and for a plan: right to a factor of 2 or 3, not a pro
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -21,6 +20,7 @@ from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.kronecker import sum_factors
 from fimo.estimators.operators.layerwise import layerwise
 from fimo.estimators.operators.rows import loss_gradients
+from fimo.workers.device import clock
 from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import Training
@@ -117,10 +117,12 @@ class Rates:
         # What is traced here is kept apart, so that no result depends on its cost having been told.
         own = replace(start, graphs=None if start.graphs is None else Graphs())
 
+        read = clock(start.model.device)
+
         def once(last: int) -> float:
-            training, began = Training(own, [()] * together, 0), time.perf_counter()
+            training, began = Training(own, [()] * together, 0), read()
             training.advance(last)
-            return (time.perf_counter() - began) / training.step / together
+            return (read() - began) / training.step / together
 
         first = once(2)
         if 2 * together * first > 1:
@@ -167,16 +169,17 @@ class Rates:
     def _timed(self, call: Callable[[int], object], most: int, block: int) -> float:
         """Seconds for one of ``count`` things done together: of one if that is long, of a block if it is short."""
         device, model = self._problem.model.device, self._problem.model
+        read = clock(device)
 
         def once(count: int) -> float:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            began = time.perf_counter()
+            began = read()
             with estimating(model):
                 call(count)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            return time.perf_counter() - began
+            return read() - began
 
         once(1)
         alone = once(1)

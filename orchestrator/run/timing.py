@@ -47,6 +47,11 @@ class Shards:
             self._paces[len(lanes)] = pace(start, lanes, self._seed, self._budget_s)
         return self._paces[len(lanes)]
 
+    @property
+    def traced(self) -> float:
+        """What tracing took so far: a new start traces its steps again."""
+        return sum(own.traced for own in self._paces.values())
+
     def seconds(self, removals: Sequence[Removal], second: bool = True) -> float:
         """Of training the removals with their baseline, and with a second one unless ``second`` is false."""
         start, replicas = self._engine.start, self._engine.replicas
@@ -78,7 +83,8 @@ def seconds_of_witnesses(resolved: Resolved, engine: Proven, task: WitnessTask) 
     def of(start: Start, removals: int) -> float:
         lanes = [r.indices for r in (*task.removals, *task.moved)][:removals]
         own = Proven(start, min(engine.replicas, removals + 1), engine.record)
-        return Shards(own, task.seed, STACK_S / 2).seconds(lanes, second=False)
+        shards = Shards(own, task.seed, STACK_S / 2)
+        return shards.seconds(lanes, second=False) + shards.traced
 
     wide = witness_start(resolved.workload, resolved.state, engine.start)
     return of(wide.start, len(task.removals)) + (of(engine.start, len(task.moved)) if task.moved else 0.0)

@@ -22,11 +22,15 @@ STEPS = 24
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of one step and of one evaluation of a whole stack, and what its first steps take beyond that."""
+    """Seconds of one step and of one evaluation of a whole stack, and what its first steps take beyond that.
+
+    ``traced``: what tracing them took, once for each start that has not got these steps traced yet.
+    """
 
     step: float
     evaluation: float
     first: float
+    traced: float = 0.0
 
     def seconds(self, steps: int, evaluations: int) -> float:
         """Of a run of so many steps and evaluations."""
@@ -53,9 +57,12 @@ def pace(start: Start, lanes: Sequence[Removal], seed: int, budget_s: float) -> 
     due = sorted({*range(1, warm + 1), *range(warm + 2, until + 1, 2), until})
     settings = replace(start.settings, epochs=None, steps=until, evaluate=Evaluate(at_steps=tuple(due)))
     cut = replace(start, settings=settings)
+    traced = 0.0
     if start.graphs is not None:
         # Traces are made here, and are no part of what a step takes.
+        before = start.graphs.seconds
         _step_times(cut, lanes, seed, budget_s, warm)
+        traced = start.graphs.seconds - before
     times = _step_times(cut, lanes, seed, budget_s, warm)
     evaluated = [t for k, t in enumerate(times, 1) if k > warm and k in due]
     plain = [t for k, t in enumerate(times, 1) if k > warm and k not in due]
@@ -65,7 +72,7 @@ def pace(start: Start, lanes: Sequence[Removal], seed: int, budget_s: float) -> 
     step = sum(plain) / len(plain)
     evaluation = max(0.0, sum(evaluated) / len(evaluated) - step) if evaluated else 0.0
     first = sum(times[:warm]) - warm * (step + evaluation)
-    return Pace(step, evaluation, max(0.0, first))
+    return Pace(step, evaluation, max(0.0, first), traced)
 
 
 def _step_times(start: Start, lanes: Sequence[Removal], seed: int, budget_s: float, warm: int) -> list[float]:

@@ -93,7 +93,7 @@ def tables(moves=(0.1, 0.2), counts=(4, 4), reliability=(0.9, 0.3)):
         "attribution": schemas.from_rows(schemas.ATTRIBUTION, [row for row in rows if row[6]]),
         "training_only": schemas.from_rows(
             schemas.TRAINING_ONLY,
-            [(e, s, sign * moves[p], 0.0, 4) for p, s in enumerate((5, 50)) for e, sign in ((0, 1), (1, -1))],
+            [(e, s, sign * moves[p], 0.0, 4, None) for p, s in enumerate((5, 50)) for e, sign in ((0, 1), (1, -1))],
         ),
         "reliability": schemas.from_rows(schemas.RELIABILITY, trust),
     }
