@@ -7,7 +7,7 @@ take a few seconds, and what that took goes up with the work that it counts itse
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,8 +31,8 @@ STACK_S = 6.0
 """Seconds that timing one size of stack may take, beyond its first steps."""
 WHOLE_S = 4.0
 """Counted seconds up to which an estimate is timed as a whole."""
-LEAST_TRAIN = 16
-"""Training examples of the smallest part of an estimate."""
+LEAST_TRAIN, LEAST_SIDE = 16, 8
+"""Training examples, and removals or evaluation examples, of the smallest part of an estimate."""
 
 
 class Shards:
@@ -138,10 +138,10 @@ class Estimators:
     def _timed(self, named: estimators.Estimator, problem: estimators.Problem) -> float:
         rates = Rates(problem)
         counted = rates.seconds(named.work(problem))
-        part, of_part, share = problem, counted, 1.0
-        while of_part > WHOLE_S and share > 1e-4:
-            share /= 2
-            smaller = part_of(problem, share, follows_runs(named))
+        part, of_part = problem, counted
+        for smaller in parts_of(problem, follows_runs(named)):
+            if of_part <= WHOLE_S:
+                break
             part, of_part = smaller, rates.seconds(named.work(smaller))
         before = 0.0
         step = named.params().get("displacement_step")
@@ -169,15 +169,35 @@ def follows_runs(named: estimators.Estimator) -> bool:
     return named.follows_training() and bool(named.runs((0,)))
 
 
-def part_of(problem: estimators.Problem, share: float, trains: bool) -> estimators.Problem:
-    """A problem of a share of the removals and evaluation examples, and of the training examples or the steps.
+def parts_of(problem: estimators.Problem, trains: bool) -> Iterator[estimators.Problem]:
+    """Ever smaller parts of a problem: of its removals and evaluation examples first, then of what it is trained on.
+
+    So that a solver takes as many iterations in a part as in the whole, as long as that can be.
 
     Args:
         trains: the estimator trains on all of 𝒟: it is the steps that are fewer.
     """
+    sides = 1.0
+    while sides * max(len(problem.evals), len(problem.removals)) > LEAST_SIDE:
+        sides /= 2
+        yield part_of(problem, sides, 1.0, trains)
+    share = 1.0
+    while share * len(problem.train) > LEAST_TRAIN or (trains and share > 1e-3):
+        share /= 2
+        yield part_of(problem, sides, share, trains)
+
+
+def part_of(problem: estimators.Problem, sides: float, share: float, trains: bool) -> estimators.Problem:
+    """A problem of a share of the removals and evaluation examples, and of the training examples, or of the steps.
+
+    Args:
+        trains: as for ``parts_of``.
+    """
     n, evals = len(problem.train), len(problem.evals)
-    fewer = problem.removals[: max(1, round(share * len(problem.removals)))]
-    cut = replace(problem, evals=problem.evals.first(max(1, round(share * evals))), removals=fewer)
+    fewer = problem.removals[: max(1, round(sides * len(problem.removals)))]
+    cut = replace(problem, evals=problem.evals.first(max(1, round(sides * evals))), removals=fewer)
+    if share == 1.0:
+        return cut
     if not trains:
         kept = min(n, max(LEAST_TRAIN, round(share * n)))
         inside = [tuple(dict.fromkeys(index % kept for index in removal)) for removal in fewer]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from fimo.orchestrator.run.measure import Measured, measure, measured_json
 from fimo.orchestrator.run.owed import current_plan
 from fimo.orchestrator.run.plan import EstimateTask, Shard, WitnessTask
 from fimo.orchestrator.run.suited import judged, refuse_unsuited
-from fimo.orchestrator.run.timing import part_of
+from fimo.orchestrator.run.timing import part_of, parts_of
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.batches import BASELINE
@@ -169,15 +171,20 @@ def test_a_part_of_a_problem_keeps_its_removals_inside_its_training_examples(bes
     whole = estimators.Problem(
         resolved.model(cpu), train, evals, [(0,), (3, 16), (11,), (22,)], resolved.spec.further_training.settings()
     )
-    part = part_of(whole, 0.5, trains=False)
+    part = part_of(whole, 0.5, 0.5, trains=False)
     assert (len(part.train), len(part.evals), len(part.removals)) == (max(16, round(len(train) / 2)), 4, 2)
     assert all(0 <= i < len(part.train) for removal in part.removals for i in removal)
     [grad_dot] = estimators.parse("grad_dot")
     assert grad_dot.estimate(part).values.shape == (2, 4)
-    fewer = part_of(whole, 0.5, trains=True)
+    fewer = part_of(whole, 0.5, 0.5, trains=True)
     assert len(fewer.train) == len(train)
     assert fewer.at is not None
     assert max(fewer.at) <= resolved.manifest.steps[-1] / 2
+    sides = [(len(p.evals), len(p.removals), len(p.train)) for p in parts_of(whole, trains=False)]
+    assert sides == [(7, 4, 16)], "of few examples nothing but the training examples is left to be cut"
+    many = dataclasses.replace(whole, removals=[(i,) for i in range(20)])
+    shapes = [(len(p.removals), len(p.train)) for p in parts_of(many, trains=False)]
+    assert shapes == [(10, 23), (5, 23), (5, 16)], "removals and evaluation examples first"
 
 
 def test_a_pace_counts_steps_evaluations_and_what_the_first_steps_take(beside):
