@@ -138,30 +138,54 @@ class Estimators:
     def _timed(self, named: estimators.Estimator, problem: estimators.Problem) -> float:
         rates = Rates(problem)
         counted = rates.seconds(named.work(problem))
-        part, of_part = problem, counted
+        sizes = [(problem, counted)]
         for smaller in parts_of(problem, follows_runs(named)):
-            if of_part <= WHOLE_S:
+            if sizes[-1][1] <= WHOLE_S / 2:
                 break
-            part, of_part = smaller, rates.seconds(named.work(smaller))
-        before = 0.0
+            sizes.append((smaller, rates.seconds(named.work(smaller))))
+        before, displaced = 0.0, None
         step = named.params().get("displacement_step")
         if isinstance(step, int):
             # The baselines are trained again first, one after another.
             alone = pace(self._engine.start, [BASELINE], 0, STACK_S)
             before = self._resolved.spec.seeds.count * alone.seconds(step, 0)
             still = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in problem.model.params.items()}
-            part = replace(part, displacement={step: still})
-        read = clock(problem.model.device)
-        began = read()
+            displaced = {step: still}
+        # The whole, if it is counted to be short; else two parts, since what a part takes whatever its size is no
+        # share of the whole.
+        timed = sizes[:1] if counted <= WHOLE_S else sizes[-2:]
         try:
-            named.estimate(part)
-            if problem.model.device.type == "cuda":
-                torch.cuda.synchronize(problem.model.device)
+            seconds = [_seconds(named, replace(part, displacement=displaced)) for part, _ in timed]
         except FimoError:
             # A part of the examples may diverge where all do not: the count alone is left.
             return before + counted
-        taken = read() - began
-        return before + (taken if part is problem else taken * counted / max(of_part, 1e-9))
+        return before + extrapolated(counted, [work for _, work in timed], seconds)
+
+
+def _seconds(named: estimators.Estimator, problem: estimators.Problem) -> float:
+    device = problem.model.device
+    read = clock(device)
+    began = read()
+    named.estimate(problem)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return read() - began
+
+
+def extrapolated(whole: float, work: Sequence[float], seconds: Sequence[float]) -> float:
+    """What the whole takes, from what one or two parts of it took: seconds = a + b · work, with a and b not negative.
+
+    Args:
+        whole: its work; ``work``: of each part, the larger first.
+    """
+    if whole == work[0]:
+        return seconds[0]
+    if len(work) == 1 or work[0] <= work[1]:
+        return seconds[0] * whole / max(work[0], 1e-9)
+    slope = (seconds[0] - seconds[1]) / (work[0] - work[1])
+    # Never steeper than if nothing were fixed, nor flatter than nothing.
+    slope = min(max(slope, 0.0), seconds[0] / work[0])
+    return seconds[0] + slope * (whole - work[0])
 
 
 def follows_runs(named: estimators.Estimator) -> bool:

@@ -17,7 +17,7 @@ from fimo.orchestrator.run.measure import Measured, measure, measured_json
 from fimo.orchestrator.run.owed import current_plan
 from fimo.orchestrator.run.plan import EstimateTask, Shard, WitnessTask
 from fimo.orchestrator.run.suited import judged, refuse_unsuited
-from fimo.orchestrator.run.timing import part_of, parts_of
+from fimo.orchestrator.run.timing import extrapolated, part_of, parts_of
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.batches import BASELINE
@@ -185,6 +185,21 @@ def test_a_part_of_a_problem_keeps_its_removals_inside_its_training_examples(bes
     many = dataclasses.replace(whole, removals=[(i,) for i in range(20)])
     shapes = [(len(p.removals), len(p.train)) for p in parts_of(many, trains=False)]
     assert shapes == [(10, 23), (5, 23), (5, 16)], "removals and evaluation examples first"
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds", "told"),
+    [
+        ([10.0], [3.0], 3.0),
+        ([5.0], [3.0], 6.0),
+        ([5.0, 2.5], [6.0, 4.0], 10.0),
+        ([5.0, 2.5], [4.0, 4.5], 4.0),
+        ([5.0, 2.5], [6.0, 0.5], 12.0),
+    ],
+    ids=["whole", "in proportion", "with what is fixed", "all is fixed", "nothing is fixed"],
+)
+def test_what_a_part_takes_whatever_its_size_is_not_multiplied(work, seconds, told):
+    assert extrapolated(10.0, work, seconds) == pytest.approx(told)
 
 
 def test_a_pace_counts_steps_evaluations_and_what_the_first_steps_take(beside):
