@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+import torch
+
 from fimo.estimators.operators import gradients, layerwise
 from fimo.estimators.operators.gradients import Layout
 from fimo.workers.examples import Examples
@@ -87,10 +89,23 @@ def is_large(model: FunctionalModel) -> bool:
     return Layout.of(model.params).size >= layerwise.LARGE
 
 
+def dense_size(model: FunctionalModel) -> int:
+    """Parameters that an example's gradient is made dense in: of a large model's embedding few rows are looked up."""
+    size = Layout.of(model.params).size
+    if not is_large(model):
+        return size
+    tables = [m.weight for m in model.module.modules() if isinstance(m, torch.nn.Embedding)]
+    others = {
+        id(p) for m in model.module.modules() if not isinstance(m, torch.nn.Embedding) for p in m._parameters.values()
+    }
+    names = {id(p): name for name, p in model.module.named_parameters()}
+    return size - sum(t.numel() for t in tables if id(t) not in others and names.get(id(t)) in model.params)
+
+
 def of_products(model: FunctionalModel, left: int, right: int) -> Work:
     """Inner products of so many gradients with so many others."""
     dense = POSITIONS * (left + right) if is_large(model) else 0
-    return Work(inner=2.0 * (float(left) * right + dense) * Layout.of(model.params).size)
+    return Work(inner=2.0 * (float(left) * right + dense) * dense_size(model))
 
 
 def of_gradients(problem: Counted) -> Work:

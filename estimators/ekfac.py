@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.amounts import linear
-from fimo.estimators.base import Hyperparameters, Layered, Notes, Problem, flat_loss
+from fimo.estimators.base import Hyperparameters, Layered, Notes, Problem, estimating, flat_loss
 from fimo.estimators.counts import POSITIONS, Work, is_large
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.matching import Shift
@@ -20,6 +20,7 @@ from fimo.estimators.operators.gradients import Layout, unique
 from fimo.estimators.operators.kronecker import EXACT, coverage, factorised
 from fimo.estimators.operators.layers import layers_of
 from fimo.estimators.operators.nystrom import Nystrom
+from fimo.estimators.operators.output_functions import is_cross_entropy
 from fimo.estimators.operators.parts import Gradients
 from fimo.estimators.operators.products import Sides
 from fimo.estimators.operators.pseudo_gradients import FEW
@@ -67,6 +68,9 @@ class Factored(Hyperparameters):
         model, n = problem.model, len(problem.train)
         outputs = outputs_of(model, problem.train)
         vectors = outputs if self.fisher == "exact" or (self.fisher == "auto" and outputs <= FEW) else self.samples
+        with estimating(model):
+            if vectors == outputs > 1 and is_cross_entropy(model, problem.train.batch([0])):
+                vectors -= 1  # Softmax has a direction without curvature.
         layers, others = layers_of(model)
         sides = [layer.sides for layer in layers]
         small = [size for name in others if (size := model.params[name].numel()) <= EXACT]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.base import Layered, Notes, Problem, estimating
-from fimo.estimators.counts import POSITIONS, Work
+from fimo.estimators.counts import POSITIONS, Work, dense_size
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, PerExample
@@ -90,7 +90,7 @@ class TRAK(Influence):
             return super().work(problem) + own
         if kind == "sparse":
             # A gradient is made dense, and its entries added up: memory's time, as that of some products.
-            return super().work(problem) + own + Work(inner=2.0 * every * size * 2 * POSITIONS)
+            return super().work(problem) + own + Work(inner=2.0 * every * dense_size(problem.model) * 2 * POSITIONS)
         held = size * dimension <= gradients.HELD
         blocks = 1 if held else -(-every // gradients.block_size(size))
         dense = float(size) * dimension

@@ -11,6 +11,10 @@ TOGETHER = 1024
 """Positions whose outer products are summed by one matrix product, in the model's dtype."""
 
 
+BLOCK = 256
+"""Columns of a symmetric matrix that are computed together."""
+
+
 class Moment:
     """Σ xxᵀ over positions, the sums of ``TOGETHER`` of them in float64, and how many there were."""
 
@@ -36,8 +40,16 @@ class Moment:
 
     def _sum(self) -> None:
         rows = torch.cat(self._waiting)
-        square = (rows.T @ rows).double()
-        self.total = square if self.total is None else self.total.add_(square)
+        side = rows.shape[1]
+        if self.total is None:
+            self.total = torch.zeros(side, side, dtype=torch.float64, device=rows.device)
+        # The matrix is symmetric: blocks above the diagonal are those below it.
+        for start in range(0, side, BLOCK):
+            here = slice(start, start + BLOCK)
+            product = rows[:, here].T @ rows[:, start:]
+            self.total[here, start:] += product
+            below = product[:, BLOCK:]
+            self.total[start + BLOCK :, here] += below.T
         self._waiting, self._rows = [], 0
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from fimo.estimators import parse
 from fimo.estimators.base import estimating
 from fimo.estimators.operators import capture, gradients, kronecker
+from fimo.estimators.operators import moments as sums_of
 from fimo.estimators.operators.curvature import GaussNewton
 from fimo.estimators.operators.kronecker import eigenbasis
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
@@ -163,3 +164,25 @@ def test_coverage_is_a_share_of_the_scalars():
     p = problems.problem(Workload(model.double(), data, data, problems.outputs_x, problems.cross_entropy), [[0]])
     assert kronecker.coverage(p.model) == pytest.approx(15 / 1215)
     assert parse({"name": "ekfac", "damping": 0.1})[0].estimate(p).notes["coverage"] == pytest.approx(15 / 1215)
+
+
+def test_a_moment_of_more_columns_than_a_block_is_the_symmetric_whole(monkeypatch):
+    monkeypatch.setattr(sums_of, "TOGETHER", 16)
+    rows, moment = torch.randn(70, 600, dtype=torch.float64), sums_of.Moment()
+    for some in rows.split(9):
+        moment.add(some)
+    torch.testing.assert_close(moment.mean(70), rows.T @ rows / 70, rtol=1e-12, atol=1e-14)
+
+
+def test_squares_of_large_matrices_are_those_of_small_ones(monkeypatch):
+    monkeypatch.setattr(sums_of, "FLUSHED", 4)
+    g, a = torch.randn(11, 3, 5, dtype=torch.float64), torch.randn(11, 3, 7, dtype=torch.float64)
+    truth = torch.einsum("bto,bti->boi", g, a).square().sum(dim=0)
+    for tile in (1, 2**21):
+        monkeypatch.setattr(sums_of, "TILE", tile)
+        found = torch.zeros(5, 7, dtype=torch.float64)
+        sums = sums_of.SquareSum(found)
+        for some in (slice(0, 5), slice(5, 11)):
+            sums.add(g[some], a[some])
+        sums.flush()
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-14)
