@@ -6,6 +6,7 @@ take a few seconds, and what that took goes up with the work that it counts itse
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -31,6 +32,8 @@ STACK_S = 6.0
 """Seconds that timing one size of stack may take, beyond its first steps."""
 WHOLE_S = 4.0
 """Counted seconds up to which an estimate is timed as a whole."""
+LONGEST = 4
+"""Times that by which a part may take longer, if smaller ones diverge."""
 LEAST_TRAIN, LEAST_SIDE = 16, 8
 """Training examples, and removals or evaluation examples, of the smallest part of an estimate."""
 
@@ -153,13 +156,16 @@ class Estimators:
             displaced = {step: still}
         # The whole, if it is counted to be short; else two parts, since what a part takes whatever its size is no
         # share of the whole.
-        timed = sizes[:1] if counted <= WHOLE_S else sizes[-2:]
-        try:
-            seconds = [_seconds(named, replace(part, displacement=displaced)) for part, _ in timed]
-        except FimoError:
-            # A part of the examples may diverge where all do not: the count alone is left.
-            return before + counted
-        return before + extrapolated(counted, [work for _, work in timed], seconds)
+        parts = sizes[:1] if counted <= WHOLE_S else sizes[::-1]
+        work, seconds = list[float](), list[float]()
+        for part, of_part in parts:
+            if len(work) == 2 or of_part > LONGEST * WHOLE_S:
+                break
+            # A part of the examples may diverge where more do not.
+            with contextlib.suppress(FimoError):
+                taken = _seconds(named, replace(part, displacement=displaced))
+                work, seconds = [of_part, *work], [taken, *seconds]
+        return before + (extrapolated(counted, work, seconds) if work else counted)
 
 
 def _seconds(named: estimators.Estimator, problem: estimators.Problem) -> float:
