@@ -128,6 +128,12 @@ class Recipe:
     others: list[str]
     spread: set[int] = field(default_factory=set)
 
+    @property
+    def watched(self) -> list[str]:
+        """The parameters that sites have."""
+        names = [name for site in self.sites for name in (site.weight, site.bias) if name is not None]
+        return list(dict.fromkeys(names))
+
     def without(self, names: set[str]) -> Recipe:
         """The same with some parameters left to autograd."""
         sites = []
