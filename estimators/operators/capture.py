@@ -173,7 +173,8 @@ def watching(recipe: Recipe, count: int) -> Iterator[list[Call]]:
             x = args[0] if args else next(iter(kwargs.values()))
             # The input may be a view of what is written to later, which must not change what is kept of it.
             x = x.detach().clone()
-            if id(module) in recipe.spread:
+            # Some batches may have their own after all, where a model asks its data.
+            if id(module) in recipe.spread and not (x.dim() > 1 and len(x) == count):
                 out = out.expand(count, *(out.shape if x.dim() == 1 else out.shape[1:]))
                 x = x.reshape(1, -1).expand(count, -1)
             if not out.requires_grad:
