@@ -128,6 +128,12 @@ class Recipe:
     others: list[str]
     spread: set[int] = field(default_factory=set)
 
+    @property
+    def watched(self) -> list[str]:
+        """The parameters that sites have."""
+        names = [name for site in self.sites for name in (site.weight, site.bias) if name is not None]
+        return list(dict.fromkeys(names))
+
     def without(self, names: set[str]) -> Recipe:
         """The same with some parameters left to autograd."""
         sites = []
@@ -167,7 +173,8 @@ def watching(recipe: Recipe, count: int) -> Iterator[list[Call]]:
             x = args[0] if args else next(iter(kwargs.values()))
             # The input may be a view of what is written to later, which must not change what is kept of it.
             x = x.detach().clone()
-            if id(module) in recipe.spread:
+            # Some batches may have their own after all, where a model asks its data.
+            if id(module) in recipe.spread and not (x.dim() > 1 and len(x) == count):
                 out = out.expand(count, *(out.shape if x.dim() == 1 else out.shape[1:]))
                 x = x.reshape(1, -1).expand(count, -1)
             if not out.requires_grad:

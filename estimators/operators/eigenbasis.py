@@ -5,6 +5,7 @@ How a block's eigenvectors and eigenvalues are found is ``fimo.estimators.operat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -62,14 +63,19 @@ class LayerBlock:
             unfolded = nn.functional.unfold(x, m.kernel_size, m.dilation, m.padding, m.stride)
             a = unfolded.transpose(1, 2)
         else:
-            a = x.reshape(len(x), -1, x.shape[-1])
+            a = self._positions(x)
         return a if self.bias is None else torch.cat([a, torch.ones_like(a[..., :1])], dim=2)
 
     def outputs(self, g: Tensor) -> Tensor:
         """A gradient at the layer's output as (B, T, out)."""
         if isinstance(self.module, nn.Conv2d):
             return g.flatten(2).transpose(1, 2)
-        return g.reshape(len(g), -1, g.shape[-1])
+        return self._positions(g)
+
+    @staticmethod
+    def _positions(x: Tensor) -> Tensor:
+        # Not −1: an expert may be sent no rows at all.
+        return x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
 
     def matrix(self, rows: Tensor) -> Tensor:
         """The layer's part of rows (k, P) as (k, out, in [+ 1])."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.capture import Recipe, parts_of, watching
 from fimo.estimators.operators.eigenbasis import Eigenbasis, LayerBlock, share_covered
+from fimo.estimators.operators.guards import apart
 from fimo.estimators.operators.layers import layers_of, proven, watched
 from fimo.estimators.operators.layerwise import Layerwise, layerwise
 from fimo.estimators.operators.moments import Moment, SquareSum
@@ -71,10 +72,10 @@ def eigenbasis(
     few = (
         examples.batch(range(min(8, len(examples)))) if way is None else way.batch(way.order(range(len(examples)))[:2])
     )
-    layers, others, apart = proven(model, few, layers, others)
+    layers, others, together = proven(model, few, layers, others)
     source = draw(few)
     size = min(source.block, gradients.block_size(max([layer.out for layer in layers], default=1) * 512))
-    size = size if apart else 1
+    size = size if together else 1
     small = [name for name in others if model.params[name].numel() <= EXACT]
     seen = [] if way is None else [name for name in small if name not in way.recipe.others]
     squares = Squares({name: model.params[name] for name in seen})
@@ -129,6 +130,9 @@ def _passes(
             outputs = model.outputs(model.params, batch)
             # A checkpointed layer is called again by the backward pass.
             calls, small = list(seen_calls), list(seen_small)
+            if len(indices) > 1 and not apart(outputs, [out for _, _, out in calls]):
+                yield from _passes(model, examples, layers, source, [[i] for i in indices], way, squares)
+                continue
             targets = [out for _, _, out in calls] + [call.out for call in small]
             of_calls: list[list[Tensor]] = [[] for _ in calls]
             for s in source(outputs.detach(), batch, indices) if outputs.requires_grad else ():

@@ -21,6 +21,7 @@ from torch import Tensor
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.capture import Recipe, leading, parts_of, recipe_of, watching
 from fimo.estimators.operators.gradients import HELD, Layout, PerExample
+from fimo.estimators.operators.guards import each_its_own, look
 from fimo.estimators.operators.parts import Dense, Gradients, Parts
 from fimo.workers.examples import Batch, Examples, to
 from fimo.workers.functional import FunctionalModel, Tensors
@@ -101,11 +102,12 @@ class Layerwise:
         held = Gradients(shapes)
         scalars, limit = 0, KEPT if most is None else most
         for block in self.batches(indices):
-            held.add(block, self.differentiate(block))
-            scalars += sum(part.scalars for some in held.chunks[-1][1].values() for part in some)
-            if scalars >= limit:
-                yield held
-                held, scalars = Gradients(shapes), 0
+            for indices_of, parts in self._taken(block):
+                held.add(indices_of, parts)
+                scalars += sum(part.scalars for some in parts.values() for part in some)
+                if scalars >= limit:
+                    yield held
+                    held, scalars = Gradients(shapes), 0
         if len(held):
             yield held
 
@@ -120,23 +122,53 @@ class Layerwise:
                 rows[at, where] = some.dense(name, 0, some.shapes[name][0], None, like)
         return rows
 
-    def differentiate(self, indices: Sequence[int]) -> Parts:
-        """The parts of the gradients of one batch."""
+    def differentiate(self, indices: Sequence[int], trusting: bool = False) -> Parts | None:
+        """The parts of the gradients of one batch; None if it goes another way than what was proven.
+
+        Args:
+            trusting: not to ask that: for a proof, which has the truth.
+        """
         batch, count = self.batch(indices), len(indices)
         params = {name: tensor.detach() for name, tensor in self.params.items()}
         leaves = {name: params[name].clone().requires_grad_() for name in self.recipe.others}
-        with watching(self.recipe, count) as seen, torch.enable_grad():
-            values = self.function({**params, **leaves}, batch)
-            calls = list(seen)
-            targets = [call.out for call in calls] + list(leaves.values())
-            if not values.requires_grad:
-                return {}
-            slopes = torch.autograd.grad(values.sum(), targets, allow_unused=True)
-        parts = parts_of(calls, slopes[: len(calls)], count)
+        # Autograd makes no gradient of those that it is not asked for, but its graph shows their uses.
+        seen_leaves = {name: params[name].requires_grad_() for name in self.recipe.watched}
+        try:
+            with watching(self.recipe, count) as seen, torch.enable_grad():
+                values = self.function({**params, **leaves}, batch)
+                calls = list(seen)
+                targets = [call.out for call in calls] + list(leaves.values())
+                if not values.requires_grad:
+                    return {}
+                known, moved = (True, False) if trusting else look(values, calls, seen_leaves, self.recipe.spread)
+                if not known:
+                    return None
+                slopes = torch.autograd.grad(values.sum(), targets, retain_graph=moved, allow_unused=True)
+                if moved and not each_its_own(values, [call.out for call in calls], slopes[: len(calls)]):
+                    return None
+            parts = parts_of(calls, slopes[: len(calls)], count)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if trusting:
+                raise
+            return None  # Shapes that fit no batch of so many; a mistake of the workload's is raised without hooks.
         for (name, leaf), slope in zip(leaves.items(), slopes[len(calls) :], strict=True):
             if slope is not None:
                 parts[name] = [Dense(slope.detach().to_dense().reshape(count, *seen_as(leaf.shape)))]
         return parts
+
+    def _taken(self, block: list[int]) -> Iterator[tuple[list[int], Parts]]:
+        """The block's examples together; those that go unproven ways alone, and at worst by autograd alone."""
+        parts = self.differentiate(block)
+        if parts is not None:
+            yield block, parts
+        elif len(block) > 1:
+            for index in block:
+                yield from self._taken([index])
+        else:
+            plain = _plain(self.function, self.params, self.examples.batch(block))
+            yield block, {name: [Dense(slope.reshape(1, *seen_as(slope.shape)))] for name, slope in plain.items()}
 
 
 def seen_as(shape: torch.Size) -> tuple[int, int]:
@@ -308,7 +340,7 @@ def _wrong(way: Layerwise, truths: Sequence[Tensors], chosen: Sequence[int], alo
         if not places:
             continue
         try:
-            parts = way.differentiate([chosen[place] for place in places])
+            parts = way.differentiate([chosen[place] for place in places], trusting=True) or {}
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError):
@@ -328,7 +360,7 @@ def _wrong(way: Layerwise, truths: Sequence[Tensors], chosen: Sequence[int], alo
 def _sized(way: Layerwise, chosen: Sequence[int], batches: bool) -> Layerwise:
     """With what an example of full length captures, and how many of them make a batch."""
     index = chosen[-1]
-    scalars = sum(part.scalars for some in way.differentiate([index]).values() for part in some)
+    scalars = sum(part.scalars for some in (way.differentiate([index], trusting=True) or {}).values() for part in some)
     if way.cuts is not None:
         scalars = scalars * way.cuts.full // int(way.cuts.lengths[index])
     size = max(1, min(256, together(way.model.device) // max(1, scalars))) if batches else 1

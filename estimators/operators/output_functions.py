@@ -42,15 +42,27 @@ def is_cross_entropy(model: FunctionalModel, batch: Batch) -> bool:
     return all(torch.allclose(s, e, atol=1e-5) for s, e in zip(slopes, expected, strict=True))
 
 
-def token_weights(model: FunctionalModel, outputs: Tensor, batch: Batch, dim: int) -> Tensor:
+def token_weights(model: FunctionalModel, outputs: Tensor, batch: Batch, dim: int) -> tuple[Tensor, Tensor]:
     """w_t of a loss Σ_t w_t · cross-entropy of token t, the classes along ``dim``: the outputs' shape without it.
 
     Of any targets, smoothed ones too: the slope w_t (softmax(z_t) − target) changes by w_t (softmax(z_t) − 1/C) from
     z = 0 on.
+
+    Returns:
+        w, and whether each example's slope changes so (B,): else its loss is another one, and has no such weights.
     """
     ramp = _ramp(outputs, dim)
     change, expected = _slope_change(model, ramp, batch), _softmax_change(ramp, dim)
-    return (change * expected).sum(dim=dim) / expected.square().sum(dim=dim)
+    weights = (change * expected).sum(dim=dim) / expected.square().sum(dim=dim)
+    expected = expected * weights.unsqueeze(dim)
+    return weights, _close(change, expected)
+
+
+def _close(change: Tensor, expected: Tensor) -> Tensor:
+    """Of each example (B,)."""
+    off, length = ((some.flatten(1)).double().norm(dim=1) for some in (change - expected, expected))
+    close: Tensor = off <= 1e-3 * length
+    return close
 
 
 def class_dimension(model: FunctionalModel, outputs: Tensor, batch: Batch) -> int | None:
@@ -64,13 +76,10 @@ def class_dimension(model: FunctionalModel, outputs: Tensor, batch: Batch) -> in
     for dim in dict.fromkeys((outputs.dim() - 1, 1)):
         if outputs.shape[dim] < 2:
             continue
-        weights = token_weights(model, outputs, batch, dim).unsqueeze(dim)
-        places = [_ramp(outputs, dim), outputs + _ramp(outputs, dim).flip(dim)]
-        changes = [_slope_change(model, place, batch) for place in places]
-        expected = [weights * _softmax_change(place, dim) for place in places]
-        if bool(weights.any()) and all(
-            float((c - e).norm()) <= 1e-3 * float(e.norm()) for c, e in zip(changes, expected, strict=True)
-        ):
+        weights, close = token_weights(model, outputs, batch, dim)
+        place = outputs + _ramp(outputs, dim).flip(dim)
+        beside = _close(_slope_change(model, place, batch), weights.unsqueeze(dim) * _softmax_change(place, dim))
+        if bool(weights.any()) and bool((close & beside).all()):
             return dim
     return None
 

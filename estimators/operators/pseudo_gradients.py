@@ -82,8 +82,11 @@ class PseudoGradients:
     def __call__(self, outputs: Tensor, batch: Batch, indices: Sequence[int]) -> Iterator[Tensor]:
         """Vectors of the shape of ``outputs`` (B, …); their outer products add up to the Hessian, or its estimate."""
         if self._dim is not None:
-            yield from self._labels(outputs, batch, indices)
-            return
+            weights, close = token_weights(self._model, outputs, batch, self._dim)
+            # The first batch's loss need not be that of all: what is no cross-entropy is drawn as any other loss.
+            if bool(close.all()):
+                yield from self._labels(outputs, weights, indices)
+                return
         if self.fisher == "exact":
             values, vectors = _eigen(output_hessians(self._model, outputs, batch))
             roots = vectors * values.sqrt()[:, None, :]
@@ -106,9 +109,9 @@ class PseudoGradients:
                 drawn = _lanczos_root(self._model, outputs, batch, noise)
             yield (drawn / self._samples**0.5).reshape(outputs.shape).to(outputs)
 
-    def _labels(self, outputs: Tensor, batch: Batch, indices: Sequence[int]) -> Iterator[Tensor]:
+    def _labels(self, outputs: Tensor, weights: Tensor, indices: Sequence[int]) -> Iterator[Tensor]:
         assert self._dim is not None
-        weights = token_weights(self._model, outputs, batch, self._dim).clamp(min=0).sqrt().unsqueeze(-1)
+        weights = weights.clamp(min=0).sqrt().unsqueeze(-1)
         probabilities = outputs.movedim(self._dim, -1).softmax(dim=-1)
         below = probabilities.double().cumsum(dim=-1)
         tokens = below[0, ..., 0].numel()

@@ -67,6 +67,8 @@ def lay_out(matrix: Matrix, name: str, wanted: Wanted, layout: str | None) -> tu
         raise UsageError(
             f"'{name}' holds a matrix of shape {matrix.shape}, which does not fit{asked}: {_needed(wanted)}"
         )
+    for one in fitting:
+        _refuse_index(_upright(matrix, one), name, wanted)
     read = {one: _read(matrix, one, wanted) for one in fitting}
     first = read[fitting[0]]
     if any(not np.array_equal(first, other, equal_nan=True) for other in read.values()):
@@ -88,6 +90,17 @@ def _needed(wanted: Wanted) -> str:
 
 def _upright(matrix: Matrix, layout: str) -> Matrix:
     return matrix.T if layout.startswith("eval-") else matrix
+
+
+def _refuse_index(upright: Matrix, name: str, wanted: Wanted) -> None:
+    """Refuse rows' numbers beside their scores, which would be read as those of the first evaluation example."""
+    rows, evals = upright.shape
+    first = upright[:, 0] if evals > wanted.evals else np.zeros(0)
+    if rows > 1 and len(first) and bool((np.diff(first) > 0).all()) and np.array_equal(first, np.round(first)):
+        raise UsageError(
+            f"'{name}' of shape {upright.shape} counts its rows before the scores of {wanted.evals} evaluation "
+            "examples, as an index does: leave that out"
+        )
 
 
 def _fits(shape: tuple[int, ...], layout: str, wanted: Wanted) -> bool:

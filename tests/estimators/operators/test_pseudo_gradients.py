@@ -190,3 +190,22 @@ def test_a_draw_is_the_example_s_own_however_it_is_cut_and_batched(monkeypatch):
     with estimating(p.model):
         assert layerwise.layerwise(p.model, p.model.loss, p.train).cuts is not None
     torch.testing.assert_close(parse(entry)[0].estimate(p).values, truth, rtol=1e-6, atol=1e-9)
+
+
+def test_examples_whose_loss_is_not_that_of_the_first_ones_have_their_own_hessian():
+    def by_kind(out, batch):
+        return torch.where(
+            batch["w"][:, 0] < 1, by_token(out, batch).sum(1), ((out - batch["z"]) ** 2).flatten(1).sum(1)
+        )
+
+    p = problem(by_kind)
+    batch = p.train.batch(range(B))
+    batch["w"][3:] = 1
+    with estimating(p.model):
+        source = PseudoGradients(p.model, p.train.batch([0, 1]), "sampled", 4000, 0)
+        assert source.drawn.startswith("a label")
+        outputs = p.model.outputs(p.model.params, batch).detach()
+        truth = output_hessians(p.model, outputs, batch)
+        found = sum(torch.einsum("bi,bj->bij", *[s.flatten(1)] * 2) for s in source(outputs, batch, range(B)))
+    for own, of_truth in zip(found, truth, strict=True):
+        assert float((own - of_truth).norm()) < 0.15 * float(of_truth.norm())
