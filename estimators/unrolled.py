@@ -35,11 +35,12 @@ from fimo.estimators.operators import changes, gradients
 from fimo.estimators.operators.changes import Changes
 from fimo.estimators.operators.cotangents import Checkpoints, cotangents
 from fimo.estimators.operators.gradients import Layout, directional, each_example
-from fimo.estimators.operators.trajectory import Trajectory
+from fimo.estimators.operators.trajectory import Trajectory, why_not
 from fimo.estimators.own_seeds import OwnSeeds
 from fimo.workers.batches import Removal
-from fimo.workers.errors import DivergedError
+from fimo.workers.errors import DivergedError, WorkloadError
 from fimo.workers.examples import Batch
+from fimo.workers.forward import observe
 
 WATCHED = 4
 """Removals whose changes tell the adjoint whether changes grow."""
@@ -66,12 +67,19 @@ class Unrolled(OwnSeeds):
     direction: Literal["auto", "forward", "adjoint"] = "auto"
 
     def unsuited(self, problem: Problem) -> str | None:
-        """There is no further training, or no seed, to follow; or no adjoint."""
+        """There is no further training, or no seed, to follow; no adjoint; or steps that no linearisation follows."""
         settings = problem.further_training
         if settings is not None and self.direction == "adjoint" and changes.is_finite(settings):
             what = "clipped gradients" if settings.optimizer.name == "sgd" else settings.optimizer.name
             return f"direction: adjoint follows unclipped SGD alone, not {what}; leave direction out"
-        return super().unsuited(problem)
+        reason = super().unsuited(problem)
+        if reason is not None or settings is None:
+            return reason
+        try:
+            forward = observe(problem.model, problem.train, settings)
+        except WorkloadError as error:
+            return str(error)
+        return why_not(forward, settings, len(problem.train), [tuple(r) for r in problem.removals])
 
     def work(self, problem: Problem) -> Work:
         """A product with a batch's Hessian for every step and removal, or for every step and evaluation example back
@@ -91,7 +99,7 @@ class Unrolled(OwnSeeds):
         If changes grow without bound with any of the seeds, only the recorded steps before that are estimated.
 
         Raises:
-            UsageError: no further-training section or seeds, or see ``trajectory.refuse``.
+            UsageError: no further-training section or seeds, or see ``trajectory.why_not``.
             DivergedError: changes grow without bound before the first recorded step.
         """
         self.refuse_unsuited(problem)

@@ -82,7 +82,9 @@ class Trajectory:
         self.model, self.train, self.seed = model, train, seed
         self.settings = settings = settings.settled(forward.mixes)
         self.removals, self.layout = [tuple(r) for r in removals], Layout.of(model.params)
-        refuse(forward, settings, len(self.train), self.removals)
+        reason = why_not(forward, settings, len(self.train), self.removals)
+        if reason is not None:
+            raise UsageError(f"estimator unrolled: {reason}")
         self._removed = _removed_batches(model, train, self.removals) if settings.removal_mode == "reweight" else []
 
     def start(self) -> Point:
@@ -238,23 +240,28 @@ class Trajectory:
         return lambda row: each_example(partial(self._removed_loss, row), batch, "same", reseed)
 
 
-def refuse(forward: Forward, settings: FurtherTraining, n: int, removals: Sequence[Removal]) -> None:
-    """Refuse further training whose steps the linearisation cannot follow (UsageError)."""
-    name = "estimator unrolled: "
+def why_not(forward: Forward, settings: FurtherTraining, n: int, removals: Sequence[Removal]) -> str | None:
+    """Why the linearisation cannot follow the steps of further training, in a line; None = it can.
+
+    Args:
+        settings: their removal mode may be left to the forward.
+        n: training examples.
+    """
     if forward.mixes:
-        raise UsageError(
-            name + "the model's training forward mixes the examples of a batch (batch norm); set mode: eval in the "
+        return (
+            "the model's training forward mixes the examples of a batch (batch norm); set mode: eval in the "
             "further_training section"
         )
     if forward.mutable:
-        raise UsageError(name + f"the model's training forward writes to its buffer '{forward.mutable[0]}'")
+        return f"the model's training forward writes to its buffer '{forward.mutable[0]}'"
     if settings.removal_mode != "drop":
-        return
+        return None
     if forward.random:
-        raise UsageError(name + "in drop mode dropout differs between the cells of a seed; use reweight or mode: eval")
+        return "in drop mode dropout differs between the cells of a seed; use reweight or mode: eval"
     steps = batches.epoch_steps(n, BASELINE, settings)
     if any(batches.epoch_steps(n, removal, settings) != steps for removal in removals):
-        raise UsageError(name + "in drop mode a removal shortens the epoch by a batch; use removal_mode: reweight")
+        return "in drop mode a removal shortens the epoch by a batch; use removal_mode: reweight"
+    return None
 
 
 def _removed_batches(

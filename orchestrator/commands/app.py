@@ -74,6 +74,8 @@ def tell_store() -> None:
     """Say which store is used if nobody named it on the command line."""
     if said := places.source():
         tell(f"fimo: {said.strip(' ()')}")
+        # An error does not say it again.
+        places.forget()
 
 
 def _version(wanted: bool) -> None:

@@ -32,7 +32,7 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
 # isort: on
 from fimo.orchestrator.commands import places
 from fimo.orchestrator.commands.app import app
-from fimo.workers.errors import FimoError
+from fimo.workers.errors import FimoError, WorkloadError
 
 
 def main() -> None:
@@ -40,7 +40,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except FimoError as error:
-        sys.stderr.write(f"fimo: {' '.join(str(error).split())}{places.source()}\n")
+        # Where the store comes from has nothing to do with what is wrong with a workload.
+        named = "" if isinstance(error, WorkloadError) else places.source()
+        sys.stderr.write(f"fimo: {' '.join(str(error).split())}{named}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("fimo: interrupted\n")

@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from math import ceil
 
 import torch
 
@@ -23,6 +24,7 @@ from fimo.orchestrator.run.proving import Proven
 from fimo.workers.batches import BASELINE, Removal, steps_recorded
 from fimo.workers.device import clock
 from fimo.workers.errors import FimoError
+from fimo.workers.shard import out_of_memory
 from fimo.workers.stacking.forking import stacks_of
 from fimo.workers.stacking.pace import Pace, pace
 from fimo.workers.start import Start
@@ -47,13 +49,26 @@ class Shards:
 
     def _pace(self, start: Start, lanes: Sequence[Removal]) -> Pace:
         if len(lanes) not in self._paces:
-            self._paces[len(lanes)] = pace(start, lanes, self._seed, self._budget_s)
+            self._paces[len(lanes)] = self._timed(start, lanes)
         return self._paces[len(lanes)]
 
     @property
     def traced(self) -> float:
         """What tracing took so far: a new start traces its steps again."""
         return sum(own.traced for own in self._paces.values())
+
+    def _timed(self, start: Start, lanes: Sequence[Removal]) -> Pace:
+        """Of one stack; if it cannot be, of the smaller ones that ``workers/shard.py`` trains in its place."""
+        try:
+            return pace(start, lanes, self._seed, self._budget_s)
+        except FimoError:
+            raise
+        except Exception as error:
+            if len(lanes) == 1:
+                raise
+            size = len(lanes) // 2 if out_of_memory(error) else 1
+        smaller, times = self._pace(start, lanes[:size]), ceil(len(lanes) / size)
+        return Pace(smaller.step * times, smaller.evaluation * times, smaller.first * times)
 
     def seconds(self, removals: Sequence[Removal], second: bool = True) -> float:
         """Of training the removals with their baseline, and with a second one unless ``second`` is false."""

@@ -112,6 +112,9 @@ class Scorer:
         if not block.complete:
             return
         self.groups.add(block.effects)
+        if len(block.effects) < 2:
+            # An agreement over one removal is none: rows of nothing would pass for a table of few seeds.
+            return
         beyond = exploded(block.training_only, block.scale)
         for k, result in self.results.items():
             self._sums[k] = self._sums[k] + block.effects if self._held[k] else block.effects

@@ -57,6 +57,21 @@ def test_who_is_told_of_a_store_is_told_that_the_variable_named_it(stored, shell
     assert "FIMO_STORE" in shell("list").err
 
 
+def test_a_store_is_told_once_and_not_beside_what_is_wrong_with_a_workload(stored, shell, monkeypatch):
+    monkeypatch.setenv("FIMO_STORE", str(stored / "mine"))
+    with open("broken.yaml", "w") as file:
+        yaml.safe_dump({**SPEC, "workload": "flowers:fails"}, file)
+    said = shell("plan", "broken.yaml")
+    assert said.code == 1
+    assert "FIMO_STORE" not in said.err
+    with open("other.yaml", "w") as file:
+        yaml.safe_dump({**SPEC, "further_training": {**SPEC["further_training"], "batch_size": 4}}, file)
+    said = shell("run", "other.yaml")
+    assert said.code == 2
+    assert "is another sweep of this name" in said.err
+    assert said.err.count("FIMO_STORE") == 1
+
+
 def test_a_plan_subtracts_what_the_variable_s_store_holds_and_says_so(stored, shell, monkeypatch):
     plain = shell("plan", "spec.yaml")
     assert "there already" not in plain.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from fimo.orchestrator.run import budget
 from fimo.orchestrator.run.measure import Measured, measure, measured_json
 from fimo.orchestrator.run.owed import current_plan
 from fimo.orchestrator.run.plan import EstimateTask, Shard, WitnessTask
+from fimo.orchestrator.run.proving import Proven
 from fimo.orchestrator.run.suited import judged, refuse_unsuited
-from fimo.orchestrator.run.timing import extrapolated, part_of, parts_of
+from fimo.orchestrator.run.timing import Shards, extrapolated, part_of, parts_of
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.batches import BASELINE
@@ -115,6 +117,72 @@ def test_what_does_not_fit_in_memory_is_told_and_not_run(beside, monkeypatch):
     monkeypatch.setattr(type(estimators.parse("grad_dot")[0]), "estimate", lambda self, problem: pytest.fail("was run"))
     measured = measure(resolved, current_plan(resolved.manifest, None))
     assert measured.by_estimator()["grad_dot", '{"preconditioner":null}'] > 0
+
+
+NORMED = """
+import dataclasses
+import torch
+from torch import nn
+import flowers as plain
+
+def norm():
+    torch.manual_seed(0)
+    width = plain.flowers().train["features"].shape[1]
+    model = nn.Sequential(nn.Linear(width, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    return dataclasses.replace(plain.flowers(), model=model)
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gru, self.head = nn.GRU(1, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.gru(x[..., None])[0][:, -1])
+
+def gru():
+    return dataclasses.replace(plain.flowers(), model=Tagger())
+"""
+
+
+def test_an_estimator_that_cannot_follow_batch_norm_is_told_before_the_cells_are_trained(beside):
+    (beside / "normed.py").write_text(NORMED)
+    mask = {"removal_mode": "mask"}
+    resolved = resolve(make_spec(workload="normed:norm", further_training=mask, estimators=["unrolled"]), beside)
+    with pytest.raises(UsageError, match=r"estimator unrolled does not apply: .*batch norm\); set mode: eval"):
+        refuse_unsuited(resolved)
+    manifest = resolve(make_spec(workload="normed:norm", further_training=mask, estimators=None), beside).manifest
+    assert "unrolled" not in {name for name, _ in manifest.estimators}
+    frozen = make_spec(workload="normed:norm", further_training={**mask, "mode": "eval"}, estimators=["unrolled"])
+    refuse_unsuited(resolve(frozen, beside))
+
+
+def test_a_model_that_cannot_be_stacked_is_timed_one_cell_at_a_time(beside, monkeypatch):
+    """torch has no batching rule for a GRU on a CPU; a run then trains one at a time, and a plan must not fail."""
+    (beside / "normed.py").write_text(NORMED)
+    resources = {"replicas": "auto", "proof": False}
+    resolved = resolve(make_spec(workload="normed:gru", resources=resources, estimators=[]), beside)
+    plan = current_plan(resolved.manifest, None)
+    measured = measure(resolved, plan)
+    assert len(measured.tasks) == len(plan.shards)
+    assert all(seconds > 0 for _, seconds in measured.tasks)
+    # Of a stack that is too large, or cannot be, the smaller ones count that are trained in its place.
+    start = resolved.start(torch.device("cpu"))
+    for error, tried, step in (("no rule", [5, 1], 5.0), ("out of memory", [5, 2], 6.0)):
+        sizes: list[int] = []
+        monkeypatch.setattr("fimo.orchestrator.run.timing.pace", partial(_refusing, sizes, error, 3))
+        found = Shards(Proven(start, 5, {}), 0)._pace(start, [BASELINE] * 5)
+        assert (sizes, found.step) == (tried, step)
+    monkeypatch.setattr("fimo.orchestrator.run.timing.pace", partial(_refusing, [], "no model", 0))
+    with pytest.raises(RuntimeError, match="no model"):
+        Shards(Proven(start, 5, {}), 0)._pace(start, [BASELINE])
+
+
+def _refusing(sizes, error, most, start, lanes, seed, budget_s):
+    sizes.append(len(lanes))
+    if len(lanes) > most:
+        raise RuntimeError(error)
+    return Pace(float(len(lanes)), 0.0, 0.5)
 
 
 def test_why_cells_in_the_store_are_not_used(beside):

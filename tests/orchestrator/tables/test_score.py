@@ -91,6 +91,16 @@ def test_constant_vectors_and_vectors_under_the_noise_floor_are_counted_not_scor
     assert (by_step[9]["evals"], by_step[9]["undefined"]) == (2, 1)
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+def test_one_removal_has_no_scores_however_many_seeds_it_has(seeds):
+    scorer = Scorer([EstimateMatrix("grad_dot", "{}", FIXED.values[:1])], STEPS, seeds)
+    blocks, reduction = reduce((block(s, e[:1]) for s, e in enumerate(GOLD[:seeds])), 1, T, M)
+    for b in blocks:
+        scorer.add(b, reduction.floor)
+    scorer.finish(reduction)
+    assert scorer.table().num_rows == 0
+
+
 def test_an_estimate_that_is_zero_for_an_example_is_undefined_there():
     values = FIXED.values.copy()
     values[:, 0] = 0.0
