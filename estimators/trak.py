@@ -38,8 +38,7 @@ CUTOFF = 1e-10
 
 
 UNKNOWN_OUTPUT = (
-    "the workload's loss must be cross-entropy of outputs (B, classes), or its outputs one number an example; leave "
-    "trak out of the spec's estimators"
+    "the workload's loss must be cross-entropy of outputs (B, classes), or its outputs one number an example"
 )
 
 

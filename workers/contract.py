@@ -165,8 +165,12 @@ def _call(what: str, function: Callable[[Batch], Any], batch: Batch, kind: str, 
             f"the workload's {what} fails on a batch: KeyError: '{key}' is not in it{_place(error)}; {mend}"
         ) from error
     except Exception as error:
+        mend = ""
+        if isinstance(error, TypeError) and isinstance(batch, list | tuple):
+            held = f"{type(batch).__name__} of {len(batch)}"
+            mend = f"; the batch is a {held}: use batch[0], …, or give a collate that makes a dict"
         raise WorkloadError(
-            f"the workload's {what} fails on a batch of {kind} examples: {_line(error)}{_place(error)}"
+            f"the workload's {what} fails on a batch of {kind} examples: {_line(error)}{_place(error)}{mend}"
         ) from error
 
 

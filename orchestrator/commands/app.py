@@ -7,6 +7,7 @@ calls the package and prints; it imports what computes inside its own function, 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # In a file or a pipe, tables are not folded to a terminal's 80 columns.
-out = Console(width=None if sys.stdout.isatty() else 160)
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 talk = Console(stderr=True)
 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The sweep's spec, a YAML file.")]

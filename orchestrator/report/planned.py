@@ -12,12 +12,13 @@ from fimo.orchestrator.spec.spec import Seeds
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """``fimo plan`` for people."""
     there = f" ({plan['done']} there already)" if plan["done"] else ""
+    witnesses = "witness" if plan["witnesses"] == 1 else "witnesses"
     weight = f" at weight {plan['removal_weight']:g}" if plan["removal_weight"] != 1 else ""
     lines = [
         f"{plan['name']}: {plan['removals']} removals × {plan['seeds']} seeds = {plan['cells']} cells{there}"
         f"{plan['until']}",
         f"{plan['shards']} shards to train, {plan['steps']} steps a cell, evaluated at {plan['amounts']} amounts on "
-        f"{plan['evals']} evaluation examples; {plan['witnesses']} witnesses of the "
+        f"{plan['evals']} evaluation examples; {plan['witnesses']} {witnesses} of the "
         f"noise floor, {plan['witness_share']:.0%} of the cost",
         f"{plan['scalars']} trainable scalars, {plan['train']} training examples, removal mode "
         f"{plan['removal_mode']}{weight}",
@@ -25,6 +26,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"estimators: {', '.join(plan['estimators']) or 'none'}",
         *(f"{name} is left out of the default estimators: {why}" for name, why in plan["left_out"].items()),
         *([f"EK-FAC's factors cover {plan['coverage']:.0%} of the trainable scalars"] if plan["coverage"] < 1 else []),
+        *(["one removal: its effects are measured, and no score, which compares removals"] * (plan["removals"] == 1)),
         f"digest {plan['digest'][:32]}",
     ]
     lines += unused_lines(plan["unused"])

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from fimo.orchestrator.tables.top import Effect, Top
 
-NAMES = 3
-"""Members of a group that are named."""
+NAMES, WIDTH = 3, 40
+"""Members of a group that are named, in so many characters at most."""
 
 
 def top_json(top: Top, count: int) -> dict[str, Any]:
@@ -58,9 +58,11 @@ def top_table(top: Top, count: int) -> Table:
 
 
 def named(effect: Effect) -> str:
-    """A removal by its name, and by what leads back to the user's rows."""
+    """A removal by its name, and by what leads back to the user's rows; of a group only the first few members."""
     own = effect.ids or tuple(map(str, effect.indices))
-    more = f" and {len(own) - NAMES} more" if len(own) > NAMES else ""
-    rows = ", ".join(own[:NAMES]) + more
-    label = "" if effect.labels is None else f": {effect.labels[0]}" + ("…" if len(effect.labels) > 1 else "")
-    return (effect.name if rows == effect.name else f"{effect.name} ({rows})") + label
+    if len(own) == 1:
+        label = "" if effect.labels is None else f": {effect.labels[0]}"
+        return (effect.name if own[0] == effect.name else f"{effect.name} ({own[0]})") + label
+    first = ", ".join(own[:NAMES])
+    shown = first if len(first) <= WIDTH else first[: WIDTH - 1] + "…"
+    return f"{effect.name} ({len(own)} examples: {shown}{', …' if len(own) > NAMES else ''})"

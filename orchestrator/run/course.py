@@ -36,8 +36,10 @@ class Course:
 
     def finish(self, task: Task, cells: int) -> None:
         """Note a task that is done, with the cells that it trained."""
-        self.left[kind_of(task)] -= 1
-        self.left += Counter()  # drops what is at zero
+        left = Counter(self.left)
+        left[kind_of(task)] -= 1
+        # Put in its place whole, since a heartbeat reads it from another thread; what is at zero is dropped.
+        self.left = +left
         self.done, self.trained = self.done + cells, self.trained + cells
 
     def run(self, running: Sequence[tuple[Task, float]]) -> None:

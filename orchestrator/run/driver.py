@@ -148,8 +148,8 @@ def _refuse_other(manifest: Manifest, sweep: Sweep) -> None:
     """Refuse to take the place of a sweep of the same name whose numbers are others."""
     try:
         there = sweep.read_manifest()
-    except FimoError:
-        return
+    except UsageError:
+        return  # There is none.
     if there.digest != manifest.digest:
         changed = in_words(since(there, manifest)) or "something that its numbers depend on"
         raise UsageError(

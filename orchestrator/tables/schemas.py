@@ -6,6 +6,7 @@ Every table but ``costs`` is a pure function of the spec, so its bytes are the s
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -256,11 +257,16 @@ def decode_table(data: bytes, name: str) -> pa.Table:
     return value.cast(SCHEMAS[name].with_metadata(value.schema.metadata))
 
 
+def _joined(row: list[int]) -> str:
+    return " ".join(map(str, row))
+
+
 def encode_csv(value: pa.Table) -> bytes:
-    """CSV bytes; lists are written as numbers joined by spaces."""
+    """CSV bytes; lists are written as numbers joined by spaces, of texts as JSON."""
     for place, field in enumerate(value.schema):
         if pa.types.is_list(field.type):
-            joined = [None if row is None else " ".join(map(str, row)) for row in value.column(place).to_pylist()]
+            as_text = json.dumps if pa.types.is_string(field.type.value_type) else _joined
+            joined = [None if row is None else as_text(row) for row in value.column(place).to_pylist()]
             value = value.set_column(place, field.name, pa.array(joined, pa.string()))
     sink = io.BytesIO()
     pc.write_csv(value, sink)

@@ -137,6 +137,12 @@ def test_a_batch_whose_first_dimension_does_not_run_over_examples() -> None:
     assert "training batch's 'x' has shape (12,) for 4 examples" in line
 
 
+def test_a_dataset_of_tuples_says_what_its_batch_is() -> None:
+    rows = torch.utils.data.TensorDataset(*tensors().values())
+    line = refused(workload(train=rows, evals=rows))
+    assert "the batch is a list of 2: use batch[0], …, or give a collate that makes a dict" in line
+
+
 def test_paths_of_leaves_are_as_a_user_writes_them() -> None:
     batch = {"a": {"b": 1}, "c": [torch.ones(1), "s"], "d": ["s", "t"], "e": ()}
     assert [path for path, _ in leaves_of(batch)] == ["'a'['b']", "'c'[0]", "'c'[1]", "'d'", "'e'"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.stats import t as student
@@ -64,8 +66,12 @@ def test_told_from_zero_controls_false_discoveries_and_never_counts_what_is_unde
 
 def test_a_removal_leads_back_to_the_user_s_rows():
     effect = top(tables(), 0).effects[0]
-    assert named(effect) == "r0 (id-0, id-10): a text…"
-    assert named(top(tables(labels=False), 0).effects[0]) == "r0 (0, 10)"
+    assert named(effect) == "r0 (2 examples: id-0, id-10)", "one member's label is not the group's"
+    assert named(top(tables(labels=False), 0).effects[0]) == "r0 (2 examples: 0, 10)"
+    alone = dataclasses.replace(effect, indices=(4,), ids=("id-4",), labels=("a text",))
+    assert named(alone) == "r0 (id-4): a text"
+    assert named(dataclasses.replace(alone, name="4", ids=None, labels=None)) == "4"
+    assert len(named(dataclasses.replace(effect, ids=("x" * 90,) * 5))) < 80
     assert top_json(top(tables(), 0, 8), 1)["helpful"][0]["ids"] == ("id-0", "id-10")
     assert "g is 2 at the final model" in top_lines(top(tables(), 0))[0]
 
