@@ -36,6 +36,8 @@ WHOLE_S = 4.0
 """Counted seconds up to which an estimate is timed as a whole."""
 LONGEST = 4
 """Times that by which a part may take longer, if smaller ones diverge."""
+APART = 1.5
+"""Times the work of the smaller part that the larger one has at least, for their difference to be more than noise."""
 LEAST_TRAIN, LEAST_SIDE = 16, 8
 """Training examples, and removals or evaluation examples, of the smallest part of an estimate."""
 
@@ -158,7 +160,9 @@ class Estimators:
         counted = rates.seconds(named.work(problem))
         sizes = [(problem, counted)]
         for smaller in parts_of(problem, follows_runs(named)):
-            if sizes[-1][1] <= WHOLE_S / 2:
+            whole_run = len(smaller.train) == len(problem.train) and smaller.at == problem.at
+            # Of fewer training examples or steps a solver is another one: only if there is no other way.
+            if sizes[-1][1] <= (WHOLE_S / 2 if whole_run else 2 * WHOLE_S):
                 break
             sizes.append((smaller, rates.seconds(named.work(smaller))))
         before, displaced = 0.0, None
@@ -176,6 +180,8 @@ class Estimators:
         for part, of_part in parts:
             if len(work) == 2 or of_part > LONGEST * WHOLE_S:
                 break
+            if work and of_part < APART * work[0]:
+                continue
             # A part of the examples may diverge where more do not.
             with contextlib.suppress(FimoError):
                 taken = _seconds(named, replace(part, displacement=displaced))
