@@ -47,12 +47,14 @@ class Shards:
 
     def __init__(self, engine: Proven, seed: int, budget_s: float = STACK_S) -> None:
         self._engine, self._seed, self._budget_s = engine, seed, budget_s
-        self._paces: dict[int, Pace] = {}
+        self._paces: dict[tuple[int, int], Pace] = {}
 
     def _pace(self, start: Start, lanes: Sequence[Removal]) -> Pace:
-        if len(lanes) not in self._paces:
-            self._paces[len(lanes)] = self._timed(start, lanes)
-        return self._paces[len(lanes)]
+        # In reweight mode a cell that removes something takes a pass more than a baseline does.
+        kind = len(lanes), max(map(len, lanes))
+        if kind not in self._paces:
+            self._paces[kind] = self._timed(start, lanes)
+        return self._paces[kind]
 
     @property
     def traced(self) -> float:

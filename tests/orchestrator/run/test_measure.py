@@ -13,7 +13,7 @@ from fimo.orchestrator.commands.plan import _plan_json, _unused
 from fimo.orchestrator.report.planned import plan_lines, short
 from fimo.orchestrator.resolve.again import SecondLoad
 from fimo.orchestrator.resolve.resolved import resolve
-from fimo.orchestrator.run import budget
+from fimo.orchestrator.run import budget, timing
 from fimo.orchestrator.run.measure import Measured, measure, measured_json
 from fimo.orchestrator.run.owed import current_plan
 from fimo.orchestrator.run.plan import EstimateTask, Shard, WitnessTask
@@ -268,6 +268,24 @@ def test_a_part_of_a_problem_keeps_its_removals_inside_its_training_examples(bes
 )
 def test_what_a_part_takes_whatever_its_size_is_not_multiplied(work, seconds, told):
     assert extrapolated(10.0, work, seconds) == pytest.approx(told)
+
+
+def test_a_cell_alone_is_timed_apart_from_a_baseline_alone(beside, monkeypatch):
+    """A removed example's loss is subtracted at every step: a forward and a backward pass more."""
+    seen = []
+
+    def counted(start, lanes, seed, budget_s):
+        seen.append(tuple(lanes))
+        return Pace(1.0 + sum(map(len, lanes)), 0.0, 0.0)
+
+    monkeypatch.setattr(timing, "pace", counted)
+    resolved = resolve(make_spec(further_training={"removal_mode": "reweight"}), beside)
+    start = resolved.start(torch.device("cpu"))
+    engine = Proven(start.using(dataclasses.replace(start.engine, stack=False)), 1, {})
+    steps = resolved.manifest.steps[-1]
+    # Two cells at 2 s a step, the baseline and the second, which is a stack of one too, at 1 s.
+    assert timing.Shards(engine, 0).seconds([(3,), (5,)]) == steps * (2 + 2 + 1 + 1)
+    assert seen == [((),), ((3,),)]
 
 
 def test_a_pace_counts_steps_evaluations_and_what_the_first_steps_take(beside):
