@@ -51,7 +51,7 @@ class Work:
         flops: of dense linear algebra in float64.
         bytes: held at once beside the model.
         inner: flops of inner products and projections of gradients, in the model's dtype.
-        factors: examples whose second moments are summed for Kronecker factors, for each vector at their outputs.
+        factors: examples that go through both passes for Kronecker factors, and again for each vector at their outputs.
         draws: random numbers, on the CPU.
         calls: iterations of a solver, for what they take beside their arithmetic.
     """
@@ -134,8 +134,8 @@ def of_curvature(problem: Counted, outputs: int, products: float) -> Work:
     size, n, evals = Layout.of(problem.model.params).size, len(problem.train), len(problem.evals)
     rank = n * outputs
     if outputs and rank * size * 2 <= gradients.HELD and min(rank, size) <= gradients.LARGEST_RANK:
-        # Householder's QR, at half of a product's speed.
-        flops = 7.0 * min(rank, size) ** 2 * max(rank, size) + 2.0 * products * evals * min(rank, size) ** 2
+        # Householder's QR, at less than half of a product's speed.
+        flops = 10.0 * min(rank, size) ** 2 * max(rank, size) + 2.0 * products * evals * min(rank, size) ** 2
         return Work(gradients=float(rank), flops=flops, bytes=24.0 * rank * size)
     through, held = products * n * evals, 32.0 * min(evals * size, gradients.HELD)
     return Work(gauss=through, bytes=held) if outputs else Work(products=through, bytes=held)

@@ -27,7 +27,7 @@ from fimo.estimators.operators.pseudo_gradients import FEW
 from fimo.estimators.operators.rotated import spectral_products
 from fimo.estimators.operators.spaces import make_curvature, outputs_of
 
-EIGEN = 7.0
+EIGEN = 10.0
 """Flops of an eigendecomposition, in units of the side's cube."""
 
 MOST = 4096
@@ -76,7 +76,7 @@ class Factored(Hyperparameters):
         small = [size for name in others if (size := model.params[name].numel()) <= EXACT]
         cubes = sum(a**3 + b**3 for a, b in sides) + sum(size**3 for size in small)
         squares = sum(a**2 + b**2 for a, b in sides)
-        factors = Work(flops=EIGEN * cubes, bytes=32.0 * squares, factors=2.0 * n * (1 + vectors))
+        factors = Work(flops=EIGEN * cubes, bytes=32.0 * squares, factors=float(n * (1 + vectors)))
         if small and not is_large(model):
             factors = factors + Work(gradients=float(n * vectors))
         whole = sum(2.0 * a * b * (a + b) for a, b in sides)

@@ -72,7 +72,9 @@ class Rates:
             way = layerwise(model, model.loss, train)
         if way is not None:
             some = SOME if is_large(model) else 4 * SOME
-            return self._timed(lambda count: list(way.gradients(_spread(len(train), count))), len(train), some)
+            return self._timed(
+                lambda count: list(way.gradients(_spread(len(train), count))), len(train), some, alike=False
+            )
 
         def take(count: int) -> None:
             for _ in loss_gradients(model, train, range(count)):
@@ -148,7 +150,7 @@ class Rates:
 
     @cached_property
     def factor(self) -> float:
-        """One example's second moments for Kronecker factors: half for its activations, half for a vector's slopes."""
+        """One example's part of Kronecker factors: half for its activations, half for a vector's slopes."""
         model, train = self._problem.model, self._problem.train
         return (
             self._timed(lambda count: sum_factors(model, train, _spread(len(train), count)), len(train), 4 * SOME) / 2
@@ -166,8 +168,12 @@ class Rates:
         small = torch.ones(8, 8, dtype=torch.float64, device=self._problem.model.device)
         return self._timed(lambda count: [small @ small for _ in range(OPERATIONS * count)], 10, 10)
 
-    def _timed(self, call: Callable[[int], object], most: int, block: int) -> float:
-        """Seconds for one of ``count`` things done together: of one if that is long, of a block if it is short."""
+    def _timed(self, call: Callable[[int], object], most: int, block: int, alike: bool = True) -> float:
+        """Seconds for one of ``count`` things done together: of one if that is long, of a block if it is short.
+
+        Args:
+            alike: whether one is like another; if not (sentences have lengths), a block is timed however long one is.
+        """
         device, model = self._problem.model.device, self._problem.model
         read = clock(device)
 
@@ -184,8 +190,9 @@ class Rates:
         once(1)
         alone = once(1)
         count = min(most, max(1, block))
-        if alone > 0.5 or count == 1:
+        if count == 1 or (alike and alone > 0.5):
             return alone
         together = once(count)
         # The first time pays for its memory.
-        return min(alone, (min(together, once(count)) if together < 0.5 else together) / count)
+        each = (min(together, once(count)) if together < 0.5 else together) / count
+        return min(alone, each) if alike else each

@@ -93,14 +93,18 @@ def eigenbasis(
 
 
 def sum_factors(model: FunctionalModel, examples: Examples, indices: Sequence[int]) -> None:
-    """The first pass over some examples with one vector each, for its cost alone."""
+    """Both passes over some examples with one vector each, without a decomposition: for their cost alone."""
     layers, _ = layers_of(model)
     way = layerwise(model, model.loss, examples)
     source = PseudoGradients(model, examples.batch(list(indices)[:2]), "sampled", 1, 0)
     size = min(source.block, gradients.BLOCK)
     chosen = [list(indices)] if way is None else list(way.batches(indices))
     batches = [block[start : start + size] for block in chosen for start in range(0, len(block), size)]
-    _sums(layers, _passes(model, examples, layers, source, batches, way, None), {})
+    kept: list[Seen] = []
+    _sums(layers, _keeping(_passes(model, examples, layers, source, batches, way, None), kept), {})
+    for layer in layers:
+        _identity(layer)
+    _correct(layers, iter(kept), len(indices), {})
 
 
 def coverage(model: FunctionalModel) -> float:

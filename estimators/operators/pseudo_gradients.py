@@ -90,9 +90,10 @@ class PseudoGradients:
         if self.fisher == "exact":
             values, vectors = _eigen(output_hessians(self._model, outputs, batch))
             roots = vectors * values.sqrt()[:, None, :]
+            rounding = 10 * torch.finfo(outputs.dtype).eps
             for column in range(roots.shape[2]):
                 # Softmax has a direction without curvature, which would cost a backward pass for rounding.
-                if not bool((values[:, column] > 1e-12 * values[:, -1]).any()):
+                if not bool((values[:, column] > rounding * values[:, -1]).any()):
                     continue
                 yield roots[:, :, column].reshape(outputs.shape).to(outputs)
             return

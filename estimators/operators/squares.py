@@ -33,8 +33,10 @@ class Squares:
         """The gradients of some examples for one vector s."""
         for name, some in parts.items():
             if name in self.of:
-                rows = sum(part.tile(0, seen_as(self._shapes[name])[0]).double() for part in some)
-                self.of[name] += rows.T @ rows  # type: ignore[union-attr]
+                tiles = [part.tile(0, seen_as(self._shapes[name])[0]) for part in some]
+                rows = sum(tiles[1:], start=tiles[0])
+                # A batch's sum in the model's dtype, the batches' in float64.
+                self.of[name] += rows.T @ rows
 
     def blocks(self, model: FunctionalModel, n: int, scale: Tensor | None) -> list[Block]:
         """The blocks, scaled on both sides."""

@@ -69,7 +69,7 @@ class Leaky(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens, self.body, self.last = nn.Embedding(11, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.tokens, self.body, self.last = nn.Embedding(11, 4, padding_idx=0), nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, batch):
         return self.last(torch.tanh(self.body(self.tokens(batch["ids"]).mean(1))))

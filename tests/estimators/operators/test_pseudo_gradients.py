@@ -209,3 +209,14 @@ def test_examples_whose_loss_is_not_that_of_the_first_ones_have_their_own_hessia
         found = sum(torch.einsum("bi,bj->bij", *[s.flatten(1)] * 2) for s in source(outputs, batch, range(B)))
     for own, of_truth in zip(found, truth, strict=True):
         assert float((own - of_truth).norm()) < 0.15 * float(of_truth.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_direction_in_which_softmax_has_no_curvature_costs_no_backward_pass(dtype):
+    torch.manual_seed(0)
+    data = {"x": torch.randn(6, 3, dtype=dtype), "label": torch.randint(4, (6,))}
+    workload = Workload(nn.Linear(3, 4).to(dtype), data, data, problems.outputs_x, problems.cross_entropy)
+    p = problems.problem(workload, [[0]], dtype=dtype)
+    batch = p.train.batch(range(6))
+    out = p.model.outputs(p.model.params, batch).detach()
+    assert len(list(PseudoGradients(p.model, batch, "exact", 1, 0)(out, batch, range(6)))) == 3
