@@ -73,7 +73,8 @@ def eigenbasis(
         examples.batch(range(min(8, len(examples)))) if way is None else way.batch(way.order(range(len(examples)))[:2])
     )
     layers, others, together = proven(model, few, layers, others)
-    source = draw(few)
+    # With all of its padding, for how many outputs there are decides what is drawn.
+    source = draw(examples.batch(range(min(8 if way is None else 2, len(examples)))))
     size = min(source.block, gradients.block_size(max([layer.out for layer in layers], default=1) * 512))
     size = size if together else 1
     small = [name for name in others if model.params[name].numel() <= EXACT]

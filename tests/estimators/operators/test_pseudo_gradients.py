@@ -220,3 +220,15 @@ def test_the_direction_in_which_softmax_has_no_curvature_costs_no_backward_pass(
     batch = p.train.batch(range(6))
     out = p.model.outputs(p.model.params, batch).detach()
     assert len(list(PseudoGradients(p.model, batch, "exact", 1, 0)(out, batch, range(6)))) == 3
+
+
+def test_cut_sentences_do_not_turn_the_exact_fisher_on(monkeypatch):
+    """Of 9 tokens × 2 words too many outputs are put out, of the shortest sentences few enough."""
+    p = language(9, 2, n=11)
+    truth = parse({"name": "ekfac", "damping": 0.05})[0].estimate(p)
+    assert truth.notes["sampled"] == "a label for each of an example's 9 tokens"
+    monkeypatch.setattr(layerwise, "LARGE", 0)
+    p = language(9, 2, n=11)
+    found = parse({"name": "ekfac", "damping": 0.05})[0].estimate(p)
+    assert found.notes["sampled"] == truth.notes["sampled"]
+    torch.testing.assert_close(found.values, truth.values, rtol=1e-6, atol=1e-9)
