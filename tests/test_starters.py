@@ -78,28 +78,28 @@ def test_the_default_name_is_a_module_s_and_no_template_names_another(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["tabular"], "'mine.py' exists and is not overwritten: give another --name, or --to"),
+        (["tabular"], "'months.py' exists and is not overwritten: give another --name, or --to"),
         (["tabluar"], "did you mean 'tabular'?"),
         (["lm"], "no kind 'lm'"),
         (["tabular", "--name", "torch"], "installed module"),
         (["tabular", "--name", "a-b"], "is no module's"),
         (["tabular", "--name", "../x"], "is no module's"),
-        (["tabular", "--name", "fresh", "--to", "mine.py"], "cannot write"),
+        (["tabular", "--name", "fresh", "--to", "months.py"], "cannot write"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
     arguments: list[str], said: str, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("months of work")
+    (tmp_path / "months.py").write_text("months of work")
     if "--name" not in arguments:
-        arguments = [*arguments, "--name", "mine"]
+        arguments = [*arguments, "--name", "months"]
     done = shell("init", *arguments)
     assert done.code in (1, 2)
     assert (done.out, len(done.err.splitlines())) == ("", 1)
     assert said in done.err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
-    assert (tmp_path / "mine.py").read_text() == "months of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["months.py"]
+    assert (tmp_path / "months.py").read_text() == "months of work"
 
 
 def test_the_kronfluence_starter_is_a_task_of_the_library_if_that_is_there(

@@ -20,6 +20,7 @@ from fimo.orchestrator.run.schedule import Failed
 from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.store import MemoryStore, NotFound, open_store
 from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.orchestrator.tables.schemas import SCHEMAS
 from fimo.workers.errors import DivergedError, StoreError
 from fimo.workers.workload import load_workload
 from tests.support.small_sweep import make_spec, run_here, table_bytes
@@ -78,10 +79,7 @@ def test_a_finished_sweep_computes_nothing_and_gives_the_same_bytes(beside):
     assert shards_in(first) == 12
     assert again.tasks == []
     assert table_bytes(store) == before
-    assert set(before) == {
-        f"flowers/tables/{n}.parquet"
-        for n in ("attribution", "training_only", "estimates", "scores", "similarity", "reliability", "removals")
-    }
+    assert set(before) == {f"flowers/tables/{name}.parquet" for name in set(SCHEMAS) - {"costs"}}
 
 
 def test_two_runs_from_nothing_give_the_same_bytes(beside):

@@ -71,7 +71,7 @@ def rank(store, beside, **options):
 
 def test_what_is_printed_is_verified_and_is_what_brute_force_says(store, beside, brute):
     ranked, heard = rank(store, beside, k=3)
-    whole = [table.to_pylist() for table in tables(ranked)]
+    whole = [table.to_pylist() for table in tables(ranked, {})]
     assert [len(rows) for rows in whole] == [N] * M
     for place, rows in enumerate(whole):
         assert [row["rank"] for row in rows] == list(range(1, N + 1))
@@ -89,7 +89,7 @@ def test_what_is_printed_is_verified_and_is_what_brute_force_says(store, beside,
     assert ranked.estimator[0] in ("grad_dot", "mirrored")
     assert any("verified" in line for line in ranked_lines(ranked))
     assert ranked_json(ranked)["cells_brute_force"] == 3 * N
-    assert top_table(next(tables(ranked)), ranked.step, ranked.k).row_count == 6
+    assert top_table(next(tables(ranked, {})), ranked.step, ranked.k).row_count == 6
 
 
 def test_nothing_is_computed_twice_and_the_sweeps_tables_stay(store, beside):
@@ -118,7 +118,7 @@ def test_a_share_of_brute_force_is_spent_on_what_most_ask_for_and_the_rest_is_to
     assert ranked.left > 0
     assert any("are not verified" in line for line in ranked_lines(ranked))
     unverified = 0
-    for table in tables(ranked):
+    for table in tables(ranked, {}):
         rows = table.to_pylist()
         unverified += sum(row["verified"] is None for row in rows[:5] + rows[-5:])
     assert ranked.left == unverified == ranked_json(ranked)["unverified"]
@@ -129,7 +129,7 @@ def test_a_share_of_brute_force_is_spent_on_what_most_ask_for_and_the_rest_is_to
 def test_some_evaluation_examples_one_estimator_another_step(store, beside, brute):
     ranked, _ = rank(store, beside, evals=[5, 2], named=read_estimator("grad_dot"), k=2, step=3)
     assert (ranked.evals, ranked.step, ranked.choice) == ((5, 2), 3, None)
-    assert [table["eval"][0].as_py() for table in tables(ranked)] == [5, 2]
+    assert [table["eval"][0].as_py() for table in tables(ranked, {})] == [5, 2]
 
 
 def test_blocks_of_training_examples_make_the_same_values(store, beside, monkeypatch):
