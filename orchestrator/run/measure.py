@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fimo.orchestrator.resolve.resolved import Resolved
+from fimo.orchestrator.run.blocks import Named
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.owed import missing_estimates, missing_witnesses
 from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask, size_of_shards
@@ -32,7 +33,6 @@ TABLES_S = 2.0
 """Seconds that reducing and scoring a small sweep take."""
 
 Say = Callable[[str], None]
-Named = tuple[str, str]
 
 
 @dataclass
