@@ -18,7 +18,7 @@ FIMO = [sys.executable, "-c", "from fimo.orchestrator.commands.main import main;
 
 def compare(*arguments: object, cwd) -> subprocess.CompletedProcess[str]:
     command = [*FIMO, "compare", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=120, env=environment)
 
 
