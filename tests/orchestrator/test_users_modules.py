@@ -67,7 +67,7 @@ def test_they_run_in_this_process(folder):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("where", ["beside", "elsewhere"])
+@pytest.mark.parametrize("where", [pytest.param("beside", marks=pytest.mark.slow), "elsewhere"])
 def test_they_run_on_an_embedded_ray(folder, tmp_path, where):
     command = [sys.executable, "-c", "from fimo.orchestrator.commands.main import main; main()", "run"]
     done = subprocess.run(

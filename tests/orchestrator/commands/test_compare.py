@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fimo.orchestrator.store import open_store
-from tests.support.small_sweep import make_spec, run_here
+from tests.support.small_sweep import OWN, make_spec, run_here
 
 FIMO = [sys.executable, "-c", "from fimo.orchestrator.commands.main import main; main()"]
 
@@ -22,19 +23,26 @@ def compare(*arguments: object, cwd) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=120, env=environment)
 
 
-@pytest.fixture
-def stores(beside, tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """``drop/flowers`` and ``reweight/flowers``, and nothing of the workload."""
+    root = tmp_path_factory.mktemp("made")
+    shutil.copytree(OWN, root / "spec")
     for mode in ("drop", "reweight"):
         spec = make_spec(estimators=[], further_training={"removal_mode": mode}, resources={"proof": False})
-        run_here(spec, beside, open_store(str(tmp_path / mode)))
-    for path in beside.iterdir():
-        if path.is_file():
-            path.unlink()
-    return tmp_path
+        run_here(spec, root / "spec", open_store(str(root / mode)))
+    shutil.rmtree(root / "spec")
+    return root
 
 
-def test_two_sweeps_from_a_shell_need_their_stores_alone(stores):
+@pytest.fixture
+def stores(made, tmp_path):
+    """A copy of them, to be changed."""
+    shutil.copytree(made, tmp_path / "stores")
+    return tmp_path / "stores"
+
+
+def test_two_sweeps_from_a_shell_need_their_stores_alone(stores, shell, monkeypatch):
     done = compare("drop/flowers", "reweight/flowers", "--to", "out/table.parquet", cwd=stores)
     assert done.returncode == 0, done.stderr
     assert "further_training.removal_mode: drop against reweight" in done.stdout
@@ -49,14 +57,14 @@ def test_two_sweeps_from_a_shell_need_their_stores_alone(stores):
         assert words in done.stdout
     assert "4 seeds are common" in done.stderr
     table = pq.read_table(stores / "out" / "table.parquet")
-    told = json.loads(compare("drop/flowers", "reweight/flowers", "--json", cwd=stores).stdout)
+    monkeypatch.chdir(stores)
+    told = json.loads(shell("compare", "drop/flowers", "reweight/flowers", "--json").out)
     assert told["rows"] == table.to_pylist()
     assert told["differences"] == {"further_training.removal_mode": ["drop", "reweight"]}
     assert (told["complete"], told["exit_code"]) == (True, 0)
-    paired = compare("drop/flowers", "reweight/flowers", "--pair", "3:10", "--pair", "6:6", "--json", cwd=stores)
-    assert {(r["step"], r["other_step"]) for r in json.loads(paired.stdout)["rows"]} == {(3, 10), (6, 6)}
-    csv = compare("drop/flowers", "reweight/flowers", "--to", "out/table.csv", cwd=stores)
-    assert csv.returncode == 0
+    paired = shell("compare", "drop/flowers", "reweight/flowers", "--pair", "3:10", "--pair", "6:6", "--json")
+    assert {(r["step"], r["other_step"]) for r in json.loads(paired.out)["rows"]} == {(3, 10), (6, 6)}
+    assert shell("compare", "drop/flowers", "reweight/flowers", "--to", "out/table.csv").code == 0
     assert (stores / "out" / "table.csv").read_text().startswith('"metric","adjust","step","other_step","score"')
 
 
@@ -79,9 +87,9 @@ def test_an_incomplete_sweep_exits_3_with_the_mend(stores):
         (["drop/flowers", "reweight/flowers", "--to", "drop/flowers/sweep.json/x.csv"], 1, "cannot write"),
     ],
 )
-def test_a_mistake_is_one_line_and_the_contract_s_exit_code(stores, arguments, code, said):
-    done = compare(*arguments, cwd=stores)
-    assert done.returncode == code
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
+def test_a_mistake_is_one_line_and_the_contract_s_exit_code(stores, shell, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(stores)
+    done = shell("compare", *arguments)
+    lines = done.err.strip().splitlines()
+    assert (done.code, len(lines)) == (code, 1), done.err
     assert said in lines[0]

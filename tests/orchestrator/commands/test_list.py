@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -14,15 +15,16 @@ from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import MemoryStore, open_store
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import DivergedError
-from tests.support.small_sweep import make_spec, run_here
+from tests.support.small_sweep import OWN, make_spec, run_here
 
 LONG = "a-name-of-a-sweep-" * 5
 
 
-@pytest.fixture
-def filled(beside, monkeypatch) -> MemoryStore:
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> MemoryStore:
     """Whole, interrupted, estimated only, failed, and something foreign that is called like a sweep."""
-    store = MemoryStore()
+    beside, store = tmp_path_factory.mktemp("of") / "spec", MemoryStore()
+    shutil.copytree(OWN, beside)
     run_here(make_spec(name="whole"), beside, store)
     turns = iter([None] * 5 + ["stopped"] * 99)
     run_here(make_spec(name=LONG), beside, store, should_stop=lambda: next(turns))
@@ -31,7 +33,7 @@ def filled(beside, monkeypatch) -> MemoryStore:
     def fails(*_args):
         raise DivergedError("no")
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimating, "asked", fails)
         run_here(make_spec(name="failed", seeds=2), beside, store)
     store.put("foreign/sweep.json", b"{}")
