@@ -43,6 +43,8 @@ class Workload:
             batches are then cut to their longest example, if that is seen to change nothing.
         ids, labels: of each training example, what leads back to the user's own row: a key, and a text for people.
             They stand in tables, and no number depends on them.
+        render: shows one example, training or evaluation, as ``train[i]`` (of a mapping, that of each tensor), to the
+            reader of a report: a text, a mapping (the row of a table) or an image (H, W), (H, W, 3) or (3, H, W).
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Workload:
     padding: str | None = "attention_mask"
     ids: Sequence[Any] | None = None
     labels: Sequence[Any] | None = None
+    render: Callable[[Any], Any] | None = None
 
 
 def find_module(reference: str, beside: Path) -> tuple[str, str, Path | None]:

@@ -14,6 +14,7 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
     top,
     list_sweeps,
     pull,
+    report,
     compare,
     rank,
     amount,
