@@ -35,10 +35,11 @@ lint: install
 	$(BIN)/ruff format --check .
 
 # mypy finds packages by folder, and `fimo` is mapped from several: a folder of links shows it the package as installed.
-.links/.made: pyproject.toml
+.links/.made: pyproject.toml Makefile
 	mkdir -p .links/fimo
 	for part in orchestrator workers estimators; do ln -sfn ../../$$part .links/fimo/$$part; done
 	ln -sfn ../../fimo/__init__.py .links/fimo/__init__.py
+	ln -sfn ../../fimo/plot.py .links/fimo/plot.py
 	ln -sfn ../../fimo/py.typed .links/fimo/py.typed
 	@touch $@
 

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fimo import plot as plot
     from fimo.orchestrator.notebook import load_spec as load_spec
     from fimo.orchestrator.notebook import open_sweep as open_sweep
     from fimo.orchestrator.notebook import run as run
@@ -38,11 +39,14 @@ __all__ = [
     "from_torch_influence",
     "load_spec",
     "open_sweep",
+    "plot",
     "run",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return importlib.import_module("fimo.plot")
     if name not in _WHERE:
         raise AttributeError(f"module 'fimo' has no attribute '{name}'")
     return getattr(importlib.import_module(_WHERE[name]), name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from fimo.orchestrator.sweep.sweep import Sweep
+    from fimo.orchestrator.tables.top import Top
 
 
 def load_spec(path: str | os.PathLike[str]) -> Spec:
@@ -141,6 +143,57 @@ class OpenSweep:
     def costs(self) -> pa.Table:
         """Device seconds and peak bytes of each shard and estimator."""
         return self._table("costs")
+
+    def amounts(self) -> pa.Table:
+        """How far training on everything has moved the parameters: step int32; distance, sem float64; seeds int32."""
+        return self._table("amounts")
+
+    def estimator_notes(self) -> pa.Table:
+        """What the estimators say of their values: units, damping, coverage, convergence."""
+        return self._table("estimator_notes")
+
+    def ranking(self) -> pa.Table:
+        """Every training example ranked for every evaluation example, as `fimo rank` has written it.
+
+        Raises:
+            UsageError: it has not, or not of the sweep as it is.
+        """
+        from fimo.orchestrator.report.opened import ranking
+
+        return ranking(self._sweep)
+
+    def top(self, eval: int = 0, step: int | None = None) -> Top:
+        """All effects on an evaluation example at a recorded step (default: the last), the most helpful first.
+
+        Raises:
+            UsageError: the sweep has no effect on this example, or none at this step.
+        """
+        from fimo.orchestrator.tables.top import top
+
+        return top({name: self._table(name) for name in ("attribution", "training_only", "removals")}, eval, step)
+
+    def report(
+        self,
+        to: str | os.PathLike[str],
+        evals: Sequence[int] | None = None,
+        step: int | None = None,
+        code: str | os.PathLike[str] = ".",
+        render: Callable[[Any], Any] | str | None = None,
+    ) -> Path:
+        """Write the page and the figures of `fimo report` to a folder; returns the page's path.
+
+        Args:
+            evals: evaluation examples whose training examples are shown; ``step``: the amount, default the last.
+            code: the folder of the workload's module.
+            render: shows an example in place of the workload's own ``render``.
+        """
+        from fimo.orchestrator.report.opened import report_on
+
+        def say(line: str) -> None:
+            warnings.warn(line.removeprefix("fimo: "), stacklevel=3)
+
+        written, _ = report_on(self.uri, Path(to), evals, step, code=Path(code), render=render, say=say)
+        return written.page
 
     def controlled(self, by: str = "mirrored") -> pa.Table:
         """The attribution with a control variate: removal, eval, step, effect, sem, seeds, plain_sem.

@@ -44,7 +44,8 @@ class Workload:
         ids, labels: of each training example, what leads back to the user's own row: a key, and a text for people.
             They stand in tables, and no number depends on them.
         render: shows one example, training or evaluation, as ``train[i]`` (of a mapping, that of each tensor), to the
-            reader of a report: a text, a mapping (the row of a table) or an image (H, W), (H, W, 3) or (3, H, W).
+            reader of a report: a text, a mapping (the row of a table, what it has under ``text`` in full), or an image
+            (H, W), (H, W, 3) or (3, H, W).
     """
 
     model: nn.Module

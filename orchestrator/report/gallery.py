@@ -105,10 +105,11 @@ def shown(value: Any, rendered: bool) -> Shown:
             found = _image(picture)
         else:
             cells.append((str(name).strip("'"), leaf))
-    texts = [leaf for _, leaf in cells if isinstance(leaf, str)]
-    if not rendered and len(texts) == 1:
-        rest = [(name, leaf) for name, leaf in cells if not isinstance(leaf, str)]
-        return Shown(_cut(texts[0]), tuple(_cells(rest)), found.image, found.pixels)
+    texts = [name for name, leaf in cells if isinstance(leaf, str) and (not rendered or name == "text")]
+    if len(texts) == 1:
+        [text] = [leaf for name, leaf in cells if name == texts[0]]
+        rest = [(name, leaf) for name, leaf in cells if name != texts[0]]
+        return Shown(_cut(text), tuple(_cells(rest)), found.image, found.pixels)
     return Shown(None, tuple(_cells(cells)), found.image, found.pixels)
 
 

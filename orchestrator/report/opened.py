@@ -98,6 +98,14 @@ def _ranking(opened: Sweep, manifest: Manifest) -> pa.Table | None:
     return table if own else None
 
 
+def ranking(opened: Sweep) -> pa.Table:
+    """``ranking.parquet``; raises UsageError if there is none of the sweep as it is."""
+    table = _ranking(opened, opened.read_manifest())
+    if table is None:
+        raise UsageError(f"there is no ranking of {opened.uri} as it is; `fimo rank {opened.uri}` makes one")
+    return table
+
+
 def _function(reference: str, folder: Path) -> Render:
     """``module:function`` of the user's, in a folder or installed."""
     module, _, name = reference.partition(":")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fimo.workers.workload import Workload
 from fimo.workers.workloads import pretrained
 from fimo.workers.workloads.files import Source
 from fimo.workers.workloads.recipe import Recipe, main
-from fimo.workers.workloads.text import padded, tokenise
+from fimo.workers.workloads.text import decoded, padded, tokenise
 
 SOURCE = Source(
     "causal_lm",
@@ -219,12 +220,17 @@ def causal_lm(
         raise UsageError(f"block is {block}; the model takes 2 to {most} tokens")
     parts = [_read(path, folder, block, lines, settings.vocab_size) for path in paths]
     network = pretrained.weights(folder, "AutoModelForCausalLM", initial)
+    render = partial(decoded, tokenizer=pretrained.tokenizer(folder)) if all(map(_is_text, paths)) else None
     train, held_out = parts
-    return Workload(network, train, held_out, outputs=outputs, loss=mean_loss, measure=MEASURES[measure])
+    return Workload(network, train, held_out, outputs=outputs, loss=mean_loss, measure=MEASURES[measure], render=render)
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix not in (".safetensors", ".npz")
 
 
 def _read(path: Path, folder: Path, block: int, lines: bool, vocabulary: int) -> dict[str, Tensor]:
-    if path.suffix in (".safetensors", ".npz"):
+    if not _is_text(path):
         return checked(read_tensors(path), path, vocabulary)
     tokenizer = pretrained.tokenizer(folder)
     filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -40,7 +40,7 @@ def energy(data: Path, initial: int | None = None, rows: int | None = 768) -> Wo
     path = Path(data)
     table = read_table(path, SOURCE).numbers(COLUMNS)
     SOURCE.check_rows(path, len(table), rows)
-    return regression(table, network(partial(mlp, 8, 128, 128, 1), initial))
+    return regression(table, network(partial(mlp, 8, 128, 128, 1), initial), COLUMNS)
 
 
 if __name__ == "__main__":

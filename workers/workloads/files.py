@@ -156,7 +156,12 @@ def split(rows: int, held_out: float) -> tuple[NDArray[np.int64], NDArray[np.int
 
 def standardise(train: Array, evals: Array) -> tuple[Array, Array]:
     """Both by the mean and the standard deviation of ``train``'s columns, as ``StandardScaler``; constants stay 0."""
+    mean, std = moments(train)
+    return (train - mean) / std, (evals - mean) / std
+
+
+def moments(train: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation of each column; 1 in place of the latter for a column of one value."""
     mean, std = train.mean(axis=0), train.std(axis=0)
     # A column of one value has a deviation of rounding alone.
-    std = np.where(std > 10 * np.finfo(np.float64).eps * np.abs(mean), std, 1.0)
-    return (train - mean) / std, (evals - mean) / std
+    return mean, np.where(std > 10 * np.finfo(np.float64).eps * np.abs(mean), std, 1.0)

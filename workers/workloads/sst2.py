@@ -16,6 +16,7 @@ accuracy on the evaluation sentences, which was the 19th):
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from fimo.workers.workload import Workload
 from fimo.workers.workloads import pretrained
 from fimo.workers.workloads.files import Source
 from fimo.workers.workloads.recipe import Recipe, main, network
-from fimo.workers.workloads.text import number_labels, padded, read_parts, tokenise
+from fimo.workers.workloads.text import decoded, number_labels, padded, read_parts, tokenise
 
 SOURCE = Source(
     "SST-2",
@@ -113,7 +114,8 @@ def sst2(
     head = network(lambda: nn.Linear(settings.hidden_size, classes), 0 if initial is None else initial)
     whole = Classifier(encoder(folder, numbers=initial is not None), head).to(torch.float32).eval()
     network_of = pretrained.without_numbers(whole) if initial is None else whole
-    return Workload(network_of, train=examples[0], evals=examples[1], outputs=outputs, loss=cross_entropy)
+    render = partial(decoded, tokenizer=tokenizer)
+    return Workload(network_of, examples[0], examples[1], outputs=outputs, loss=cross_entropy, render=render)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ and the model also fits better (mean squared error 0.011 on the training rows, 0
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from fimo.workers.examples import Batch
 from fimo.workers.settings import Optimizer
 from fimo.workers.workload import Workload
-from fimo.workers.workloads.files import split, standardise
+from fimo.workers.workloads.files import moments, split, standardise
 from fimo.workers.workloads.recipe import Recipe, main, network
 
 DATA = Path(__file__).parent / "data"
@@ -65,13 +66,29 @@ def squared_error(outputs: Tensor, batch: Batch) -> Tensor:
     return error**2
 
 
-def regression(table: NDArray[np.float64], model: nn.Module) -> Workload:
-    """A regression workload from a raw table whose last column is the target."""
+def regression(table: NDArray[np.float64], model: nn.Module, columns: Sequence[str]) -> Workload:
+    """A regression workload from a raw table whose last column is the target; ``columns`` names them for a reader."""
     parts = [
         {"x": torch.from_numpy(rows[:, :-1]).float(), "y": torch.from_numpy(rows[:, -1]).float()}
         for rows in prepare(table)
     ]
-    return Workload(model, train=parts[0], evals=parts[1], outputs=regression_outputs, loss=squared_error)
+    mean, std = moments(table[split(len(table), 0.1)[0]])
+    return Workload(
+        model,
+        train=parts[0],
+        evals=parts[1],
+        outputs=regression_outputs,
+        loss=squared_error,
+        render=partial(_raw_row, columns=tuple(columns), mean=mean, std=std),
+    )
+
+
+def _raw_row(
+    example: Mapping[str, Tensor], columns: Sequence[str], mean: NDArray[np.float64], std: NDArray[np.float64]
+) -> dict[str, float]:
+    """A row in the units of the table that it comes from."""
+    values = np.append(example["x"].double().numpy(), float(example["y"]))
+    return dict(zip(columns, (values * std + mean).tolist(), strict=True))
 
 
 def classification(
@@ -103,6 +120,12 @@ def read_table(path: Path) -> NDArray[np.float64]:
     return np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float64)
 
 
+def read_header(path: Path) -> list[str]:
+    """The columns of a CSV, in words."""
+    with path.open(encoding="utf-8") as file:
+        return [name.strip().replace("_", " ") for name in file.readline().split(",")]
+
+
 def concrete(initial: int | None = None) -> Workload:
     """UCI Concrete (927 training, 103 evaluation rows) with the MLP 8-128-128-1.
 
@@ -113,7 +136,8 @@ def concrete(initial: int | None = None) -> Workload:
     model = network(partial(mlp, 8, 128, 128, 1), 0 if initial is None else initial)
     if initial is None:
         model.load_state_dict(load_file(DATA / "concrete.safetensors"))
-    return regression(read_table(DATA / "concrete.csv"), model)
+    path = DATA / "concrete.csv"
+    return regression(read_table(path), model, read_header(path))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +150,11 @@ def padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
         ids[place, : len(row)] = torch.tensor(row)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, (torch.arange(longest) < lengths[:, None]).long()
+
+
+def decoded(example: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:
+    """An example's tokens as the text that a reader is shown, and the rest of it that is one number."""
+    mask = example.get("attention_mask")
+    ids = example["input_ids"] if mask is None else example["input_ids"][mask.bool()]
+    others = {name: value for name, value in example.items() if value.dim() == 0}
+    return {"text": tokenizer.decode(ids.tolist(), skip_special_tokens=True), **others}
