@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fimo import estimators
+from fimo.orchestrator.tables import schemas
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -22,8 +23,8 @@ def sections(page: str, level: str = "##") -> dict[str, str]:
 
 def rows(text: str) -> list[list[str]]:
     """The cells of every table row whose first cell is code."""
-    lines = re.findall(r"^\| (`.+) \|$", text, re.MULTILINE)
-    return [[cell.strip() for cell in line.split(" | ")] for line in lines]
+    lines = re.findall(r"^\|( `.+)\|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
 # -- docs/estimators.md ----------------------------------------------------------------------------------------------
@@ -62,3 +63,61 @@ def test_the_default_set_is_the_registry_s() -> None:
     table = rows(sections("estimators.md")["What all of them share"])
     told = {name: cells[-1] == "yes" for cells in table for name in re.findall(r"`(\w+)`", cells[0])}
     assert told == {name: name in estimators.DEFAULTS for name in estimators.REGISTRY}
+
+
+# -- docs/contract.md ------------------------------------------------------------------------------------------------
+
+
+def test_every_command_is_named_with_its_help_and_no_other() -> None:
+    import typer.main
+
+    from fimo.orchestrator.commands.main import app
+
+    told = {cells[0].strip("`"): cells[1] for cells in rows(sections("contract.md")["Commands"]) if len(cells) > 2}
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert told == {name: (command.help or "").strip().splitlines()[0] for name, command in commands.items()}
+
+
+TABLES = {
+    **schemas.SCHEMAS,
+    "ranking": schemas.RANKING,
+    "comparison": schemas.COMPARISON,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_and_every_column_is_named_and_no_other(name: str) -> None:
+    text = sections("contract.md", "###")[name]
+    told = [column for cells in rows(text.partition("\n## ")[0]) for column in re.findall(r"`(\w+)`", cells[0])]
+    assert sorted(told) == sorted(TABLES[name].names)
+
+
+def test_no_table_is_told_that_there_is_not() -> None:
+    assert set(sections("contract.md", "###")) == set(TABLES)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_column_that_is_neither_int32_nor_float64_nor_text_says_its_type(name: str) -> None:
+    text = sections("contract.md", "###")[name]
+    for field in TABLES[name]:
+        said = next(cells[1] for cells in rows(text) if f"`{field.name}`" in cells[0])
+        for kind in ("bool", "int64"):
+            assert (kind in said) == (str(field.type) == kind), (field.name, said)
+        assert ("list" in said) == str(field.type).startswith("list"), (field.name, said)
+
+
+def test_the_workload_s_arguments_are_the_dataclass_s() -> None:
+    import dataclasses
+
+    from fimo import Workload
+
+    table = rows(sections("contract.md")["Workload"])
+    told = [argument for cells in table for argument in re.findall(r"`(\w+)`", cells[0])]
+    assert told == [field.name for field in dataclasses.fields(Workload)]
+
+
+def test_the_names_of_the_package_are_all_told() -> None:
+    import fimo
+
+    text = sections("contract.md")["Workload"]
+    assert all(f"`{name}`" in text for name in fimo.__all__)

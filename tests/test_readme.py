@@ -32,6 +32,7 @@ PAGES = [
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "deploy/README.md",
+    "docs/contract.md",
     "docs/cost-of-trust.md",
     "docs/estimators.md",
     "docs/spec.md",
