@@ -36,6 +36,7 @@ PAGES = [
     "docs/cost-of-trust.md",
     "docs/estimators.md",
     "docs/spec.md",
+    "docs/tutorial.md",
     "docs/workloads.md",
     "workers/workloads/data/README.md",
 ]
