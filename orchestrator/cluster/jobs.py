@@ -156,8 +156,11 @@ def _trusted(job: Job, address: str | None) -> str:
     return job.address
 
 
-def logs(uri: str, number: str | None, address: str | None, follow: bool, write: Callable[[str], None]) -> None:
+def logs(uri: str, number: str | None, address: str | None, follow: bool, write: Callable[[str], None]) -> str:
     """Write a job's output; with ``follow`` go on until the job ends.
+
+    Returns:
+        Which job's: its id.
 
     Raises:
         UsageError, JobError: one line.
@@ -167,13 +170,14 @@ def logs(uri: str, number: str | None, address: str | None, follow: bool, write:
     with Telling(at, job.id):
         if not follow:
             write(client.get_job_logs(job.id))
-            return
+            return job.id
 
         async def tail() -> None:
             async for lines in client.tail_job_logs(job.id):
                 write(lines)
 
         asyncio.run(tail())
+    return job.id
 
 
 def cancel(uri: str, number: str | None, address: str | None) -> list[tuple[str, str]]:

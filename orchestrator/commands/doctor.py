@@ -30,7 +30,7 @@ def doctor(
     checks = examine(store, address)
     ok = all(check.ok for check in checks)
     if as_json:
-        print_json({"checks": [check.json() for check in checks], "ok": ok})
+        print_json({"checks": [check.json() for check in checks], "ok": ok, "exit_code": 0 if ok else 1})
     else:
         print_lines(check.line() for check in checks)
     exit_with(0 if ok else 1)

@@ -80,4 +80,6 @@ def take_scores(
     scores = [r for r in gathered.tables["scores"].to_pylist() if r["estimator"] == name]
     values = {"sweep": sweep.uri, "name": name, "negated": negate, "tables": written, "scores": scores}
     weight = manifest.spec.further_training.removal_weight
-    return values, score_tables(gathered.tables["scores"], gathered.tables["costs"], weight=weight)
+    return values, score_tables(
+        gathered.tables["scores"], gathered.tables["costs"], weight=weight, width=out.width, encoding=out.encoding
+    )

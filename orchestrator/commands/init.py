@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fimo.orchestrator.commands.app import app, print_lines, tell
+from fimo.orchestrator.commands.app import JsonOption, app, print_json, print_lines, tell
 from fimo.orchestrator.starters import KINDS
 
 SCHEMA = "fimo.schema.json"
@@ -22,6 +22,7 @@ def init(
     ],
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where the files go.")] = Path("."),
     name: Annotated[str | None, typer.Option("--name", help="Of the files and the sweep; default: the kind's.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a commented spec and its workload's module, which run as they are: the place to begin."""
     from fimo.workers.errors import StoreError, UsageError, nearest
@@ -42,11 +43,14 @@ def init(
         (to / SCHEMA).write_text(text_of(SCHEMA), encoding="utf-8")
     except OSError as error:
         raise StoreError(f"cannot write to {to}: {error.strerror or error}") from error
-    spec = to / f"{name}.yaml"
-    print_lines([*map(str, files), str(to / SCHEMA)])
+    spec, module = map(str, files)
+    if as_json:
+        print_json({"kind": kind, "name": name, "spec": spec, "module": module, "schema": str(to / SCHEMA)})
+        return
+    print_lines([spec, module, str(to / SCHEMA)])
     tell(f"next: fimo plan {spec}")
     tell(f"next: fimo run {spec} --store runs")
-    tell(f"then put your own model and data into {to / name}.py")
+    tell(f"then put your own model and data into {module}")
 
 
 def check_name(name: str) -> str:

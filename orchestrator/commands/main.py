@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 # isort: off
@@ -37,7 +38,11 @@ from fimo.workers.errors import FimoError, WorkloadError
 
 
 def main() -> None:
-    """Run ``fimo``; never a traceback for a user's mistake."""
+    """Run ``fimo``; never a traceback for a user's mistake, nor for a terminal that lacks a character."""
+    for stream in (sys.stdout, sys.stderr):
+        # UTF-8 is left as it is: names of files that are not text go through it unharmed.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")
     try:
         app(standalone_mode=True)
     except FimoError as error:

@@ -58,6 +58,7 @@ def plan(
     if reliability is not None or sem is not None:
         raise UsageError("--reliability and --sem go with --from SWEEP")
     values = _planned(read_file(spec), spec.resolve().parent, store, measure, rank)
+    values["exit_code"] = 2 if values["unsuited"] or values["too_large"] else 0
     tell_store()
     if as_json:
         print_json(values)
@@ -69,7 +70,7 @@ def plan(
         tell(f"fimo: estimator {name} does not apply: {why}; leave it out of the spec's estimators")
     for name, why in values["too_large"].items():
         tell(f"fimo: estimator {name} is {why}: leave it out, or plan where the sweep will run")
-    exit_with(2 if values["unsuited"] or values["too_large"] else 0)
+    exit_with(values["exit_code"])
 
 
 def _planned(spec: Spec, beside: Path, store: str | None, measure: bool, rank: bool) -> dict[str, Any]:

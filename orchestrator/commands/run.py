@@ -79,7 +79,8 @@ def run_resolved(
         print_lines(report.gathered.warnings)
         tables, weight = report.gathered.tables, resolved.spec.further_training.removal_weight
         print_lines(sure_lines(tables))
-        for table in score_tables(tables["scores"], tables["costs"], report.gathered.coverage, weight, out.width):
+        coverage = report.gathered.coverage
+        for table in score_tables(tables["scores"], tables["costs"], coverage, weight, out.width, out.encoding):
             out.print(table)
         print_lines(listed_tables(report))
     for line in complaints(report):

@@ -164,7 +164,7 @@ TYPES = {int: "a whole number", float: "a number", bool: "true or false", type(N
 
 def _estimators() -> Iterator[str]:
     yield "A name, or a section with the name and hyper-parameters; a list of values is tried one by one. What they"
-    yield "mean is in each estimator's own file, `estimators/NAME.py`.\n"
+    yield "mean, what each estimator costs and when it fails: [estimators.md](estimators.md).\n"
     yield "| name | hyper-parameters |"
     yield "|---|---|"
     for name in sorted(REGISTRY):

@@ -10,6 +10,7 @@ import pyarrow as pa
 from rich.table import Table
 
 from fimo.orchestrator.report.show import COLUMNS, labels, number, spread
+from fimo.orchestrator.report.sparks import can_show, sparkline
 from fimo.orchestrator.report.trust import trust_lines
 
 WIDE = 160
@@ -19,6 +20,8 @@ LEAST, FEWEST = 3, 2
 """Amounts below which intervals are dropped, and below which names are folded."""
 BORDER, SECONDS = 3, 7
 """Characters of a column beside its text, and of the column of costs."""
+SPARK, CURVE = "0 to 1", 8
+"""Heading of the column of curves, which is its least width, and how many characters a curve has at most."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +30,30 @@ class Layout:
 
     Attributes:
         amounts: columns of scores; ``detailed``: each with its share of the ceiling and its interval; ``costs``: with a
-            column of seconds.
+            column of seconds; ``curve``: characters of a last column of curves over all steps, 0 = none.
     """
 
     amounts: int
     detailed: bool
     costs: bool
+    curve: int = 0
 
 
-def lay_out(width: int, names: int) -> Layout:
-    """What fits ``width`` characters beside names of ``names``: intervals go first, then costs, names never."""
+def lay_out(width: int, names: int, steps: int | None = None) -> Layout:
+    """What fits ``width`` characters beside names of ``names``: curves go first, intervals, then costs, names never.
+
+    Args:
+        steps: how many amounts there are to show, so that fewer leave room; None = as many as fit.
+    """
     free = width - 1 - names - BORDER
+    most = COLUMNS if steps is None else min(COLUMNS, steps)
     for detailed, cell, least in ((True, 13, LEAST), (False, 6, LEAST), (False, 6, FEWEST)):
         for costs in (True, False):
-            amounts = (free - (SECONDS + BORDER if costs else 0)) // (cell + BORDER)
+            room = free - (SECONDS + BORDER if costs else 0)
+            amounts = room // (cell + BORDER)
             if amounts >= least:
-                return Layout(min(COLUMNS, amounts), detailed, costs)
+                left = room - min(most, amounts) * (cell + BORDER) - BORDER
+                return Layout(min(COLUMNS, amounts), detailed, costs, min(left, CURVE) if left >= len(SPARK) else 0)
     return Layout(FEWEST, False, False)
 
 
@@ -54,21 +65,26 @@ def score_table(
     adjust: str = "baseline",
     weight: float = 1.0,
     width: int = WIDE,
+    encoding: str = "utf-8",
 ) -> Table | None:
-    """Estimator × amount against all seeds: score, share of the ceiling, 95% interval, and what the estimator cost.
+    """Estimator × amount against all seeds: score, share of the ceiling, 95% interval, what the estimator cost, and its
+    scores at all recorded steps as a curve from 0 to 1.
 
     Args:
         coverage: share of the trainable scalars that an estimator's curvature covers; named where it is not all.
         weight: the removal weight; named where it is not 1.
         width: characters of a line.
+        encoding: of the output; curves are for those that have their characters.
     """
     rows = [r for r in scores.to_pylist() if r["metric"] == metric and r["adjust"] == adjust]
     if not rows:
         return None
     rows = [r for r in rows if r["seeds"] == max(r["seeds"] for r in rows)]
     names = _names(rows, coverage or {})
-    layout = lay_out(width, max(map(len, ("estimator", *names.values()))))
-    steps = spread(sorted({r["step"] for r in rows}), layout.amounts)
+    every = sorted({r["step"] for r in rows})
+    layout = lay_out(width, max(map(len, ("estimator", *names.values()))), len(every))
+    steps = spread(every, layout.amounts)
+    curved = layout.curve > 0 and len(every) > 1 and can_show(encoding)
     spent = {(c["name"], c["params"]): c["device_seconds"] for c in costs.to_pylist() if c["what"] == "estimator"}
     bounded = any(r["ceiling"] is not None for r in rows)
     table = Table(title=_title(rows, metric, weight, bounded and layout.detailed), title_justify="left")
@@ -77,15 +93,23 @@ def score_table(
         table.add_column(str(step), justify="right", no_wrap=True)
     if layout.costs:
         table.add_column("seconds", justify="right", no_wrap=True)
+    if curved:
+        table.add_column(SPARK, no_wrap=True)
     by_step = {(r["estimator"], r["params"], r["step"]): r for r in rows}
     for named, name in names.items():
         cells = [_score(by_step.get((*named, step)), layout.detailed) for step in steps]
         cost = spent.get(named)
-        table.add_row(name, *cells, *([f"{cost:.1f}" if cost is not None else ""] if layout.costs else []))
+        last = [f"{cost:.1f}" if cost is not None else ""] if layout.costs else []
+        if curved:
+            last.append(sparkline([by_step.get((*named, step), {}).get("score") for step in every], layout.curve))
+        table.add_row(name, *cells, *last)
     if bounded:
         ceilings = {r["step"]: r["ceiling"] for r in reversed(rows) if r["ceiling"] is not None}
+        last = ([""] if layout.costs else []) + (
+            [sparkline([ceilings.get(step) for step in every], layout.curve)] if curved else []
+        )
         table.add_section()
-        table.add_row("ceiling", *(number(ceilings.get(step)) for step in steps), *([""] if layout.costs else []))
+        table.add_row("ceiling", *(number(ceilings.get(step)) for step in steps), *last)
     table.caption, table.caption_justify = _undefined([r for r in rows if r["step"] in steps]), "left"
     return table
 
@@ -123,12 +147,16 @@ def score_tables(
     coverage: Mapping[tuple[str, str], float] | None = None,
     weight: float = 1.0,
     width: int | None = None,
+    encoding: str = "utf-8",
 ) -> list[Table]:
     """The score tables that a person is shown: cosines, and the LDS if the removals are random groups.
 
-    ``width``: of the terminal.
+    ``width``, ``encoding``: of the terminal.
     """
-    both = (score_table(scores, costs, coverage, m, weight=weight, width=width or WIDE) for m in ("cosine", "lds"))
+    both = (
+        score_table(scores, costs, coverage, metric, weight=weight, width=width or WIDE, encoding=encoding)
+        for metric in ("cosine", "lds")
+    )
     return [table for table in both if table is not None]
 
 

@@ -14,19 +14,11 @@ import fimo
 from fimo.orchestrator.run import tasks
 from fimo.orchestrator.run.written import read_table
 from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.orchestrator.tables import schemas
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from tests.support.small_sweep import SPEC, make_spec, run_here
 
-TABLES = (
-    "attribution",
-    "training_only",
-    "estimates",
-    "scores",
-    "reliability",
-    "similarity",
-    "removals",
-    "costs",
-)
+TABLES = tuple(schemas.SCHEMAS)
 
 
 def python(code: str) -> str:

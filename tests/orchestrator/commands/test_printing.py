@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -32,3 +36,19 @@ def test_a_pulled_file_and_the_command_that_goes_on_are_one_line_each(beside, tm
     lines = narrow.getvalue().splitlines()
     assert f"{to}/attribution.csv" in lines
     assert any(f"`fimo resume {store}/flowers` computes the rest" in line for line in lines)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_lacks_a_character_ends_no_command_with_a_traceback(encoding):
+    done = subprocess.run(
+        [sys.executable, "-c", "from fimo.orchestrator.commands.main import main; main()", "schema"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = done.stdout.decode(encoding)
+    assert json.loads(text)["properties"]
+    # The schema has the word for the final model's parameters, and no terminal but one of UTF-8 does.
+    assert ("\N{GREEK SMALL LETTER THETA}" in text) == (encoding == "utf-8")
