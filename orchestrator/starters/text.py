@@ -46,4 +46,6 @@ def workload():
         loss=lambda out, batch: nn.functional.cross_entropy(out, batch["label"], reduction="none"),
         # The tensor that is 0 where there is padding: fimo cuts batches to their longest sentence by it.
         padding="attention_mask",
+        # How a report shows an example: yours, tokenizer.decode(example["input_ids"], skip_special_tokens=True).
+        render=lambda example: " ".join(f"word{i}" for i in example["input_ids"].tolist() if i),
     )

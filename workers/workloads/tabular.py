@@ -88,7 +88,8 @@ def _raw_row(
 ) -> dict[str, float]:
     """A row in the units of the table that it comes from."""
     values = np.append(example["x"].double().numpy(), float(example["y"]))
-    return dict(zip(columns, (values * std + mean).tolist(), strict=True))
+    # Leave out what float32 has added; 0.0 takes the sign from a zero.
+    return dict(zip(columns, ((values * std + mean).round(3) + 0.0).tolist(), strict=True))
 
 
 def classification(
