@@ -29,6 +29,7 @@ $(VENV)/.data: $(VENV)/.installed
 
 demo: install
 	$(BIN)/fimo run examples/concrete.yaml --store $(STORE)
+	$(BIN)/fimo report $(STORE)/concrete --to report
 
 lint: install
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ PAGES = [
     "deploy/README.md",
     "docs/contract.md",
     "docs/cost-of-trust.md",
+    "docs/report.md",
     "docs/estimators.md",
     "docs/spec.md",
     "docs/tutorial.md",
