@@ -120,17 +120,9 @@ class OpenSweep:
         """What further training on all examples does by itself: eval, step int32; delta, sem float64; seeds int32."""
         return self._table("training_only")
 
-    def amounts(self) -> pa.Table:
-        """How far training on all examples moves the parameters: step int32; distance, sem float64; seeds int32."""
-        return self._table("amounts")
-
     def estimates(self) -> pa.Table:
         """estimator, params string; removal, eval, step int32 (null: for every amount); value float64."""
         return self._table("estimates")
-
-    def estimator_notes(self) -> pa.Table:
-        """What estimators say of their values (units, damping, coverage): estimator, params, note, value string."""
-        return self._table("estimator_notes")
 
     def scores(self) -> pa.Table:
         """Agreement of each estimate with the attribution, by metric, adjust, seeds and step."""
