@@ -54,7 +54,7 @@ def names_of(workload: Workload, n: int) -> dict[str, list[str]]:
     """``ids`` and ``labels`` of the n training examples as texts, those of the two that the workload has.
 
     Raises:
-        WorkloadError: one of them is not a sequence of n values.
+        WorkloadError: one of them is not a sequence of n values, or two ids are one.
     """
     found: dict[str, list[str]] = {}
     for name, values in (("ids", workload.ids), ("labels", workload.labels)):
@@ -65,7 +65,20 @@ def names_of(workload: Workload, n: int) -> dict[str, list[str]]:
             raise WorkloadError(f"the workload's {name} must be one for each of the {n} training examples, got {held}")
         plain = values.tolist() if hasattr(values, "tolist") else values
         found[name] = [str(value) for value in plain]
+    _refuse_doubles(found.get("ids", []))
     return found
+
+
+def _refuse_doubles(ids: Sequence[str]) -> None:
+    """A key that two rows share leads back to neither."""
+    met: dict[str, int] = {}
+    for index, own in enumerate(ids):
+        if own in met:
+            raise WorkloadError(
+                f"the workload's ids must differ: training examples {met[own]} and {index} are both '{own}'; put what "
+                "they share into labels"
+            )
+        met[own] = index
 
 
 def _fetched(examples: Examples, some: Sequence[int], kind: str) -> Batch:

@@ -147,7 +147,7 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
 
     from fimo import estimators
     from fimo.orchestrator.report.planned import until
-    from fimo.orchestrator.report.show import label
+    from fimo.orchestrator.report.show import labels
     from fimo.orchestrator.run.plan import count_witnesses, witness_share
 
     manifest, spec = resolved.manifest, resolved.spec
@@ -171,7 +171,7 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
         "bytes": planned.part_bytes,
         "removal_mode": spec.further_training.removal_mode,
         "removal_weight": spec.further_training.removal_weight,
-        "estimators": [label(*e) for e in manifest.estimators],
+        "estimators": list(labels(manifest.estimators).values()),
         "left_out": dict(manifest.left_out),
         "coverage": estimators.coverage(resolved.model(torch.device("cpu"))) if kronecker else 1.0,
     }

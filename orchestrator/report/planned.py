@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fimo.orchestrator.report.show import duration, label, size, spread
+from fimo.orchestrator.report.show import duration, label, labels, size, spread
 from fimo.orchestrator.spec.spec import Seeds
 
 
@@ -60,7 +60,8 @@ def measured_lines(plan: Mapping[str, Any]) -> list[str]:
         f"  shards {shards}, witnesses {witnesses}; before its first task a worker loads for {load} and prepares for "
         f"{start}, and the proof takes {proof}",
     ]
-    lines += [f"  estimator {label(e['name'], e['params'])}: {short(e['seconds'])}" for e in spent["estimators"]]
+    names = labels((e["name"], e["params"]) for e in spent["estimators"])
+    lines += [f"  estimator {names[e['name'], e['params']]}: {short(e['seconds'])}" for e in spent["estimators"]]
     lines += [f"  {label(d['name'], d['params'])} will be left out: {d['why']}" for d in plan["too_dear"]]
     return [
         *lines,

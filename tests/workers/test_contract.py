@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fimo.workers.contract import check_contract, leaves_of
+from fimo.workers.contract import check_contract, leaves_of, names_of
 from fimo.workers.errors import DivergedError, FimoError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
@@ -146,3 +146,11 @@ def test_a_dataset_of_tuples_says_what_its_batch_is() -> None:
 def test_paths_of_leaves_are_as_a_user_writes_them() -> None:
     batch = {"a": {"b": 1}, "c": [torch.ones(1), "s"], "d": ["s", "t"], "e": ()}
     assert [path for path, _ in leaves_of(batch)] == ["'a'['b']", "'c'[0]", "'c'[1]", "'d'", "'e'"]
+
+
+def test_two_rows_of_one_id_are_refused_by_their_places() -> None:
+    """An id leads back to the user's own row: a shared one leads to another's."""
+    ids = [0, "1", 1, *range(3, N)]
+    with pytest.raises(WorkloadError, match="training examples 1 and 2 are both '1'"):
+        names_of(workload(ids=ids), N)
+    assert names_of(workload(ids=range(N)), N) == {"ids": [str(i) for i in range(N)]}
