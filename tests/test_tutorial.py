@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,15 @@ PAGE = (Path(__file__).parent.parent / "docs" / "tutorial.md").read_text(encodin
 BLOCKS = re.findall(r"^```sh\n((?:(?!```).*\n)*)```\n+((?:(?:    .*)?\n)*)", PAGE, re.MULTILINE)
 """(shell lines, what is shown of their output) in order."""
 SCORE = re.compile(r"│ ([a-z_]+(?: \([a-z_=.0-9]+\))?) +│ +(\d\.\d{3}).*?│ +(\d\.\d{3}).*?│ +(\d\.\d{3})")
+
+
+@pytest.fixture(autouse=True)
+def no_other_mine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`fimo init` refuses a module's name that is taken: other tests have a `mine` too, and this one leaves none."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not (Path(entry) / "mine.py").exists()])
+    sys.modules.pop("mine", None)
+    yield
+    sys.modules.pop("mine", None)
 
 
 def test_every_command_and_option_that_is_shown_exists() -> None:

@@ -28,11 +28,11 @@ def test_every_command_takes_it(name: str) -> None:
 
 
 def test_init_names_the_files_that_it_wrote(tmp_path: Path, shell: Shell) -> None:
-    done = shell("init", "tabular", "--name", "mine", "--to", tmp_path / "there", "--json")
+    done = shell("init", "tabular", "--name", "told_in_json", "--to", tmp_path / "there", "--json")
     told = json.loads(done.out)
     assert (done.code, done.err) == (0, "")
-    assert (told["kind"], told["name"]) == ("tabular", "mine")
-    assert read_file(Path(told["spec"])).workload == "mine:workload"
+    assert (told["kind"], told["name"]) == ("tabular", "told_in_json")
+    assert read_file(Path(told["spec"])).workload == "told_in_json:workload"
     assert all(Path(told[key]).is_file() for key in ("spec", "module", "schema"))
 
 
