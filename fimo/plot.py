@@ -1,7 +1,7 @@
 """A sweep's figures for a notebook; each takes what ``fimo.open_sweep`` gives and returns matplotlib axes.
 
-They are those of ``fimo report``. ``ax`` draws on axes of one's own; without it each makes a figure, which a notebook
-shows if it is the last value of a cell.
+They are those of ``fimo report``. ``ax`` draws on axes of one's own; without it each makes a figure, the axes'
+``figure``, which a notebook shows as the last value of a cell (``%matplotlib inline``).
 """
 
 from __future__ import annotations

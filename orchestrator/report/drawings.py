@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fimo.orchestrator.report.figures import effects, scores, trust
 from fimo.orchestrator.tables.top import Top
@@ -87,7 +88,7 @@ def _agreement(tables: Mapping[str, pa.Table], scored: pa.Table, reliability: pa
         "over seeds and evaluation examples; dashed: the ceiling, what a perfect estimate would reach.",
         lambda: scores.score_by_amount(scored),
     )
-    metrics = set(scored["metric"].to_pylist())
+    metrics = set(pc.unique(scored["metric"]).to_pylist())
     for metric, title in (("spearman", "Spearman correlation"), ("lds", "Linear datamodeling score")):
         if metric in metrics:
             yield Drawing(

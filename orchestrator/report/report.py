@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from fimo.orchestrator.report import words
@@ -248,7 +249,7 @@ def provenance(source: Source) -> Iterable[tuple[str, str]]:
         yield f"digest of {part}", of
     yield "parameters trained", f"{manifest.scalars:,}"
     yield "training and evaluation examples", f"{manifest.train:,} and {manifest.evals:,}"
-    seeds = max(tables["attribution"]["seeds"].to_pylist(), default=0)
+    seeds = pc.max(tables["attribution"]["seeds"]).as_py() or 0
     yield "removals, seeds, cells", f"{len(manifest.removals):,}, {seeds:,}, {len(manifest.removals) * seeds:,}"
     costs = tables["costs"].to_pylist()
     devices = sorted({str(r["device"]) for r in costs})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fimo.orchestrator.report.figures.style import (
     FAINT,
@@ -40,14 +41,15 @@ METRICS = {"cosine": "cosine", "spearman": "Spearman", "lds": "LDS"}
 
 def entries(table: pa.Table) -> list[Named]:
     """The (estimator, params) of a table in its order."""
-    pairs = zip(table["estimator"].to_pylist(), table["params"].to_pylist(), strict=True)
-    return list(dict.fromkeys(pairs))
+    # In one thread groups come in the order in which they are met.
+    found = table.select(["estimator", "params"]).group_by(["estimator", "params"], use_threads=False).aggregate([])
+    return list(zip(found["estimator"].to_pylist(), found["params"].to_pylist(), strict=True))
 
 
 def _own(scores: pa.Table, metric: str, adjust: str) -> pa.Table:
     """The rows of all seeds for a metric and an adjustment."""
     rows = where(scores, metric=metric, adjust=adjust)
-    return where(rows, seeds=max(rows["seeds"].to_pylist())) if len(rows) else rows
+    return where(rows, seeds=pc.max(rows["seeds"]).as_py()) if len(rows) else rows
 
 
 def last_scores(
