@@ -213,11 +213,17 @@ class OpenSweep:
     def _table(self, name: str) -> pa.Table:
         from fimo.orchestrator.run.gather import gather
         from fimo.orchestrator.run.written import is_current, read_table
+        from fimo.workers.errors import StoreError
 
         if name not in self._tables:
             manifest = self._sweep.read_manifest()
-            if is_current(self._sweep, manifest):
-                self._tables[name] = read_table(self._sweep, name)
-            else:
+            try:
+                # Not all of them: a table of estimates may be large.
+                kept = read_table(self._sweep, name) if is_current(self._sweep, manifest) else None
+            except StoreError:
+                kept = None
+            if kept is None:
                 self._tables = gather(self._sweep, manifest).tables
+            else:
+                self._tables[name] = kept
         return self._tables[name]

@@ -42,6 +42,11 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         f"seeds: {status['seeds_complete']} of {status['seeds']} whole, {status['seeds_begun']} begun",
         f"{status['parts']} parts, {size(status['part_bytes'])}",
     ]
+    if others := status.get("parts_of_others"):
+        lines.append(
+            f"{others} parts of another digest lie here: they are of a sweep of this name that this one has replaced, "
+            "or sweep.json is not the one that they were made under"
+        )
     if status["last_commit_age_s"] is not None:
         pace = status["parts_per_minute"]
         lines.append(

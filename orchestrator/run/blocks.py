@@ -47,9 +47,10 @@ def held_removals(sweep: Sweep, manifest: Manifest, key: str, set_name: str) -> 
         return sweep.read_set(manifest.digest, set_name)
     except StoreError:
         try:
-            return decode_block(sweep.store.get(key), key).removals
+            removals = decode_block(sweep.store.get(key), key).removals
         except BadPartError:
             return ()
+        return removals if keys.set_hash(removals) == set_name else ()
 
 
 def runs_of(manifest: Manifest, estimator: str, params: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.heartbeat import drivers
 from fimo.orchestrator.run.owed import missing_estimates, missing_witnesses, owed_tasks
 from fimo.orchestrator.run.written import is_current, read_table, read_warnings
+from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.workers.errors import StoreError
@@ -50,6 +51,7 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
         "by_seed": {str(seed): n for seed, n in by_seed.items()},
         "removals": len(wanted),
         "parts": len(listed),
+        "parts_of_others": 0 if listed else sum(1 for _ in sweep.store.list(keys.all_parts(sweep.name))),
         "part_bytes": sum(p.size for p in listed),
         "estimators": len(manifest.estimators),
         "estimates_missing": sorted({task.estimator for task in missing}),

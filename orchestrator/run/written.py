@@ -1,6 +1,7 @@
 """The tables that a sweep's store holds, and whether they are still what the store's objects come to.
 
-Invariant: if ``made-from.json`` holds the stamp of what the store holds now, so do the tables beside it.
+Invariant: if ``made-from.json`` holds the stamp of what the store holds now, a table with the hash that stands there is
+of it.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
 from fimo.orchestrator.run.blocks import listed_blocks
 from fimo.orchestrator.run.plan import witness_tasks
-from fimo.orchestrator.spec.canonical import canonical, digest
+from fimo.orchestrator.spec.canonical import canonical, digest, is_sealed, sealed
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.imported import imported_keys
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -73,37 +75,52 @@ def write_tables(
     Raises:
         StoreError: the store cannot be written.
     """
-    written = {}
+    written, hashes = {}, {}
     for name, table in tables.items():
-        key = keys.table(sweep.name, name)
-        sweep.store.put(key, schemas.encode_table(table))
-        written[name] = f"{sweep.store.uri.rstrip('/')}/{key}"
-    sweep.store.put(keys.made_from(sweep.name), canonical({"stamp": made_from, "warnings": list(warnings)}).encode())
+        key, data = keys.table(sweep.name, name), schemas.encode_table(table)
+        sweep.store.put(key, data)
+        written[name], hashes[name] = f"{sweep.store.uri.rstrip('/')}/{key}", hashlib.sha256(data).hexdigest()
+    about = {"stamp": made_from, "warnings": list(warnings), "tables": hashes}
+    sweep.store.put(keys.made_from(sweep.name), canonical(sealed(about)).encode())
     return written
 
 
 def is_current(sweep: Sweep, manifest: Manifest) -> bool:
     """Whether the store's tables were made from what it holds now."""
     try:
-        made_from = json.loads(sweep.store.get(keys.made_from(sweep.name)))["stamp"]
-        return bool(made_from == stamp(sweep, manifest, listed_parts(sweep, manifest)))
-    except (StoreError, ValueError, KeyError, TypeError, RecursionError):
+        return bool(_made_from(sweep)["stamp"] == stamp(sweep, manifest, listed_parts(sweep, manifest)))
+    except (StoreError, KeyError):
         return False
 
 
 def read_table(sweep: Sweep, name: str) -> pa.Table:
-    """One of the store's tables.
+    """One of the store's tables, as it was written with the others beside it.
+
+    Two drivers that end at once may leave tables of both: those of one of them are not taken for the other's.
 
     Raises:
-        StoreError: there is none, or it is torn or foreign.
+        StoreError: there is none, or it is torn, foreign, or not the one that was written last.
     """
-    return schemas.decode_table(sweep.store.get(keys.table(sweep.name, name)), name)
+    data = sweep.store.get(keys.table(sweep.name, name))
+    if hashlib.sha256(data).hexdigest() != dict(_made_from(sweep).get("tables", {})).get(name):
+        raise StoreError(f"table {name} is not the one that was written; run the sweep again to write it anew")
+    return schemas.decode_table(data, name)
 
 
 def read_warnings(sweep: Sweep) -> list[str]:
     """What a reader of the stored tables must be told first; none if it is not recorded."""
     try:
-        warnings = json.loads(sweep.store.get(keys.made_from(sweep.name)))["warnings"]
-        return [str(line) for line in warnings]
-    except (StoreError, ValueError, KeyError, TypeError, RecursionError):
+        return [str(line) for line in _made_from(sweep)["warnings"]]
+    except (StoreError, KeyError, TypeError):
         return []
+
+
+def _made_from(sweep: Sweep) -> dict[str, Any]:
+    """What is recorded of the tables; raises StoreError if there is no record, or it is not as it was written."""
+    try:
+        about = json.loads(sweep.store.get(keys.made_from(sweep.name)))
+        if isinstance(about, dict) and isinstance(about.get("tables", {}), dict) and is_sealed(about):
+            return about
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise StoreError(f"{sweep.uri}: what its tables were made from is not recorded")

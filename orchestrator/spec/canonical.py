@@ -39,3 +39,25 @@ def rows_digest(columns: Mapping[str, np.ndarray[Any, Any]]) -> str:
         sha.update(f"{name}:{values.dtype.str}:{values.shape};".encode())
         sha.update(values.tobytes())
     return sha.hexdigest()
+
+
+SEAL = "seal"
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with a digest of all of them, so that a change of any, by a disk or a hand, is seen when they are read.
+
+    A seal is no signature: who may write to a store can seal what they like.
+    """
+    return {**values, SEAL: digest(dict(values))}
+
+
+def is_sealed(values: Mapping[str, Any]) -> bool:
+    """Whether values are as they were sealed; those from before there were seals are taken as they are.
+
+    Raises:
+        ValueError: a float is not finite, which nothing of ours is.
+    """
+    if SEAL not in values:
+        return True
+    return bool(values[SEAL] == digest({key: value for key, value in values.items() if key != SEAL}))

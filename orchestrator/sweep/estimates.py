@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, rows_digest
+from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, is_sealed, rows_digest, sealed
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import METADATA_KEY, BadPartError
 
@@ -28,6 +28,13 @@ SCHEMA = pa.schema(
         pa.field("value", pa.float64(), nullable=False),
     ]
 )
+
+
+_NOT_OURS = (
+    *(pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    RecursionError,
+)
+"""What anything at all that somebody wrote may raise as it is read."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +63,7 @@ class EstimateBlock:
 def encode_block(block: EstimateBlock) -> tuple[bytes, str]:
     """Parquet bytes (zstd), and the digest of the rows; rows run over steps, removals, evals."""
     values = block.values if block.steps is not None else block.values[None]
-    s, r, e = values.shape
-    numbers = np.array([x.number for x in block.removals], dtype=np.int32)
-    evals = np.arange(block.first, block.first + e, dtype=np.int32)
-    steps: list[int | None] = [None] if block.steps is None else [*block.steps]
-    table = pa.table(
-        {
-            "removal": np.tile(np.repeat(numbers, e), s),
-            "eval": np.tile(evals, s * r),
-            "step": pa.array([step for step in steps for _ in range(r * e)], pa.int32()),
-            "value": values.reshape(-1),
-        },
-        schema=SCHEMA,
-    )
+    table = _table(block, values)
     rows = _rows(values)
     about = {
         "schema": SCHEMA_VERSION,
@@ -84,8 +79,25 @@ def encode_block(block: EstimateBlock) -> tuple[bytes, str]:
     if block.seed is not None:
         about["seed"] = block.seed
     sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({METADATA_KEY: canonical(about)}), sink, compression="zstd")
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: canonical(sealed(about))}), sink, compression="zstd")
     return sink.getvalue(), rows
+
+
+def _table(block: EstimateBlock, values: NDArray[np.float64]) -> pa.Table:
+    """Values (S, R, E), S = 1 for every amount, with the removal, evaluation example and step of each."""
+    s, r, e = values.shape
+    numbers = np.array([x.number for x in block.removals], dtype=np.int32)
+    evals = np.arange(block.first, block.first + e, dtype=np.int32)
+    steps: list[int | None] = [None] if block.steps is None else [*block.steps]
+    return pa.table(
+        {
+            "removal": np.tile(np.repeat(numbers, e), s),
+            "eval": np.tile(evals, s * r),
+            "step": pa.array([step for step in steps for _ in range(r * e)], pa.int32()),
+            "value": values.reshape(-1),
+        },
+        schema=SCHEMA,
+    )
 
 
 def decode_block(data: bytes, name: str) -> EstimateBlock:
@@ -112,10 +124,14 @@ def decode_block(data: bytes, name: str) -> EstimateBlock:
             provenance=dict(about["provenance"]),
             seed=None if about.get("seed") is None else int(about["seed"]),
         )
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        whole = is_sealed(about) and about.get("schema") == SCHEMA_VERSION and _rows(values) == about["rows"]
+        named = table.replace_schema_metadata(None).equals(_table(block, values))
+    except _NOT_OURS as error:
         raise BadPartError(f"estimates {name}: torn, or not fimo's") from error
-    if not table.schema.equals(SCHEMA) or about.get("schema") != SCHEMA_VERSION or _rows(values) != about["rows"]:
+    if not whole:
         raise BadPartError(f"estimates {name}: its rows are not those that it was written with")
+    if not named:
+        raise BadPartError(f"estimates {name}: its rows are not those that its metadata names")
     if not np.isfinite(values).all():
         raise BadPartError(f"estimates {name}: a value is not finite")
     return block

@@ -61,6 +61,11 @@ def parts(sweep: str, result_digest: str) -> str:
     return f"{sweep}/parts/{result_digest[:32]}/"
 
 
+def all_parts(sweep: str) -> str:
+    """The prefix of the parts of every digest."""
+    return f"{sweep}/parts/"
+
+
 def part(sweep: str, result_digest: str, seed: int, removals: Sequence[NamedRemoval]) -> str:
     """The part of one shard."""
     return f"{parts(sweep, result_digest)}seed-{seed:010d}/{set_hash(removals)}.parquet"

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, rows_digest
+from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, is_sealed, rows_digest, sealed
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.errors import FimoError
 from fimo.workers.shard import BASELINE_ROW, FLOOR_ROW, ShardResult
@@ -112,7 +112,10 @@ def encode_part(
     }
     sink = io.BytesIO()
     pq.write_table(
-        table.replace_schema_metadata({METADATA_KEY: canonical(about)}), sink, compression="zstd", use_dictionary=False
+        table.replace_schema_metadata({METADATA_KEY: canonical(sealed(about))}),
+        sink,
+        compression="zstd",
+        use_dictionary=False,
     )
     return sink.getvalue(), rows
 
@@ -181,8 +184,11 @@ def _read(data: bytes, key: str) -> pa.Table:
 def _about(table: pa.Table, key: str) -> dict[str, Any]:
     try:
         about = json.loads((table.schema.metadata or {})[METADATA_KEY])
-    except (KeyError, ValueError, RecursionError) as error:
+        whole = not isinstance(about, dict) or is_sealed(about)
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise BadPartError(f"part {key}: it carries no metadata of fimo") from error
+    if not whole:
+        raise BadPartError(f"part {key}: its metadata is not as it was written")
     if not isinstance(about, dict) or about.get("schema") != SCHEMA_VERSION:
         raise BadPartError(f"part {key}: it was written under another schema version")
     return about

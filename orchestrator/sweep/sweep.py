@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from fimo.orchestrator.spec.canonical import canonical
+from fimo.orchestrator.spec.canonical import canonical, is_sealed, sealed
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import NotFound, Store, open_store, split_sweep
 from fimo.orchestrator.sweep import keys
@@ -50,14 +50,14 @@ class Sweep:
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Write what this run resolved its spec to; raises StoreError."""
-        self.store.put(keys.manifest(self.name), canonical(manifest.json()).encode())
+        self.store.put(keys.manifest(self.name), canonical(sealed(manifest.json())).encode())
 
     def read_manifest(self) -> Manifest:
         """What the last run resolved.
 
         Raises:
             UsageError: there is no such sweep.
-            StoreError: the object is not fimo's.
+            StoreError: the object is not fimo's, not as it was written, or another sweep's.
         """
         key = keys.manifest(self.name)
         try:
@@ -66,10 +66,17 @@ class Sweep:
             raise UsageError(
                 f"no sweep '{self.name}' in {self.store.uri}; `fimo run` or `fimo submit` starts one"
             ) from error
+        mend = "`fimo run SPEC --replace` writes it anew, and takes the parts that are there"
         try:
-            return from_json(values)
-        except (KeyError, TypeError, ValueError) as error:
+            manifest = from_json(values)
+            whole = is_sealed(values)
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise StoreError(f"{self.store.uri}/{key} is not fimo's; move it away and run the spec again") from error
+        if not whole:
+            raise StoreError(f"{self.store.uri}/{key} is not as it was written; {mend}")
+        if manifest.spec.name != self.name:
+            raise StoreError(f"{self.store.uri}/{key} is of the sweep '{manifest.spec.name}', copied here; {mend}")
+        return manifest
 
     def _json(self, key: str) -> Any:
         try:

@@ -17,6 +17,7 @@ from fimo.orchestrator.report import report, words
 from fimo.orchestrator.report.figures.scores import last_scores
 from fimo.orchestrator.report.page.fill import inline, marked, measured
 from fimo.orchestrator.report.report import chosen
+from fimo.orchestrator.spec.canonical import canonical, sealed
 from fimo.orchestrator.store import open_store
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -138,7 +139,8 @@ def test_it_runs_no_code_from_a_folder_that_the_store_names(made, tmp_path, quic
     module.write_text(f"open({str(ran)!r}, 'w')\n" + module.read_text())
     store = open_store(str(tmp_path / "copy" / "store"))
     values = json.loads(store.get(keys.manifest("flowers")))
-    store.put(keys.manifest("flowers"), json.dumps({**values, "beside": str(module.parent)}).encode())
+    values.pop("seal")
+    store.put(keys.manifest("flowers"), canonical(sealed({**values, "beside": str(module.parent)})).encode())
     sweep = OpenSweep(Sweep(store, "flowers"))
     with pytest.warns(UserWarning, match=r"named, not shown: workload flowers:flowers is not in .*--code DIR"):
         sweep.report(tmp_path / "out", [0], code=tmp_path)
@@ -151,7 +153,8 @@ def test_other_data_under_the_same_code_is_not_shown(made, tmp_path, quick):
     store = open_store(str(tmp_path / "store"))
     shutil.copytree(made / "store", tmp_path / "store", dirs_exist_ok=True)
     values = json.loads(store.get(keys.manifest("flowers")))
-    store.put(keys.manifest("flowers"), json.dumps({**values, "train_digest": "0" * 64}).encode())
+    values.pop("seal")
+    store.put(keys.manifest("flowers"), canonical(sealed({**values, "train_digest": "0" * 64})).encode())
     with pytest.warns(UserWarning, match="the examples of workload flowers:flowers are not what they were"):
         OpenSweep(Sweep(store, "flowers")).report(tmp_path / "out", [0], code=made / "spec")
 
