@@ -117,6 +117,10 @@ def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) ->
     if not callable(make):
         names = [n for n, v in vars(loaded).items() if callable(v) and not n.startswith("_")]
         raise UsageError(f"workload module '{module}' has no function '{function}'{nearest(function, names)}")
+    if path is None and not _makes_workloads(make, function):
+        raise UsageError(
+            f"'{reference}' is installed and no workload: a public function is one if it is annotated '-> Workload'"
+        )
     _refuse_arguments(reference, make, arguments)
     try:
         workload = make(**_with_paths(make, arguments, beside))
@@ -144,6 +148,12 @@ def _refuse_foreign(module: str) -> None:
         raise UsageError(
             f"module '{module}' is installed but no module of workloads: it does not import Workload from fimo"
         )
+
+
+def _makes_workloads(make: Callable[..., Any], name: str) -> bool:
+    """Whether a function of an installed module says that it makes a workload: a spec must not call any other."""
+    returns = getattr(make, "__annotations__", {}).get("return")
+    return not name.startswith("_") and returns in (Workload, "Workload", "fimo.Workload")
 
 
 def _refuse_arguments(reference: str, make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from fimo import estimators
 from fimo.orchestrator.resolve import identity
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.resolve.columns import read_column
-from fimo.orchestrator.resolve.differences import UNSTABLE, in_words, what_differs
+from fimo.orchestrator.resolve.differences import UNSTABLE, in_words, since, what_differs
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.removals import NamedRemoval, number_removals
 from fimo.orchestrator.spec.shipped import SHIPPED
@@ -183,17 +183,29 @@ def resolve_again(sweep: Sweep) -> Resolved:
     """Resolve the spec of a sweep in its store, if its code is here.
 
     Raises:
-        UsageError: the workload's code is not where the spec was, or is not what it was.
+        UsageError: the workload's code is not where the spec was, or code or data are not what they were.
     """
     manifest = sweep.read_manifest()
     for beside in (Path(manifest.beside), Path.cwd()):
         # Held against the recorded digest before anything of it is imported: a store must not choose what code runs.
         if beside.is_dir() and source_digest(manifest.spec.workload, beside) == manifest.source:
-            return resolve(manifest.spec, beside)
+            found = resolve(manifest.spec, beside)
+            _refuse_changed(manifest, found.manifest, sweep.uri)
+            return found
     raise UsageError(
         f"the code of workload {manifest.spec.workload} is neither in {manifest.beside} nor here as it was when the "
         "sweep was started; go to its folder, or start the spec again with `fimo run`"
     )
+
+
+def _refuse_changed(was: Manifest, now: Manifest, uri: str) -> None:
+    """Other data is another experiment: going on with it would train everything anew, under the old name."""
+    if now.digest != was.digest:
+        changed = in_words(since(was, now)) or "something that its numbers depend on"
+        raise UsageError(
+            f"{uri} cannot go on: since it was started {changed} changed. Put that back, or run the spec under another "
+            "name (or with --replace)"
+        )
 
 
 def read_final(spec: Spec, beside: Path) -> bytes | None:

@@ -218,6 +218,32 @@ def test_a_sweep_resolves_again_only_with_the_code_that_it_was_started_with(besi
         resolve_again(sweep)
 
 
+def test_a_sweep_does_not_go_on_with_other_data(beside, monkeypatch):
+    """It trained everything anew under the old name, without a word."""
+    module = "from pathlib import Path\nimport flowers\nHERE = Path(__file__).parent\n"
+    module += "def mine():\n    return flowers.flowers(n=int((HERE / 'n.txt').read_text()))\n"
+    (beside / "mine.py").write_text(module)
+    (beside / "n.txt").write_text("23")
+    sweep = Sweep(MemoryStore(), "flowers")
+    sweep.write_manifest(resolve(make_spec(workload="mine:mine"), beside).manifest)
+    assert resolve_again(sweep).manifest == sweep.read_manifest()
+    (beside / "n.txt").write_text("24")
+    with pytest.raises(
+        UsageError, match=r"cannot go on: since it was started the training examples changed\. Put that"
+    ):
+        resolve_again(sweep)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["fimo.workers.workload:load_workload", "fimo.workers.workload:_import", "fimo.workers.converters:_plain"],
+)
+def test_a_spec_calls_no_installed_function_that_makes_no_workload(beside, reference):
+    """A stranger's spec had the Ray token sent to a server of its choice by a function of fimo."""
+    with pytest.raises(UsageError, match=r"annotated '-> Workload'|no module of workloads|has no function"):
+        load_workload(reference, {}, beside)
+
+
 def test_a_manifest_tells_its_data_by_digests_that_survive_its_json_and_count_each_example(beside):
     manifest = resolve(make_spec(), beside).manifest
     assert len(manifest.train_digest) == 64
