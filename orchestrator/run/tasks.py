@@ -10,14 +10,16 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fimo.estimators import REGISTRY
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
 from fimo.orchestrator.run import estimating
-from fimo.orchestrator.run.blocks import shares, value_digest
+from fimo.orchestrator.run.blocks import assemble, common_steps, runs_of, shares, value_digest
 from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, WitnessTask
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
 from fimo.orchestrator.run.proving import Proven, proven
@@ -26,6 +28,7 @@ from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import estimates, keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.orchestrator.tables.score import EstimateMatrix
 from fimo.workers.batches import Removal
 from fimo.workers.device import clock, deterministic, device_name, pick_device, prepare_environment
 from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
@@ -59,6 +62,20 @@ class Receipt:
     seconds: float
     device: str
     lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """An estimator's values for every removal and evaluation example.
+
+    Attributes:
+        seconds: of the device; ``notes``: the estimator's own, of its first block.
+    """
+
+    matrix: EstimateMatrix
+    seconds: float
+    device: str
+    notes: Mapping[str, Any]
 
 
 def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: Task, gpu: int = 0) -> Receipt:
@@ -229,6 +246,47 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
         with contextlib.suppress(parts.BadPartError):
             sweep.read_block(key, digest, task.estimator, task.params)
         return receipt(False)
+    block, warned = _block(sweep, resolved, device, task)
+    return receipt(sweep.store.create(key, estimates.encode_block(block)[0]), warned)
+
+
+def estimate_whole(
+    sweep: Sweep, manifest: Manifest, final_model: bytes | None, estimator: str, params: str, gpu: int = 0
+) -> Estimated:
+    """An estimator's values on the whole sweep, computed as its tasks would and committed nowhere.
+
+    Args:
+        manifest: with its removals; ``final_model`` and ``gpu`` as for ``run_task``.
+
+    Raises:
+        CannotEstimateError: it does not apply, or its values are not finite.
+        FimoError: in one line.
+    """
+    prepare_environment()
+    # Whoever names an estimator gives it no budget.
+    named = dataclasses.replace(manifest, spec=manifest.spec.model_copy(update={"estimators": ()}))
+    resolved = _resolved(named, final_model)
+    device = _device(manifest.spec.resources.gpus, gpu)
+    torch.set_num_threads(max(1, int(manifest.spec.resources.cpus)))
+    blocks = []
+    for seed, first, count in shares(manifest, estimator, params):
+        task = EstimateTask(estimator, params, manifest.removals, first, count, count == manifest.evals, seed)
+        blocks.append(_block(sweep, resolved, device, task)[0])
+    seeds = runs_of(manifest, estimator, params)
+    values = assemble(blocks, manifest, seeds)
+    if values is None:
+        raise CannotEstimateError("its values do not cover every removal and evaluation example")
+    seconds = sum(float(block.provenance["device_seconds"]) for block in blocks)
+    matrix = EstimateMatrix(estimator, params, values, common_steps(blocks, seeds))
+    return Estimated(matrix, seconds, device_name(device), dict(blocks[0].provenance["notes"]))
+
+
+def _block(
+    sweep: Sweep, resolved: Resolved, device: torch.device, task: EstimateTask
+) -> tuple[estimates.EstimateBlock, tuple[str, ...]]:
+    """The values of a block, and what a person should know of them."""
+    manifest = resolved.manifest
+    digest = value_digest(manifest, task.estimator, task.params, task.at)
     _reset_peak(device)
     removals, span, said = [r.indices for r in task.removals], (task.first, task.count), list[str]()
     named = task.estimator, task.params
@@ -263,7 +321,7 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
         seed=task.seed,
     )
     warned = tuple(line for line in said if line.startswith("warning")) + (engine.lines if engine is not None else ())
-    return receipt(sweep.store.create(key, estimates.encode_block(block)[0]), warned)
+    return block, warned
 
 
 def without_name(line: str) -> str:

@@ -152,6 +152,31 @@ RANKING = pa.schema(
     ]
 )
 """What ``fimo rank`` writes, ``tables/ranking.parquet``: rows by evaluation example, then rank."""
+SEARCH = pa.schema(
+    [
+        ("estimator", _TEXT),
+        ("params", _TEXT),
+        ("damping", _REAL),
+        ("step", _INT),
+        ("epoch", _REAL),
+        ("matched", _REAL),
+        ("searched", _REAL),
+        ("searched_evals", _INT),
+        ("score", _REAL),
+        ("sem", _REAL),
+        ("low", _REAL),
+        ("high", _REAL),
+        ("ceiling", _REAL),
+        ("normalised", _REAL),
+        ("evals", _INT),
+        ("undefined", _INT),
+        ("best", pa.bool_()),
+        ("best_overall", pa.bool_()),
+        ("seconds", _REAL),
+        ("device", _TEXT),
+    ]
+)
+"""What ``fimo search`` writes of estimators, ``tables/search.parquet``: rows by point in spec order, then step."""
 COSTS = pa.schema(
     [
         ("what", _TEXT),
