@@ -90,9 +90,8 @@ def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: 
         FimoError: in one line; ConflictError if different rows are already committed under the key.
     """
     prepare_environment()
-    resolved = _resolved(manifest, final_model)
-    device = _device(manifest.spec.resources.gpus, gpu)
-    torch.set_num_threads(max(1, int(manifest.spec.resources.cpus)))
+    resolved = prepared(manifest, final_model)
+    device = pick(manifest, gpu)
     if isinstance(task, Shard):
         return _shard(sweep, resolved, device, task)
     if isinstance(task, WitnessTask):
@@ -114,7 +113,8 @@ def _sweep_of(manifest: Manifest) -> tuple[str, ...]:
     return manifest.digest, manifest.beside, manifest.spec.name
 
 
-def _resolved(manifest: Manifest, final_model: bytes | None) -> Resolved:
+def prepared(manifest: Manifest, final_model: bytes | None) -> Resolved:
+    """The sweep's model and data in this process, loaded once; errors as ``resolve_like``."""
     name = _sweep_of(manifest)
     if name not in _loaded:
         _loaded.clear()
@@ -125,6 +125,12 @@ def _resolved(manifest: Manifest, final_model: bytes | None) -> Resolved:
         _loaded[name] = resolved
     # Of an equal digest, resources may differ.
     return dataclasses.replace(_loaded[name], manifest=manifest)
+
+
+def pick(manifest: Manifest, gpu: int) -> torch.device:
+    """The device of a task, with its threads set."""
+    torch.set_num_threads(max(1, int(manifest.spec.resources.cpus)))
+    return _device(manifest.spec.resources.gpus, gpu)
 
 
 def _device(gpus: float, number: int) -> torch.device:
@@ -139,7 +145,7 @@ def _device(gpus: float, number: int) -> torch.device:
     return device
 
 
-def _engine(sweep: Sweep, resolved: Resolved, device: torch.device, removals: tuple[Removal, ...]) -> Proven:
+def engine_of(sweep: Sweep, resolved: Resolved, device: torch.device, removals: tuple[Removal, ...]) -> Proven:
     """What the sweep's cells share, with the engine that is proven for it; once a process."""
     asked = resolved.spec.resources
     name = (resolved.manifest.digest, str(device), asked.replay, asked.proof, asked.replicas, asked.shard)
@@ -169,7 +175,7 @@ def _shard(sweep: Sweep, resolved: Resolved, device: torch.device, task: Shard) 
         return receipt(False, _diverged_at(sweep, key, manifest))
     with deterministic(device) as flags:
         removals = tuple(r.indices for r in task.removals)
-        engine = _engine(sweep, resolved, device, removals)
+        engine = engine_of(sweep, resolved, device, removals)
         read = clock(device)
         began, graphs = read(), engine.start.graphs
         traced = 0.0 if graphs is None else graphs.seconds
@@ -217,7 +223,7 @@ def _witness(sweep: Sweep, resolved: Resolved, device: torch.device, task: Witne
             sweep.read_witness(task.seed, manifest)
         return receipt(False)
     with deterministic(device) as flags:
-        engine = _engine(sweep, resolved, device, tuple(r.indices for r in task.removals))
+        engine = engine_of(sweep, resolved, device, tuple(r.indices for r in task.removals))
         done = witnessed(sweep, resolved, engine, task)
     about = {
         **provenance(device, resolved, flags),
@@ -265,9 +271,8 @@ def estimate_whole(
     prepare_environment()
     # Whoever names an estimator gives it no budget.
     named = dataclasses.replace(manifest, spec=manifest.spec.model_copy(update={"estimators": ()}))
-    resolved = _resolved(named, final_model)
-    device = _device(manifest.spec.resources.gpus, gpu)
-    torch.set_num_threads(max(1, int(manifest.spec.resources.cpus)))
+    resolved = prepared(named, final_model)
+    device = pick(manifest, gpu)
     blocks = []
     for seed, first, count in shares(manifest, estimator, params):
         task = EstimateTask(estimator, params, manifest.removals, first, count, count == manifest.evals, seed)
@@ -348,7 +353,7 @@ def _run(
         return None, None
     if not REGISTRY[task.estimator].trains:
         return estimating.Run(task.seed), None
-    engine = _engine(sweep, resolved, device, tuple(r.indices for r in task.removals))
+    engine = engine_of(sweep, resolved, device, tuple(r.indices for r in task.removals))
     return estimating.Run(task.seed, engine.start, engine.replicas), engine
 
 

@@ -1,4 +1,4 @@
-"""What a search over estimators has found, as the table that is written."""
+"""What a search has found, as the tables that are written."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fimo.estimators.matching import effective_rates
 from fimo.orchestrator.run.tabled import about
 from fimo.orchestrator.search.estimators import Found
 from fimo.orchestrator.search.points import damping_of
+from fimo.orchestrator.search.training import FoundTraining
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.tables import schemas
 from fimo.workers.batches import BASELINE, epoch_steps
@@ -62,3 +63,35 @@ def search_table(found: Found, manifest: Manifest) -> pa.Table:
             )
     told = {**about(manifest), "metric": found.metric, "points": found.points}
     return schemas.from_rows(schemas.SEARCH, rows).replace_schema_metadata(schemas.metadata("search", told))
+
+
+def training_table(found: FoundTraining, manifest: Manifest) -> pa.Table:
+    """``search_training.parquet``: rows by candidate in spec order, at its last rung, then step."""
+    per_epoch = epoch_steps(manifest.train, BASELINE, manifest.spec.further_training.settings())
+    rows: list[tuple[object, ...]] = []
+    for place, rung in enumerate(found.last):
+        one = rung.candidate
+        for row in rung.rows:
+            rows.append(
+                (
+                    one.optimizer,
+                    one.lr,
+                    one.removal_mode,
+                    row.step,
+                    row.step / per_epoch,
+                    rung.seeds,
+                    row.reliability,
+                    row.seconds,
+                    row.per_second(rung.seeds),
+                    row.distance,
+                    row.relative,
+                    row.under_floor,
+                    row.fault,
+                    rung.stopped,
+                    found.winner == (place, row.step),
+                    rung.device,
+                )
+            )
+    told = {**about(manifest), "candidates": found.candidates}
+    metadata = schemas.metadata("search_training", told)
+    return schemas.from_rows(schemas.SEARCH_TRAINING, rows).replace_schema_metadata(metadata)

@@ -177,6 +177,27 @@ SEARCH = pa.schema(
     ]
 )
 """What ``fimo search`` writes of estimators, ``tables/search.parquet``: rows by point in spec order, then step."""
+SEARCH_TRAINING = pa.schema(
+    [
+        ("optimizer", _TEXT),
+        ("lr", _REAL),
+        ("removal_mode", _TEXT),
+        ("step", _INT),
+        ("epoch", _REAL),
+        ("seeds", _INT),
+        ("reliability", _REAL),
+        ("seconds_per_seed", _REAL),
+        ("per_device_second", _REAL),
+        ("distance", _REAL),
+        ("relative", _REAL),
+        ("under_floor", _REAL),
+        ("fault", _TEXT),
+        ("stopped", pa.bool_()),
+        ("best", pa.bool_()),
+        ("device", _TEXT),
+    ]
+)
+"""What ``fimo search`` writes of further training, ``tables/search_training.parquet``: by candidate, then step."""
 COSTS = pa.schema(
     [
         ("what", _TEXT),

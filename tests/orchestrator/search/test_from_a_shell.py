@@ -43,7 +43,7 @@ def test_a_search_that_is_interrupted_ends_with_3_and_goes_on_to_the_same_best(t
     first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=60)
     assert first.returncode in (0, 3), err
-    stopped = json.loads(out)
+    stopped = json.loads(out)["estimators"]
     assert stopped["done"] >= 1
     if first.returncode == 3:
         assert "goes on from here" in err
@@ -51,14 +51,14 @@ def test_a_search_that_is_interrupted_ends_with_3_and_goes_on_to_the_same_best(t
     options = {"capture_output": True, "text": True, "env": environment, "timeout": 90}
     whole = subprocess.run([*words, "--to", str(tmp_path / "out")], check=False, **options)
     assert whole.returncode == 0, whole.stderr
-    found = json.loads(whole.stdout)
+    found = json.loads(whole.stdout)["estimators"]
     assert (found["done"], found["computed"]) == (6, 6 - stopped["done"])
     table = pq.read_table(tmp_path / "store" / "flowers" / "tables" / "search.parquet")
     assert table.schema.equals(schemas.SEARCH)
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".parquet", ".svg", ".pdf", ".png"}
     again = subprocess.run(words, check=False, **options)
-    assert json.loads(again.stdout)["computed"] == 0
-    assert json.loads(again.stdout)["best"] == found["best"]
+    assert json.loads(again.stdout)["estimators"]["computed"] == 0
+    assert json.loads(again.stdout)["estimators"]["best"] == found["best"]
     # Nothing of Tune's own stays behind.
     assert not list(tmp_path.rglob("ray_results"))
     assert not list((tmp_path / "store").rglob("*.pkl"))
