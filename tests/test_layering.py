@@ -23,10 +23,11 @@ ROOMS: dict[str, set[str]] = {
     "tables": {"sweep", "spec", "store"},
     "resolve": {"sweep", "spec", "store"},
     "run": {"tables", "resolve", "sweep", "spec", "store"},
-    "report": {"run", "tables", "resolve", "sweep", "spec", "store"},
+    "search": {"run", "tables", "resolve", "sweep", "spec", "store"},
+    "report": {"search", "run", "tables", "resolve", "sweep", "spec", "store"},
     "cluster": {"run", "tables", "resolve", "sweep", "spec", "store"},
-    "commands": {"starters", "cluster", "report", "run", "tables", "resolve", "sweep", "spec", "store"},
-    "notebook": {"report", "run", "tables", "resolve", "sweep", "spec", "store"},
+    "commands": {"starters", "cluster", "report", "search", "run", "tables", "resolve", "sweep", "spec", "store"},
+    "notebook": {"report", "search", "run", "tables", "resolve", "sweep", "spec", "store"},
 }
 """Room of the orchestrator -> the rooms that it may import."""
 
@@ -96,7 +97,11 @@ def test_rooms_import_only_the_rooms_below_them(room: str) -> None:
 
 
 def test_ray_is_imported_where_tasks_are_scheduled_and_where_jobs_are_submitted_and_nowhere_else() -> None:
-    assert importers("ray") == {"orchestrator/run/pool.py", "orchestrator/cluster/head.py"}
+    assert importers("ray") == {
+        "orchestrator/run/pool.py",
+        "orchestrator/search/tune.py",
+        "orchestrator/cluster/head.py",
+    }
 
 
 def test_s3_is_imported_where_objects_are_stored_and_nowhere_else() -> None:

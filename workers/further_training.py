@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ def further_train(
     seed: int,
     watch: Callable[[int, Tensors], None] | None = None,
     last: int | None = None,
+    rates: Sequence[float] | None = None,
 ) -> Deltas:
     """Train ``len(lanes)`` replicas from θᶠ with one seed's randomness and record their deltas.
 
@@ -61,12 +62,13 @@ def further_train(
         lanes: the replicas' removals, ``()`` = the baseline; results do not depend on the order beyond rounding.
         watch: called after each step with (step, stacked parameters); must not change them.
         last: stop after this step, for timing.
+        rates: the replicas' own learning rates, in place of the settings'.
 
     Raises:
         UsageError: a removal is not a set of training indices, or leaves nothing to train on.
         WorkloadError: a buffer changes that did not change in the first forward.
     """
-    training = Training(start, lanes, seed)
+    training = Training(start, lanes, seed, rates=rates)
     training.advance(last, watch)
     return training.result()
 
@@ -76,15 +78,27 @@ class Training:
 
     Args:
         origin: where the replicas start instead of at θᶠ: all where one of another stack is (``state_of``).
+        rates: the replicas' own learning rates, in place of the settings'; without ``origin``. Replicas of one rate
+            are stepped together if they are neighbours.
     """
 
-    def __init__(self, start: Start, lanes: Sequence[Removal], seed: int, origin: State | None = None) -> None:
+    def __init__(
+        self,
+        start: Start,
+        lanes: Sequence[Removal],
+        seed: int,
+        origin: State | None = None,
+        rates: Sequence[float] | None = None,
+    ) -> None:
         settings, n = start.settings, len(start.train)
         self.start, self.step = start, 0 if origin is None else origin.step
         self._stack = _Stack(start, lanes, seed, origin)
         # One optimizer over a stack is one optimizer a replica: SGD, Adam and AdamW are elementwise.
         params = self._stack.params
-        self._optimizer = settings.optimizer.build(list(params.values()), foreach=start.model.device.type == "cuda")
+        self._views = [] if rates is None else _views(params, rates)
+        groups: list[Any] = [{"params": list(v.params.values()), "lr": v.rate} for v in self._views]
+        foreach = start.model.device.type == "cuda"
+        self._optimizer = settings.optimizer.build(groups or list(params.values()), foreach=foreach)
         if origin is not None:
             for name, rows in origin.optimizer.items():
                 self._optimizer.state[params[name]] = _spread(rows, params[name])
@@ -108,12 +122,21 @@ class Training:
                 grads = stack.gradients(self.step, next(self._schedule))
                 if clip_norm is not None:
                     grads = replicas.clip(grads, clip_norm)
-                for name, parameter in stack.params.items():
-                    parameter.grad = grads.get(name)
+                self._give(grads)
                 self._optimizer.step()
                 self._record.take(self.step, stack)
                 if watch is not None:
                     watch(self.step, stack.params)
+
+    def _give(self, grads: Gradients) -> None:
+        """Gradients to what the optimizer steps: the stack, or the rows of each rate."""
+        if not self._views:
+            for name, parameter in self._stack.params.items():
+                parameter.grad = grads.get(name)
+        for view in self._views:
+            for name, parameter in view.params.items():
+                grad = grads.get(name)
+                parameter.grad = None if grad is None else grad[view.rows]
 
     def state_of(self, lane: int) -> State:
         """All that the further course of a replica depends on, as it is now; a copy."""
@@ -144,6 +167,25 @@ class State:
     buffers: Tensors
     optimizer: dict[str, dict[str, Any]]
     calls: tuple[Counter[object], ...]
+
+
+@dataclass(frozen=True)
+class _View:
+    """Neighbouring replicas of one learning rate: their rows of the stacked parameters, as leaves of an optimizer."""
+
+    rate: float
+    rows: slice
+    params: Tensors
+
+
+def _views(params: Tensors, rates: Sequence[float]) -> list[_View]:
+    """A view for each run of equal rates: torch's SGD, Adam and AdamW are elementwise, and step a view's rows alone."""
+    found, first = list[_View](), 0
+    for rate, equal in groupby(rates):
+        rows = slice(first, first + len(list(equal)))
+        found.append(_View(rate, rows, {name: p[rows] for name, p in params.items()}))
+        first = rows.stop
+    return found
 
 
 def _lane(tensors: Tensors, lane: int) -> Tensors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,6 +92,44 @@ def run_shard(
     peak = torch.cuda.max_memory_allocated(start.model.device) if start.model.device.type == "cuda" else 0
     scale, seconds = float(start.at_final.square().mean().sqrt()), time.monotonic() - started
     return ShardResult(seed, floor.steps, deltas, distances, replicas, seconds, peak, scale, start.at_final)
+
+
+def run_rates(
+    start: Start, removals: Sequence[Removal], seed: int, replicas: int, rates: Sequence[float]
+) -> list[ShardResult]:
+    """``run_shard`` at several learning rates, all in the same stacks: one result for each rate.
+
+    A replica's numbers are those of its own stack to rounding. ``seconds`` is an even share of the whole's, and peak
+    memory is not measured. Nothing is forked, and memory that runs out is the caller's to handle.
+
+    Args:
+        rates: in place of the settings' learning rate, each once.
+    """
+    started, cells = time.monotonic(), [BASELINE, *removals]
+    every = [(rate, cell) for rate in rates for cell in cells]
+    size = replicas if start.engine.stack else 1
+    done = [_lanes(start, every[i : i + size], seed) for i in range(0, len(every), size)]
+    deltas, distances = (torch.cat([getattr(one, name) for one in done]) for name in ("deltas", "distances"))
+    scale, results = float(start.at_final.square().mean().sqrt()), list[ShardResult]()
+    for place, rate in enumerate(rates):
+        rows = slice(place * len(cells), (place + 1) * len(cells))
+        # As in ``run_shard``: the second baseline in a stack of another size than the first's.
+        floor = _lanes(start, [(rate, BASELINE)] * (2 if size == 1 and start.engine.stack else 1), seed)
+        moved, far = _in_order(deltas[rows], floor.deltas), _in_order(distances[rows], floor.distances)
+        _copy_before_first_difference(start, removals, seed, moved, far)
+        results.append(ShardResult(seed, floor.steps, moved, far, size, 0.0, 0, scale, start.at_final))
+    spent = (time.monotonic() - started) / len(rates)
+    return [replace(result, seconds=spent) for result in results]
+
+
+def _in_order(rows: Tensor, second: Tensor) -> Tensor:
+    """The baseline first, to the order of a ``ShardResult``."""
+    return torch.cat([rows[1:], rows[:1], second[-1:]])
+
+
+def _lanes(start: Start, lanes: Sequence[tuple[float, Removal]], seed: int) -> Deltas:
+    rates, cells = zip(*lanes, strict=True)
+    return further_train(start, cells, seed, rates=rates)
 
 
 def in_stacks(

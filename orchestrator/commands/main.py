@@ -19,6 +19,7 @@ from fimo.orchestrator.commands import (  # noqa: F401  (each puts itself on the
     compare,
     rank,
     amount,
+    search,
     submit,
     logs,
     cancel,

@@ -54,6 +54,8 @@ def page() -> str:
         ("further_training.evaluate", "Evaluate"),
         ("further_training.lora", "Lora"),
         ("resources", "Resources"),
+        ("search", "Search"),
+        ("search.further_training", "SearchedTraining"),
     ):
         sections += _section(title, schema["$defs"][name])
     sections += ["\n## Estimators\n", *_estimators()]
@@ -104,6 +106,8 @@ def _list(key: Schema) -> str:
     if "prefixItems" in key:
         return f"a list of {len(key['prefixItems'])} numbers"
     inner = key["items"]
+    if "enum" in inner:
+        return "a list of them"
     return "a list of names or sections" if "anyOf" in inner else f"a list of {PLURAL[inner['type']]}"
 
 
@@ -127,7 +131,10 @@ def _bounds(key: Schema) -> str:
 
 def schema_values() -> Schema:
     """The JSON schema of a spec with what the estimators take."""
-    return spec_schema([{"enum": sorted(REGISTRY)}, *(_entry(name) for name in sorted(REGISTRY))])
+    names, bare = sorted(REGISTRY), {"enum": sorted(REGISTRY)}
+    # Not every option once more: the schema would be twice as long for a section that few write.
+    searched = {"type": "object", "properties": {"name": bare}, "required": ["name"]}
+    return spec_schema([bare, *map(_entry, names)], [bare, searched])
 
 
 def _fields(name: str) -> Iterator[tuple[str, tuple[Any, ...], Any]]:

@@ -24,6 +24,7 @@ from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.removals import NamedRemoval, number_removals
 from fimo.orchestrator.spec.shipped import SHIPPED
 from fimo.orchestrator.spec.spec import Spec
+from fimo.orchestrator.spec.training import FurtherTraining
 from fimo.orchestrator.store import open_store
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -71,11 +72,22 @@ class Resolved:
             UsageError: the training forward mixes the examples of a batch, so that there is no such mode.
         """
         changed = {"removal_mode": "reweight", "removal_weight": weight}
-        section, beside = self.spec.further_training.model_copy(update=changed), Path(self.manifest.beside)
+        return self.further_trained(self.spec.further_training.model_copy(update=changed))
+
+    def further_trained(self, section: FurtherTraining) -> Resolved:
+        """The same with another further training: a sweep of its own digest, whatever else is equal.
+
+        Raises:
+            UsageError: this model cannot be trained so.
+        """
+        beside = Path(self.manifest.beside)
         spec, cpu = self.spec.model_copy(update={"further_training": section}), torch.device("cpu")
         spec = _settled(spec, self.model(cpu), self.examples(cpu)[0])
         own = digests(spec, beside, self.workload, self.state, self.manifest.evals)
-        changed_manifest = replace(self.manifest, spec=spec, digest=own.result, estimate_digest=own.estimate)
+        steps = tuple(steps_recorded(self.manifest.train, section.settings()))
+        changed_manifest = replace(
+            self.manifest, spec=spec, digest=own.result, estimate_digest=own.estimate, steps=steps
+        )
         return replace(self, manifest=changed_manifest)
 
     def start(self, device: torch.device) -> Start:

@@ -114,9 +114,9 @@ def run(
     store.check()
     sweep = Sweep(store, manifest.spec.name)
     if not replace_other:
-        _refuse_other(manifest, sweep)
+        refuse_other(manifest, sweep)
     if not shards:
-        manifest = _with_its_seeds(manifest, sweep)
+        manifest = with_its_seeds(manifest, sweep)
     sweep.write_manifest(manifest)
     if retry_failed:
         failures.forget(sweep)
@@ -144,7 +144,7 @@ def run(
     return _report(manifest, sweep, gathered, written, outcome, shards)
 
 
-def _refuse_other(manifest: Manifest, sweep: Sweep) -> None:
+def refuse_other(manifest: Manifest, sweep: Sweep) -> None:
     """Refuse to take the place of a sweep of the same name whose numbers are others."""
     try:
         there = sweep.read_manifest()
@@ -158,7 +158,7 @@ def _refuse_other(manifest: Manifest, sweep: Sweep) -> None:
         )
 
 
-def _with_its_seeds(manifest: Manifest, sweep: Sweep) -> Manifest:
+def with_its_seeds(manifest: Manifest, sweep: Sweep) -> Manifest:
     """With as many seeds as the sweep has come to: estimates alone add none, and take none out of its tables."""
     seeds = manifest.spec.seeds
     if seeds.until_reliability is None:

@@ -23,6 +23,7 @@ from fimo.orchestrator.run.entry import enter
 from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.schedule import Failed, Lost, Result
 from fimo.orchestrator.run.tasks import Receipt, is_prepared, run_task
+from fimo.orchestrator.spec.spec import Resources
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import FimoError, UsageError
@@ -157,23 +158,45 @@ def on_ray(
 
     @contextlib.contextmanager
     def pool(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[RayPool]:
-        if address is None:
-            with cluster(None):
-                here, resources = RayPool(sweep, manifest, final_model), manifest.spec.resources
-                if here.slots() < 1:
-                    # On a cluster a node may still come; here none will.
-                    raise UsageError(
-                        f"resources ask for {resources.cpus:g} CPUs and {resources.gpus:g} GPUs a task, more than this "
-                        "machine has: ask for less, or use `fimo submit`"
-                    )
-                yield here
-            return
-        with tempfile.TemporaryDirectory(prefix="fimo-code-") as folder:
-            write_files(code_files(manifest.spec.workload, Path(manifest.beside)), Path(folder))
-            with cluster(address, Path(folder)):
-                yield RayPool(sweep, manifest, final_model)
+        with connected(address, manifest):
+            yield RayPool(sweep, manifest, final_model)
 
     return pool
+
+
+@contextlib.contextmanager
+def connected(address: str | None, manifest: Manifest) -> Iterator[int]:
+    """Connect to Ray for the body, with the workload's code on its nodes; gives how many tasks it can run at once.
+
+    Raises:
+        ClusterError: Ray cannot be reached; UsageError: the embedded one is too small for a task.
+    """
+    resources = manifest.spec.resources
+    if address is None:
+        with cluster(None):
+            here = slots(resources)
+            if here < 1:
+                # On a cluster a node may still come; here none will.
+                raise UsageError(
+                    f"resources ask for {resources.cpus:g} CPUs and {resources.gpus:g} GPUs a task, more than this "
+                    "machine has: ask for less, or use `fimo submit`"
+                )
+            yield here
+        return
+    with tempfile.TemporaryDirectory(prefix="fimo-code-") as folder:
+        write_files(code_files(manifest.spec.workload, Path(manifest.beside)), Path(folder))
+        with cluster(address, Path(folder)):
+            yield slots(resources)
+
+
+def slots(resources: Resources) -> int:
+    """How many tasks the connected Ray can run at once, by what it has now; 0 while it has no node for them."""
+    import ray
+
+    have = ray.cluster_resources()
+    cpus = have.get("CPU", 0) / resources.cpus
+    gpus = have.get("GPU", 0) / resources.gpus if resources.gpus else cpus
+    return int(min(cpus, gpus))
 
 
 def _work(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Task) -> Receipt:
@@ -252,11 +275,8 @@ class RayPool:
                 self._ray.cancel(handle, force=True)
 
     def slots(self) -> int:
-        """How many tasks the cluster can run at once, by what Ray has now; 0 while it has no node for them."""
-        have = self._ray.cluster_resources()
-        cpus = have.get("CPU", 0) / self._resources.cpus
-        gpus = have.get("GPU", 0) / self._resources.gpus if self._resources.gpus else cpus
-        return int(min(cpus, gpus))
+        """How many tasks the cluster can run at once; see ``slots``."""
+        return slots(self._resources)
 
 
 # -- nodes, for `fimo doctor` ----------------------------------------------------------------------------------------

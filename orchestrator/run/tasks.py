@@ -10,14 +10,16 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fimo.estimators import REGISTRY
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
 from fimo.orchestrator.run import estimating
-from fimo.orchestrator.run.blocks import shares, value_digest
+from fimo.orchestrator.run.blocks import assemble, common_steps, runs_of, shares, value_digest
 from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, WitnessTask
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
 from fimo.orchestrator.run.proving import Proven, proven
@@ -26,6 +28,7 @@ from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import estimates, keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.orchestrator.tables.score import EstimateMatrix
 from fimo.workers.batches import Removal
 from fimo.workers.device import clock, deterministic, device_name, pick_device, prepare_environment
 from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
@@ -61,6 +64,20 @@ class Receipt:
     lines: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Estimated:
+    """An estimator's values for every removal and evaluation example.
+
+    Attributes:
+        seconds: of the device; ``notes``: the estimator's own, of its first block.
+    """
+
+    matrix: EstimateMatrix
+    seconds: float
+    device: str
+    notes: Mapping[str, Any]
+
+
 def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: Task, gpu: int = 0) -> Receipt:
     """Compute and commit one task.
 
@@ -73,9 +90,8 @@ def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: 
         FimoError: in one line; ConflictError if different rows are already committed under the key.
     """
     prepare_environment()
-    resolved = _resolved(manifest, final_model)
-    device = _device(manifest.spec.resources.gpus, gpu)
-    torch.set_num_threads(max(1, int(manifest.spec.resources.cpus)))
+    resolved = prepared(manifest, final_model)
+    device = pick(manifest, gpu)
     if isinstance(task, Shard):
         return _shard(sweep, resolved, device, task)
     if isinstance(task, WitnessTask):
@@ -97,7 +113,8 @@ def _sweep_of(manifest: Manifest) -> tuple[str, ...]:
     return manifest.digest, manifest.beside, manifest.spec.name
 
 
-def _resolved(manifest: Manifest, final_model: bytes | None) -> Resolved:
+def prepared(manifest: Manifest, final_model: bytes | None) -> Resolved:
+    """The sweep's model and data in this process, loaded once; errors as ``resolve_like``."""
     name = _sweep_of(manifest)
     if name not in _loaded:
         _loaded.clear()
@@ -108,6 +125,12 @@ def _resolved(manifest: Manifest, final_model: bytes | None) -> Resolved:
         _loaded[name] = resolved
     # Of an equal digest, resources may differ.
     return dataclasses.replace(_loaded[name], manifest=manifest)
+
+
+def pick(manifest: Manifest, gpu: int) -> torch.device:
+    """The device of a task, with its threads set."""
+    torch.set_num_threads(max(1, int(manifest.spec.resources.cpus)))
+    return _device(manifest.spec.resources.gpus, gpu)
 
 
 def _device(gpus: float, number: int) -> torch.device:
@@ -122,7 +145,7 @@ def _device(gpus: float, number: int) -> torch.device:
     return device
 
 
-def _engine(sweep: Sweep, resolved: Resolved, device: torch.device, removals: tuple[Removal, ...]) -> Proven:
+def engine_of(sweep: Sweep, resolved: Resolved, device: torch.device, removals: tuple[Removal, ...]) -> Proven:
     """What the sweep's cells share, with the engine that is proven for it; once a process."""
     asked = resolved.spec.resources
     name = (resolved.manifest.digest, str(device), asked.replay, asked.proof, asked.replicas, asked.shard)
@@ -152,7 +175,7 @@ def _shard(sweep: Sweep, resolved: Resolved, device: torch.device, task: Shard) 
         return receipt(False, _diverged_at(sweep, key, manifest))
     with deterministic(device) as flags:
         removals = tuple(r.indices for r in task.removals)
-        engine = _engine(sweep, resolved, device, removals)
+        engine = engine_of(sweep, resolved, device, removals)
         read = clock(device)
         began, graphs = read(), engine.start.graphs
         traced = 0.0 if graphs is None else graphs.seconds
@@ -200,7 +223,7 @@ def _witness(sweep: Sweep, resolved: Resolved, device: torch.device, task: Witne
             sweep.read_witness(task.seed, manifest)
         return receipt(False)
     with deterministic(device) as flags:
-        engine = _engine(sweep, resolved, device, tuple(r.indices for r in task.removals))
+        engine = engine_of(sweep, resolved, device, tuple(r.indices for r in task.removals))
         done = witnessed(sweep, resolved, engine, task)
     about = {
         **provenance(device, resolved, flags),
@@ -229,6 +252,46 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
         with contextlib.suppress(parts.BadPartError):
             sweep.read_block(key, digest, task.estimator, task.params)
         return receipt(False)
+    block, warned = _block(sweep, resolved, device, task)
+    return receipt(sweep.store.create(key, estimates.encode_block(block)[0]), warned)
+
+
+def estimate_whole(
+    sweep: Sweep, manifest: Manifest, final_model: bytes | None, estimator: str, params: str, gpu: int = 0
+) -> Estimated:
+    """An estimator's values on the whole sweep, computed as its tasks would and committed nowhere.
+
+    Args:
+        manifest: with its removals; ``final_model`` and ``gpu`` as for ``run_task``.
+
+    Raises:
+        CannotEstimateError: it does not apply, or its values are not finite.
+        FimoError: in one line.
+    """
+    prepare_environment()
+    # Whoever names an estimator gives it no budget.
+    named = dataclasses.replace(manifest, spec=manifest.spec.model_copy(update={"estimators": ()}))
+    resolved = prepared(named, final_model)
+    device = pick(manifest, gpu)
+    blocks = []
+    for seed, first, count in shares(manifest, estimator, params):
+        task = EstimateTask(estimator, params, manifest.removals, first, count, count == manifest.evals, seed)
+        blocks.append(_block(sweep, resolved, device, task)[0])
+    seeds = runs_of(manifest, estimator, params)
+    values = assemble(blocks, manifest, seeds)
+    if values is None:
+        raise CannotEstimateError("its values do not cover every removal and evaluation example")
+    seconds = sum(float(block.provenance["device_seconds"]) for block in blocks)
+    matrix = EstimateMatrix(estimator, params, values, common_steps(blocks, seeds))
+    return Estimated(matrix, seconds, device_name(device), dict(blocks[0].provenance["notes"]))
+
+
+def _block(
+    sweep: Sweep, resolved: Resolved, device: torch.device, task: EstimateTask
+) -> tuple[estimates.EstimateBlock, tuple[str, ...]]:
+    """The values of a block, and what a person should know of them."""
+    manifest = resolved.manifest
+    digest = value_digest(manifest, task.estimator, task.params, task.at)
     _reset_peak(device)
     removals, span, said = [r.indices for r in task.removals], (task.first, task.count), list[str]()
     named = task.estimator, task.params
@@ -263,7 +326,7 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
         seed=task.seed,
     )
     warned = tuple(line for line in said if line.startswith("warning")) + (engine.lines if engine is not None else ())
-    return receipt(sweep.store.create(key, estimates.encode_block(block)[0]), warned)
+    return block, warned
 
 
 def without_name(line: str) -> str:
@@ -290,7 +353,7 @@ def _run(
         return None, None
     if not REGISTRY[task.estimator].trains:
         return estimating.Run(task.seed), None
-    engine = _engine(sweep, resolved, device, tuple(r.indices for r in task.removals))
+    engine = engine_of(sweep, resolved, device, tuple(r.indices for r in task.removals))
     return estimating.Run(task.seed, engine.start, engine.replicas), engine
 
 

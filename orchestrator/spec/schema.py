@@ -18,11 +18,12 @@ WORDS = ["on", "off", "yes", "no"]
 """Truth values of fimo's YAML that an editor's (YAML 1.2) takes for text."""
 
 
-def spec_schema(entries: Sequence[Schema]) -> Schema:
+def spec_schema(entries: Sequence[Schema], searched: Sequence[Schema]) -> Schema:
     """The schema of a spec (JSON Schema 2020-12), as plain values.
 
     Args:
         entries: schemas of what may stand in the list ``estimators``, one of them at least.
+        searched: the same of ``search``'s ``estimators``.
     """
     schema = Spec.model_json_schema(by_alias=True)
     for section in [schema, *schema["$defs"].values()]:
@@ -36,8 +37,9 @@ def spec_schema(entries: Sequence[Schema]) -> Schema:
     written_out = {"type": "string", "pattern": keys["workload"].pop("pattern").partition("|")[0]}
     del keys["workload"]["type"]
     keys["workload"]["anyOf"] = [{"enum": sorted(SHIPPED)}, written_out]
-    listed = next(kind for kind in keys["estimators"]["anyOf"] if kind.get("type") == "array")
-    listed["items"] = {"anyOf": list(entries)}
+    for section, allowed in ((keys, entries), (schema["$defs"]["Search"]["properties"], searched)):
+        listed = next(kind for kind in section["estimators"]["anyOf"] if kind.get("type") == "array")
+        listed["items"] = {"anyOf": list(allowed)}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A sweep of fimo"}
 
 

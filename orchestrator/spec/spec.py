@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from fimo.orchestrator.spec.search import Search, SearchedTraining
 from fimo.orchestrator.spec.section import Count, Index, Section
 from fimo.orchestrator.spec.shipped import SHIPPED
 from fimo.orchestrator.spec.training import SGD, Adam, AdamW, Evaluate, FurtherTraining, Lora, NonNegative
@@ -204,6 +205,7 @@ class Spec(Section):
         "[1.0e-3, 0.1]}`. Without it, all that suit the model and are not too dear; `[]`: none.",
     )
     resources: Resources = Field(default=Resources(), description="What a task is given; may differ from run to run.")
+    search: Search | None = Field(default=None, description="What `fimo search` tries; every other command ignores it.")
 
     @field_validator("workload")
     @classmethod
@@ -231,8 +233,11 @@ class Spec(Section):
         return None if value == "all" else value
 
     def canonical(self) -> dict[str, Any]:
-        """The spec as plain JSON values with every default written out; ``parse`` of it gives the spec back."""
-        plain = self.model_dump(mode="json", by_alias=True)
+        """The spec as plain JSON values with every default written out; ``parse`` of it gives the spec back.
+
+        ``search`` is left out: it is part of no number, and a sweep is what it is whatever is searched on it.
+        """
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"search"})
         plain["removals"] = {k: v for k, v in plain["removals"].items() if v is not None}
         if self.seeds.until_reliability is None:
             plain["seeds"] = {"first": self.seeds.first, "count": self.seeds.count}
@@ -336,6 +341,9 @@ def _fields(location: tuple[int | str, ...]) -> list[str]:
         "sgd": SGD,
         "adam": Adam,
         "adamw": AdamW,
+        "search": Search,
     }
+    if location[0] == "search":
+        sections["further_training"] = SearchedTraining
     section = next((sections[str(p)] for p in reversed(location[:-1]) if str(p) in sections), Spec)
     return [field.alias or name for name, field in section.model_fields.items()]

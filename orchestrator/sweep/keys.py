@@ -12,6 +12,9 @@
     NAME/replicas/DIGEST-DEVICE.json        measured stack size: the first worker of a device type (create)
     NAME/proofs/DIGEST-DEVICE-ABOUT.json    how the engine compared with the definition: the first worker of a device
                                             type (and software), before its first shard (create)
+    NAME/search/DIGEST/POINT.json           a point that `fimo search` has tried, with its scores; POINT-SEEDS.json a
+                                            candidate with so many seeds: the worker that tried it (put); beside it
+                                            POINT-SEEDS-decision.json, whether it goes on: the search (put)
     NAME/failed/TASK.json                   a task given up, with its error: a run, when its tasks end (put);
                                             removed by `--retry-failed`
     NAME/jobs/ID.json                       where a job was submitted: `fimo submit`, after the head took it (put)
@@ -19,7 +22,7 @@
                                             deleted when it ends (put)
     NAME/rejected/KEY                       an object that did not verify: a run, moved from its key (put, then delete)
     NAME/tables/TABLE.parquet               the tables: every run and import, after reducing (put);
-                                            `ranking`: `fimo rank`
+                                            `ranking`: `fimo rank`; `search`, `search_training`: `fimo search`
     NAME/tables/made-from.json              the digest of what the tables were made from, written after them (put)
 
 DIGEST is 32 hex digits of what the object depends on, SET 16 hex digits of removals. The parts that a listing shows
@@ -133,6 +136,16 @@ def proof(sweep: str, result_digest: str, device: str = "", about: str = "") -> 
     """The verdict on the engine on a device type, for what ``about`` stands for; without a device the prefix of all."""
     slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")[:80]
     return f"{sweep}/proofs/{result_digest[:32]}-" + (f"{slug}-{about}.json" if device else "")
+
+
+def search(sweep: str, search_digest: str, point: str = "", seeds: int | None = None, decision: bool = False) -> str:
+    """A point of a search, or a candidate with so many seeds; without a point the prefix of them all.
+
+    ``decision``: whether the candidate goes on from there.
+    """
+    prefix = f"{sweep}/search/{search_digest[:32]}/"
+    rung = "" if seeds is None else f"-{seeds:05d}"
+    return f"{prefix}{point[:32]}{rung}{'-decision' if decision else ''}.json" if point else prefix
 
 
 def failed(sweep: str, task: str = "") -> str:

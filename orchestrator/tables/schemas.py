@@ -152,6 +152,52 @@ RANKING = pa.schema(
     ]
 )
 """What ``fimo rank`` writes, ``tables/ranking.parquet``: rows by evaluation example, then rank."""
+SEARCH = pa.schema(
+    [
+        ("estimator", _TEXT),
+        ("params", _TEXT),
+        ("damping", _REAL),
+        ("step", _INT),
+        ("epoch", _REAL),
+        ("matched", _REAL),
+        ("searched", _REAL),
+        ("searched_evals", _INT),
+        ("score", _REAL),
+        ("sem", _REAL),
+        ("low", _REAL),
+        ("high", _REAL),
+        ("ceiling", _REAL),
+        ("normalised", _REAL),
+        ("evals", _INT),
+        ("undefined", _INT),
+        ("best", pa.bool_()),
+        ("best_overall", pa.bool_()),
+        ("seconds", _REAL),
+        ("device", _TEXT),
+    ]
+)
+"""What ``fimo search`` writes of estimators, ``tables/search.parquet``: rows by point in spec order, then step."""
+SEARCH_TRAINING = pa.schema(
+    [
+        ("optimizer", _TEXT),
+        ("lr", _REAL),
+        ("removal_mode", _TEXT),
+        ("step", _INT),
+        ("epoch", _REAL),
+        ("seeds", _INT),
+        ("reliability", _REAL),
+        ("seconds_per_seed", _REAL),
+        ("per_device_second", _REAL),
+        ("distance", _REAL),
+        ("relative", _REAL),
+        ("under_floor", _REAL),
+        ("fault", _TEXT),
+        ("stopped", pa.bool_()),
+        ("best", pa.bool_()),
+        ("device", _TEXT),
+    ]
+)
+"""What ``fimo search`` writes of further training, ``tables/search_training.parquet``: by candidate, then step."""
 COSTS = pa.schema(
     [
         ("what", _TEXT),

@@ -155,7 +155,7 @@ class Scorer:
         result = self.results[len(reduction.seeds)] = _Agreements()
         if everywhere.sum() < 2:
             return
-        kept = Scorer([_rows(e, everywhere) for e in self.estimates], self.steps, 0, LDS in self.metrics)
+        kept = Scorer([rows_of(e, everywhere) for e in self.estimates], self.steps, 0, LDS in self.metrics)
         floor = reduction.floors.of_mean(len(reduction.seeds))
         for key, values in kept.agreements(reduction.effects.mean[everywhere], floor, reduction.exploded):
             result.add(key, values)
@@ -200,6 +200,7 @@ class Scorer:
             yield self.steps[place], score, sem, low, high, ceiling, normalised, evals, len(values) - evals
 
 
-def _rows(estimate: EstimateMatrix, keep: NDArray[np.bool_]) -> EstimateMatrix:
+def rows_of(estimate: EstimateMatrix, keep: NDArray[np.bool_]) -> EstimateMatrix:
+    """An estimate of some of its removals, bool (R,)."""
     values = estimate.values[keep] if estimate.steps is None else estimate.values[:, keep]
     return EstimateMatrix(estimate.estimator, estimate.params, values, estimate.steps)
