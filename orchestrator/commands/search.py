@@ -156,13 +156,16 @@ def _write(table: pa.Table, path: Path) -> list[str]:
 def _files(table: pa.Table, folder: Path) -> list[str]:
     """The table and its figure, in three formats, in a folder; raises StoreError."""
     from fimo.orchestrator.report.figures.search import search_figure
+    from fimo.orchestrator.report.figures.style import encode, styled
     from fimo.workers.errors import StoreError, UsageError
 
     written = _write(table, folder / "search.parquet")
     try:
-        figure: Any = search_figure(table).figure
-        for kind in ("svg", "pdf", "png"):
-            figure.savefig(folder / f"search.{kind}", dpi=160)
+        with styled():
+            figure = search_figure(table).figure
+            files = {kind: encode(figure, kind) for kind in ("svg", "pdf", "png")}
+        for kind, data in files.items():
+            (folder / f"search.{kind}").write_bytes(data)
             written.append(str(folder / f"search.{kind}"))
     except UsageError as error:
         tell(f"fimo: no figure: {error}")

@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from fimo.orchestrator.report.figures.style import axes, drawn, legend, log_scale, shades
+from fimo.orchestrator.report.show import spread
+from fimo.workers.errors import UsageError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -13,6 +17,7 @@ LINES = 6
 """Steps drawn, if no step is named: evenly spaced on a log scale."""
 
 
+@drawn
 def search_figure(table: pa.Table, step: int | None = None, ax: Axes | None = None) -> Axes:
     """Score against λ on a log axis: the searched half solid, the held-out half dashed, a line for each step.
 
@@ -28,25 +33,18 @@ def search_figure(table: pa.Table, step: int | None = None, ax: Axes | None = No
     Raises:
         UsageError: the table has no point with a damping, or not this step.
     """
-    from matplotlib.figure import Figure
-
-    from fimo.orchestrator.report.show import spread
-    from fimo.workers.errors import UsageError
-
     rows = _drawn(table)
     steps = sorted({row["step"] for row in rows})
     if not rows or (step is not None and step not in steps):
         raise UsageError("no point of the search has a damping" if not rows else f"step {step} is not in the table")
-    if ax is None:
-        ax = Figure(figsize=(6.4, 4.2), layout="constrained").add_subplot()
+    ax = axes(ax)
     chosen = [step] if step is not None else spread(steps, LINES)
-    for place, at in enumerate(chosen):
-        _line(ax, [row for row in rows if row["step"] == at], at, f"C{place}")
-    ax.set_xscale("log")
-    ax.set_xlabel("damping λ")
+    for shade, at in zip(shades(len(chosen)), chosen, strict=True):
+        _line(ax, [row for row in rows if row["step"] == at], at, shade)
+    log_scale(ax, [row["damping"] for row in rows])
+    ax.set_xlabel(f"damping λ of {rows[0]['estimator']} (solid: searched half; dashed: held out; dotted: 1/(ηt))")
     ax.set_ylabel("agreement with further training")
-    ax.set_title(f"{rows[0]['estimator']}: searched half solid, held-out dashed; dotted: 1/(ηt)", fontsize="medium")
-    ax.legend(title="step", fontsize="small")
+    legend(ax)
     return ax
 
 
@@ -63,9 +61,9 @@ def _drawn(table: pa.Table) -> list[dict[str, Any]]:
     return [best[key] for key in sorted(best)]
 
 
-def _line(ax: Axes, rows: list[dict[str, Any]], step: int, colour: str) -> None:
+def _line(ax: Axes, rows: list[dict[str, Any]], step: int, colour: Any) -> None:
     dampings = [row["damping"] for row in rows]
-    ax.plot(dampings, [row["searched"] for row in rows], color=colour, label=str(step))
+    ax.plot(dampings, [row["searched"] for row in rows], color=colour, label=f"step {step}")
     held = [float("nan") if row["score"] is None else row["score"] for row in rows]
     ax.plot(dampings, held, color=colour, linestyle="--")
     top = max(rows, key=lambda row: row["searched"])

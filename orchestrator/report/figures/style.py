@@ -155,6 +155,13 @@ def log_scale(ax: Axes, values: Sequence[float]) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
+def shades(count: int) -> list[tuple[float, ...]]:
+    """Light to dark, for what has an order: steps."""
+    from matplotlib import colormaps
+
+    return [colormaps["cividis_r"](0.15 + 0.8 * place / max(1, count - 1)) for place in range(count)]
+
+
 def nothing(ax: Axes, why: str) -> Axes:
     """Axes that say why there is nothing to draw."""
     ax.set_axis_off()

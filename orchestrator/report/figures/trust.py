@@ -18,6 +18,7 @@ from fimo.orchestrator.report.figures.style import (
     legend,
     log_scale,
     nothing,
+    shades,
 )
 from fimo.orchestrator.report.show import spread
 from fimo.orchestrator.tables.matrices import numbers, own_rows, steps_of, where
@@ -36,7 +37,7 @@ def reliability_by_seeds(reliability: pa.Table, adjust: str = "baseline", ax: Ax
     ax = axes(ax)
     if not chosen:
         return nothing(ax, "reliability takes two seeds and two removals at least")
-    shades = _shades(len(chosen))
+    shades = shades(len(chosen))
     for step, shade in zip(chosen, shades, strict=True):
         line = sorted(known[step], key=lambda r: int(r["seeds"]))
         ax.plot([r["seeds"] for r in line], [r["reliability"] for r in line], color=shade, lw=1.3, label=f"step {step}")
@@ -111,10 +112,3 @@ def drift_by_amount(amounts: pa.Table, ax: Axes | None = None) -> Axes:
     ax.set_ylim(bottom=0)
     ax.set_ylabel("distance from the final model, ‖Δθ‖")
     return ax
-
-
-def _shades(count: int) -> list[tuple[float, ...]]:
-    """Light to dark, for an order: steps."""
-    from matplotlib import colormaps
-
-    return [colormaps["cividis_r"](0.15 + 0.8 * place / max(1, count - 1)) for place in range(count)]
