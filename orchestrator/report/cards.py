@@ -16,8 +16,9 @@ import pyarrow as pa
 from fimo.orchestrator.report.figures.style import Named
 from fimo.orchestrator.report.gallery import Gallery, Shown
 from fimo.orchestrator.report.top import NAMES, named
+from fimo.orchestrator.tables.calibration import LEVEL as CALIBRATED
 from fimo.orchestrator.tables.matrices import Effects, estimate_at, rank_of, where
-from fimo.orchestrator.tables.top import Effect, Top
+from fimo.orchestrator.tables.top import LEVEL, Effect, Top
 from fimo.workers.errors import WorkloadError
 
 
@@ -26,15 +27,17 @@ class Card:
     """One training example, or a group, and its effect on an evaluation example.
 
     Attributes:
-        title: by its name, id and label.
+        name: short; ``title``: by its name, id and label.
         how: "measured" (further training), "verified" (by ``fimo rank``) or "estimated".
-        effect: with ``sem`` over seeds where it is measured; ``low``, ``high``: the 95% interval.
+        effect: with ``sem`` over seeds where it is measured; ``low``, ``high``: its interval, at ``level``.
         told: whether it can be told from zero; None if that is not known.
+        p: of no effect, by itself; of verified ones.
         share: of |g| at θᶠ.
         shown: the example, or the first few of a group.
         ranks: (estimator's place in the list of them, its rank among the sweep's removals), 1 = the most helpful.
     """
 
+    name: str
     title: str
     how: str
     effect: float
@@ -45,6 +48,13 @@ class Card:
     share: float | None
     shown: tuple[Shown, ...]
     ranks: tuple[tuple[int, int], ...]
+    level: float = LEVEL
+    p: float | None = None
+
+    @property
+    def helpful(self) -> bool:
+        """Whether removing it raises g."""
+        return self.effect > 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,10 @@ class Hand:
     harmful: tuple[Card, ...]
     removals: int
     of: int
+
+    def largest(self, count: int) -> list[Card]:
+        """Those that are largest in size, whatever their sign."""
+        return sorted([*self.helpful, *self.harmful], key=lambda card: -abs(card.effect))[:count]
 
 
 class Dealer:
@@ -96,6 +110,7 @@ class Dealer:
 
     def _measured(self, top: Top, effect: Effect) -> Card:
         return Card(
+            effect.ids[0] if effect.ids is not None and len(effect.ids) == 1 else effect.name,
             named(effect),
             "measured",
             effect.effect,
@@ -124,6 +139,7 @@ class Dealer:
         names = [str(row[name]) for name in ("id", "label") if row[name] is not None]
         title = names[0] if names else str(index)
         return Card(
+            title,
             title + (f": {names[1]}" if len(names) > 1 else ""),
             "verified" if verified else "estimated",
             effect,
@@ -134,6 +150,8 @@ class Dealer:
             effect / abs(top.at_final) if top.at_final else None,
             self._show((index,)),
             (),
+            level=CALIBRATED,
+            p=row["p"] if verified else None,
         )
 
     def _show(self, indices: Sequence[int]) -> tuple[Shown, ...]:

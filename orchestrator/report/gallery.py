@@ -54,7 +54,12 @@ class Gallery:
 
     def __init__(self, workload: Workload, render: Render | None = None) -> None:
         self._of = {"train": workload.train, "evals": workload.evals}
-        self._render = render or workload.render
+        self._render, self._padding = render or workload.render, workload.padding
+
+    @property
+    def unguarded(self) -> bool:
+        """Whether more may be shown than was trained on: of a data set, what its ``collate`` leaves out."""
+        return not all(isinstance(of, Mapping) for of in self._of.values())
 
     def train(self, index: int) -> Shown:
         """A training example; raises WorkloadError, one line, if the user's function fails on it."""
@@ -68,7 +73,9 @@ class Gallery:
         of = self._of[kind]
         try:
             item = _row(of, index) if isinstance(of, Mapping) else of[index]
-            return shown(item if self._render is None else self._render(item), self._render is not None)
+            if self._render is not None:
+                return shown(self._render(item), True)
+            return shown(_unpadded(item, self._padding), False)
         except Exception as error:
             line = (str(error).strip().splitlines() or [""])[0]
             what = "training" if kind == "train" else "evaluation"
@@ -82,6 +89,19 @@ def _row(tensors: Any, index: int) -> Any:
     if isinstance(tensors, Mapping):
         return {name: _row(value, index) for name, value in tensors.items()}
     return tensors[index]
+
+
+def _unpadded(item: Any, padding: str | None) -> Any:
+    """An example without its padding, and without the mask that says where that is."""
+    mask = item.get(padding) if isinstance(item, Mapping) and padding is not None else None
+    if not isinstance(mask, Tensor) or mask.dim() != 1:
+        return item
+    kept = mask.bool()
+    return {
+        name: value[kept] if isinstance(value, Tensor) and value.shape[:1] == mask.shape else value
+        for name, value in item.items()
+        if name != padding
+    }
 
 
 def shown(value: Any, rendered: bool) -> Shown:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from fimo.orchestrator.report.gallery import Gallery, Render
 from fimo.orchestrator.report.report import Source, Written, write_report
 from fimo.orchestrator.resolve.at_hand import at_hand
+from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.gather import current_tables
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -54,6 +55,7 @@ def report_on(
     opened = open_sweep(uri)
     manifest = opened.read_manifest()
     function = _function(render, code.resolve()) if isinstance(render, str) else render
+    opened_ranking = any(opened.store.list(keys.table(opened.name, "ranking")))
     tables, complete, warnings = _tables(opened, manifest, progress)
     source = Source(
         uri=opened.uri,
@@ -64,7 +66,10 @@ def report_on(
         proofs=opened.proofs(manifest.digest),
         ranking=_ranking(opened, manifest),
         gallery=_gallery(manifest, code.resolve(), function, say),
+        left_out=failures.read(opened, manifest).left_out,
     )
+    if source.ranking is None and opened_ranking:
+        say(f"fimo: the ranking is of the sweep as it was, and not shown: `fimo rank {opened.uri}` makes it anew")
     return write_report(source, to, evals, step, count, progress), complete
 
 
@@ -92,7 +97,9 @@ def _ranking(opened: Sweep, manifest: Manifest) -> pa.Table | None:
     try:
         table = pq.read_table(io.BytesIO(opened.store.get(keys.table(opened.name, "ranking"))), use_threads=False)
         about = json.loads((table.schema.metadata or {})[schemas.METADATA_KEY])
-        own = about["digest"] == manifest.digest and table.schema.equals(schemas.RANKING)
+        seeds = manifest.spec.canonical()["seeds"]
+        same = (about["digest"], about["spec"]["seeds"]) == (manifest.digest, seeds)
+        own = same and table.schema.equals(schemas.RANKING)
     except (StoreError, KeyError, TypeError, ValueError, OSError, pa.ArrowException):
         return None
     return table if own else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fimo.orchestrator.report.figures.scores import entries, seconds_of
 from fimo.orchestrator.report.figures.style import encode, looks, styled
 from fimo.orchestrator.report.gallery import Gallery
 from fimo.orchestrator.report.page.fill import inline, page
-from fimo.orchestrator.report.show import labels, spread
+from fimo.orchestrator.report.show import label, labels, spread
 from fimo.orchestrator.report.status import proof_line
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.tables.matrices import Effects, effects_at, steps_of, where
@@ -43,6 +43,7 @@ class Source:
         complete: whether every cell and estimate is there; ``warnings``: what a reader must be told first.
         proofs: the verdicts on the engine.
         gallery: the examples; None if they are not here.
+        left_out: estimators of the default set that have no values, by (name, params), with the reason.
     """
 
     uri: str
@@ -53,6 +54,7 @@ class Source:
     proofs: Sequence[Mapping[str, Any]]
     ranking: pa.Table | None
     gallery: Gallery | None
+    left_out: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class _Report:
         self.step = effects.step
         self.named = entries(source.tables["estimates"])
         ranking = source.ranking if source.ranking is not None and _step_of(source.ranking) == self.step else None
+        self._ranked = ranking is not None
         self._dealer = Dealer(effects, source.tables["estimates"], self.named, source.gallery, ranking)
         self._files: list[Path] = []
 
@@ -143,15 +146,19 @@ class _Report:
             "provenance": list(provenance(self.source)),
             "spec": yaml.safe_dump(manifest.spec.canonical(), sort_keys=False, allow_unicode=True),
             "notes": _notes(tables["estimator_notes"], names),
+            "left_out": [f"{label(*named)}: {why}" for named, why in self.source.left_out.items()],
+            "unguarded": self.source.gallery is not None and self.source.gallery.unguarded,
         }
 
     def _lead(self) -> list[tuple[str, str]]:
         tables = self.source.tables
+        rest = words.covered(self.source.manifest, self._ranked)
         return [
             ("What was asked.", words.asked(self.source.manifest, self.step)),
             ("How sure it is.", words.sure(tables, self.step)),
             ("What comes close.", words.closest(tables, self.step)),
             ("To be surer.", words.surer(tables, self.step)),
+            *([("What was not looked at.", rest)] if rest else []),
         ]
 
     def _warnings(self) -> list[str]:
@@ -161,12 +168,13 @@ class _Report:
     def _example(self, number: int) -> dict[str, Any]:
         tables = self.source.tables
         found = top(tables, number, self.step)
+        hand = self._dealer.deal(found, self.count)
         drawing = of_example(found, noise_floor(tables["reliability"], self.step))
         return {
             "number": number,
             "shown": self._dealer.show_eval(number),
-            "lines": words.about_example(found, self.count),
-            "hand": self._dealer.deal(found, self.count),
+            "lines": words.about_example(found, hand, self.count),
+            "hand": hand,
             "figure": self._draw(drawing),
         }
 
@@ -206,10 +214,11 @@ def score_rows(tables: Mapping[str, pa.Table]) -> dict[str, Any]:
     steps = spread(sorted({r["step"] for r in rows}))
     named = list(dict.fromkeys((r["estimator"], r["params"]) for r in rows))
     look, names, spent = looks(entries(tables["estimates"])), labels(named), seconds_of(tables["costs"])
+    share = coverage(tables["estimator_notes"])
     by = {(r["estimator"], r["params"], r["step"]): r for r in rows}
     shown = [
         {
-            "name": names[one],
+            "name": names[one] + (f", covers {share[one]:.0%}" if share.get(one, 1.0) < 1 else ""),
             "colour": look[one].colour if one in look else None,
             "cells": [_cell(by.get((*one, step))) for step in steps],
             "seconds": f"{spent[one]:.1f}" if one in spent else "",
@@ -224,6 +233,12 @@ def score_rows(tables: Mapping[str, pa.Table]) -> dict[str, Any]:
     most = max((r["undefined"] for r in rows), default=0)
     note = f"Up to {most} evaluation examples are in no mean: their effects are constant or under the noise floor."
     return {"rows": shown, "steps": steps, "seeds": seeds, "note": note if most else ""}
+
+
+def coverage(notes: pa.Table) -> dict[tuple[str, str], float]:
+    """The share of the trainable scalars that an estimator's curvature covers, of those that say so."""
+    rows = where(notes, note="coverage").to_pylist()
+    return {(r["estimator"], r["params"]): float(r["value"]) for r in rows}
 
 
 def _cell(row: Mapping[str, Any] | None) -> tuple[str, str]:

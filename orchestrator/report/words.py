@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from fimo.orchestrator.report.cards import Card, Hand
 from fimo.orchestrator.report.figures.scores import last_scores
 from fimo.orchestrator.report.show import labels
 from fimo.orchestrator.sweep.manifest import Manifest
-from fimo.orchestrator.tables.matrices import own_rows, where
+from fimo.orchestrator.tables.matrices import numbers, own_rows, where
+from fimo.orchestrator.tables.sanity import exploded
 from fimo.orchestrator.tables.top import Effect, Top
 
 ENOUGH = 0.95
@@ -81,6 +84,8 @@ def sure(tables: Mapping[str, pa.Table], step: int) -> str:
 
 def surer(tables: Mapping[str, pa.Table], step: int) -> str:
     """What to do to be surer at a step."""
+    if is_exploded(tables["training_only"], step):
+        return "More seeds would not help: training has left the final model's neighbourhood. Lower the learning rate."
     own = next((r for r in own_rows(tables["reliability"]) if r["step"] == step), None)
     if own is None:
         return "Run the sweep."
@@ -99,6 +104,28 @@ def surer(tables: Mapping[str, pa.Table], step: int) -> str:
             "removal mode or groups; `fimo amount` says which amounts can be trusted."
         )
     return f"About {min(reaching)} seeds would reach a reliability of {ENOUGH:g}; {how}."
+
+
+def is_exploded(training_only: pa.Table, step: int) -> bool:
+    """Whether training on everything has moved g beyond reason (``tables.sanity``), as far as the table tells."""
+    rows = where(training_only, step=step)
+    if not len(rows):
+        return False
+    scale = (
+        float(np.sqrt(np.nanmean(np.square(numbers(rows, "at_final"))))) if rows["at_final"].null_count == 0 else 0.0
+    )
+    return bool(exploded(np.nan_to_num(numbers(rows, "delta"), nan=np.inf)[None], scale)[0])
+
+
+def covered(manifest: Manifest, ranked: bool) -> str:
+    """How much of the training data has been looked at, and how to look at the rest."""
+    indices = {index for removal in manifest.removals for index in removal.indices}
+    if len(indices) >= manifest.train:
+        return ""
+    looked = f"{len(indices):,} of the {manifest.train:,} training examples were removed"
+    if ranked:
+        return f"{looked}; the others are estimated, calibrated on those (`fimo rank`)."
+    return f"{looked}: of the others nothing is said here. `fimo rank` ranks all of them."
 
 
 def closest(tables: Mapping[str, pa.Table], step: int) -> str:
@@ -124,40 +151,33 @@ def _scored(row: Mapping[str, Any], names: Mapping[tuple[str, str], str]) -> str
     return f"{names[row['estimator'], row['params']]} (cosine {row['score']:.2f}{interval})"
 
 
-def about_example(top: Top, count: int) -> list[str]:
+def about_example(top: Top, hand: Hand, count: int) -> list[str]:
     """Of one evaluation example, in sentences: g, which removals matter most, how sure that is, and what would help."""
     lines = []
     moved = "" if top.training_only is None else f"; training on everything moves it by {top.training_only:+.3g}"
     if top.at_final is not None:
         lines.append(f"At the final model g is {top.at_final:.4g}{moved}.")
-    most = largest(top.effects, count)
-    told = sum(bool(e.told) for e in top.effects)
-    named_ones = ", ".join(f"{short_name(e)} ({_kind(e)})" for e in most)
-    lines.append(f"Largest in size: {named_ones}.")
+    named = ", ".join(f"{card.name} ({_kind(card)})" for card in hand.largest(count))
+    lines.append(f"Largest in size: {named or 'none'}.")
     if top.seeds < 2:
         return [*lines, "There is one seed, so that no effect can be told from zero."]
-    lines.append(f"Of {_count(len(top.effects), 'removal')}, {told} can be told from zero.")
+    told = sum(bool(e.told) for e in top.effects)
+    lines.append(f"Of {_count(len(top.effects), 'removal')} of the sweep, {told} can be told from zero.")
+    most = sorted(top.effects, key=lambda e: -abs(e.effect))[:count]
     needed = seeds_needed(top, most)
     if needed is not None and needed > top.seeds:
         lines.append(
-            f"For all of the {len(most)} largest to be told from zero it would take about {needed:,} seeds in place of "
-            f"{top.seeds}, if they stay as large."
+            f"For all of the {len(most)} largest of them to be told from zero it would take about {needed:,} seeds in "
+            f"place of {top.seeds}, if they stay as large."
         )
     return lines
 
 
-def _kind(effect: Effect) -> str:
-    return ("helpful" if effect.helpful else "harmful") + ("" if effect.told else ", not told from zero")
-
-
-def short_name(effect: Effect) -> str:
-    """A removal by its id if it is one example with one, else by its name."""
-    return effect.ids[0] if effect.ids is not None and len(effect.ids) == 1 else effect.name
-
-
-def largest(effects: Sequence[Effect], count: int) -> list[Effect]:
-    """The effects that are largest in size, whatever their sign."""
-    return sorted(effects, key=lambda e: -abs(e.effect))[:count]
+def _kind(card: Card) -> str:
+    kind = "helpful" if card.helpful else "harmful"
+    if card.how == "measured":
+        return kind + ("" if card.told else ", not told from zero")
+    return f"{kind}, {card.how}"
 
 
 def seeds_needed(top: Top, effects: Sequence[Effect]) -> int | None:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, digest
 from fimo.orchestrator.spec.training import FurtherTraining
+from fimo.workers.errors import FimoError, WorkloadError
 from fimo.workers.examples import Examples
 
 
@@ -47,7 +48,16 @@ def each_digest(examples: Examples) -> tuple[str, ...]:
 
 def _one(examples: Examples, index: int) -> bytes:
     # Collate one example at a time: in a larger batch its padding would depend on its neighbours.
-    leaves, tree = pytree.tree_flatten(examples.batch([index]))
+    try:
+        batch = examples.batch([index])
+    except FimoError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise WorkloadError(
+            f"example {index} of {len(examples)} cannot be had from the data set: {type(error).__name__}: {first}"
+        ) from error
+    leaves, tree = pytree.tree_flatten(batch)
     told = [
         tensors_digest([(str(place), leaf)]) if isinstance(leaf, Tensor) else repr(leaf)
         for place, leaf in enumerate(leaves)

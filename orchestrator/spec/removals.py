@@ -68,6 +68,9 @@ def number_removals(spec: RemovalsSection, n: int, read: Read, column: Column) -
         named = _from_file(spec.file, read(spec.file))
     else:
         named = [(str(i), [i]) for i in range(n)]
+    if spec.indices is not None and len(set(spec.indices)) < len(spec.indices):
+        twice = next(i for i in spec.indices if spec.indices.count(i) > 1)
+        raise UsageError(f"removals.indices names training example {twice} twice: name it once")
     return [_checked(number, name, indices, n) for number, (name, indices) in enumerate(named)]
 
 

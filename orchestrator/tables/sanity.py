@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fimo.orchestrator.tables.agreement import undefined
+from fimo.orchestrator.tables.agreement import norm
 
 Array = NDArray[np.float64]
 
@@ -56,7 +56,8 @@ def warnings(
             f"nonsense at {_steps(steps, beyond)}: training on everything moves g by more than {EXPLODED:.0f} times "
             "its size at the final model; lower the learning rate, clip, or train for fewer steps"
         )
-    drowned = ~beyond & (undefined(effects, floor).mean(axis=1) > 0.5)
+    # Not ``undefined``: effects that are the same for every removal may be large all the same.
+    drowned = ~beyond & ((norm(effects) <= floor * np.sqrt(len(effects))).mean(axis=1) > 0.5)
     if drowned.any():
         yield (
             f"nothing to see at {_steps(steps, drowned)}: rounding drowns the effects on most evaluation examples; use "

@@ -37,8 +37,7 @@ def reliability_by_seeds(reliability: pa.Table, adjust: str = "baseline", ax: Ax
     ax = axes(ax)
     if not chosen:
         return nothing(ax, "reliability takes two seeds and two removals at least")
-    shades = shades(len(chosen))
-    for step, shade in zip(chosen, shades, strict=True):
+    for step, shade in zip(chosen, shades(len(chosen)), strict=True):
         line = sorted(known[step], key=lambda r: int(r["seeds"]))
         ax.plot([r["seeds"] for r in line], [r["reliability"] for r in line], color=shade, lw=1.3, label=f"step {step}")
         own = [r for r in line if r["measured"]]

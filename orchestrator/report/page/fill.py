@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -16,7 +16,7 @@ from markupsafe import Markup
 def page(values: Mapping[str, Any]) -> str:
     """The page as HTML; ``values`` as the template names them."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_clean)
-    environment.filters |= {"signed": signed, "measured": measured, "marked": marked}
+    environment.filters |= {"signed": signed, "measured": measured, "between": between, "marked": marked}
     template = environment.from_string(_own("page.html.j2"))
     return template.render(values, css=Markup(_own("page.css")), script=Markup(_own("page.js")))
 
@@ -39,14 +39,44 @@ def signed(value: float) -> str:
 
 def measured(value: float, sem: float | None = None) -> Markup:
     """An effect, with its standard error to two digits and itself to the same place: (+1.78 ± 0.17) × 10⁻³."""
-    power = 0 if not value else math.floor(math.log10(max(abs(value), sem or 0.0)))
-    power = 0 if -2 <= power <= 4 else power
-    scaled, error = value / 10**power, (sem or 0.0) / 10**power
-    digits = 2 if not error else min(6, max(0, 1 - math.floor(math.log10(error))))
-    text = f"{scaled:+.{digits}f}".replace("-", "−") + (f" ± {error:.{digits}f}" if sem is not None else "")
-    if not power:
-        return Markup(text)
-    return Markup(f"({text}) × 10<sup>{power}</sup>".replace("<sup>-", "<sup>−"))
+    error = f"± {{:.{_digits(value, sem)}f}}" if sem is not None else ""
+    return _scaled([value], max(abs(value), sem or 0.0), _digits(value, sem), lambda texts: texts[0], sem, error)
+
+
+def between(low: float, high: float) -> Markup:
+    """An interval, its ends to two digits of its width: (+1.37 to +2.18) × 10⁻³."""
+    size = max(abs(low), abs(high))
+    return _scaled([low, high], size, _digits(size, high - low), " to ".join)
+
+
+def _power(size: float) -> int:
+    """The power of ten that numbers of a size are shown in: 0 for those that are read as they are."""
+    power = math.floor(math.log10(size)) if size else 0
+    return 0 if -2 <= power <= 4 else power
+
+
+def _digits(size: float, width: float | None) -> int:
+    """Decimals that show two digits of a width; without one, three of the size."""
+    size = max(abs(size), width or 0.0)
+    scale = 10.0 ** _power(size)
+    if width:
+        return min(6, max(0, 1 - math.floor(math.log10(width / scale))))
+    return min(6, max(0, 2 - math.floor(math.log10(size / scale)))) if size else 2
+
+
+def _scaled(
+    values: list[float],
+    size: float,
+    digits: int,
+    join: Callable[[list[str]], str],
+    sem: float | None = None,
+    error: str = "",
+) -> Markup:
+    power = _power(size)
+    text = join([f"{value / 10.0**power:+.{digits}f}".replace("-", "−") for value in values])
+    if sem is not None:
+        text += " " + error.format(sem / 10.0**power)
+    return Markup(f"({text}) × 10<sup>{power}</sup>".replace("<sup>-", "<sup>−") if power else text)
 
 
 def marked(text: str) -> Markup:

@@ -119,7 +119,7 @@ def test_the_version_is_the_package_s_and_neither_it_nor_the_help_needs_torch():
         assert said in done.stdout
 
 
-@pytest.mark.parametrize(("words", "wanted"), [("fimo li", {"list"}), ("fimo re", {"resume", "remove"})])
+@pytest.mark.parametrize(("words", "wanted"), [("fimo li", {"list"}), ("fimo re", {"resume", "remove", "report"})])
 def test_a_shell_completes_commands(words, wanted):
     done = subprocess_of("", _FIMO_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="1")
     assert (done.returncode, done.stderr) == (0, "")

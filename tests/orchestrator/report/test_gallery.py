@@ -83,3 +83,15 @@ def test_a_row_of_concrete_is_shown_in_the_units_of_its_file():
         assert [name for name, _ in row] == names
         assert tuple(value for _, value in row) in rows
     assert tuple(value for _, value in gallery.eval(3).row) in rows
+
+
+def test_padding_and_its_mask_are_not_shown():
+    train = {"ids": torch.tensor([[4, 5, 0], [6, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    assert of(train).train(0).row == (("ids", "4, 5"),)
+    assert of(train).train(1).row == (("ids", "6"),)
+
+
+def test_a_data_set_s_items_may_hold_more_than_was_trained_on_and_tensors_do_not():
+    """What ``collate`` leaves out is in no digest: a page says so."""
+    assert of([{"t": "one"}]).unguarded
+    assert not of({"x": torch.zeros(2, 3)}).unguarded

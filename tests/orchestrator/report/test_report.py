@@ -15,7 +15,7 @@ import pytest
 from fimo.orchestrator.notebook import OpenSweep
 from fimo.orchestrator.report import report, words
 from fimo.orchestrator.report.figures.scores import last_scores
-from fimo.orchestrator.report.page.fill import inline, marked, measured
+from fimo.orchestrator.report.page.fill import between, inline, marked, measured
 from fimo.orchestrator.report.report import chosen
 from fimo.orchestrator.spec.canonical import canonical, sealed
 from fimo.orchestrator.store import open_store
@@ -170,8 +170,11 @@ def test_a_ranking_fills_the_cards_only_if_it_is_of_this_sweep_and_step(made, tm
         0, effect, effect, effect - 1, effect + 1, verified, verified / 50, verified * 0 + 4, {}
     )
 
-    def put(step, digest):
-        ranked.write(iter([table]), tmp_path / "ranking", {"sweep": "flowers", "digest": digest, "step": step})
+    whole = manifest.spec.canonical()["seeds"]
+
+    def put(step, digest, seeds=whole):
+        about = {"sweep": "flowers", "digest": digest, "step": step, "spec": {"seeds": seeds}}
+        ranked.write(iter([table]), tmp_path / "ranking", about)
         store.put(keys.table("flowers", "ranking"), (tmp_path / "ranking").read_bytes())
         sweep.report(tmp_path / "out", evals=[0, 1], code=made / "spec")
         html = (tmp_path / "out" / "report.html").read_text()
@@ -181,11 +184,16 @@ def test_a_ranking_fills_the_cards_only_if_it_is_of_this_sweep_and_step(made, tm
     assert "The most helpful of 23" in shown
     assert re.search(r">21</span><span>\+5\.00 ± 0\.10", shown)
     assert "verified" in shown
-    assert "estimated; 95% interval" in shown
-    for step, digest in ((manifest.steps[0], manifest.digest), (manifest.steps[-1], "0" * 64)):
-        assert "The most helpful of 5" in put(step, digest)
+    assert "estimated; 90% interval" in shown
+    assert "Largest in size: 21 (helpful, verified), " in shown
+    assert "The most helpful of 5" in put(manifest.steps[0], manifest.digest)
+    with pytest.warns(UserWarning, match="the ranking is of the sweep as it was"):
+        assert "The most helpful of 5" in put(manifest.steps[-1], "0" * 64)
     with pytest.raises(UsageError, match="fimo rank"):
         sweep.ranking()
+    # The sweep has more seeds since: what is verified there is a mean over fewer.
+    with pytest.warns(UserWarning, match="the ranking is of the sweep as it was"):
+        assert "The most helpful of 5" in put(manifest.steps[-1], manifest.digest, {**whole, "count": 2})
 
 
 def test_from_a_shell_it_says_where_the_page_is_and_a_mistake_is_one_line(made, shell, tmp_path, monkeypatch, quick):
@@ -227,6 +235,18 @@ def test_one_seed_has_no_interval_and_says_so(made, tmp_path, quick):
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL).lower().replace("provenance", "")
 
 
+def test_estimators_that_were_left_out_are_named_and_training_that_exploded_is_not_told_to_take_more_seeds(
+    made, tmp_path, quick
+):
+    store = open_store(str(tmp_path / "store"))
+    exploding = {"optimizer": {"name": "sgd", "lr": 1e4}, "epochs": 1}
+    spec = make_spec(further_training=exploding, resources={"estimator_budget_s": 1e-9, "proof": False})
+    run_here(spec.model_copy(update={"estimators": None}), made / "spec", store)
+    html = OpenSweep(Sweep(store, "flowers")).report(tmp_path / "out", [0], code=made / "spec").read_text()
+    assert "Left out of the default estimators: " in html
+    assert "More seeds would not help" in html
+
+
 def test_seeds_that_would_tell_an_effect_from_zero():
     effect = SimpleNamespace(effect=1e-3, sem=2e-3)
     top = SimpleNamespace(seeds=10)
@@ -249,13 +269,20 @@ def test_the_examples_that_are_chosen_are_those_with_the_clearest_effects(made):
     [
         (0.00178, 0.00017, "(+1.78 ± 0.17) × 10<sup>−3</sup>"),
         (-12.5, 0.5, "−12.50 ± 0.50"),
+        (-0.010702, None, "−0.0107"),
         (-1e-5, 2e-4, "(−0.1 ± 2.0) × 10<sup>−4</sup>"),
         (0.0, 0.0, "+0.00 ± 0.00"),
-        (0.25, None, "+0.25"),
+        (0.25, None, "+0.250"),
     ],
 )
 def test_an_effect_has_the_digits_of_its_standard_error(value, sem, text):
     assert str(measured(value, sem)) == text
+
+
+def test_the_ends_of_an_interval_differ_where_the_numbers_do():
+    """Rounded to two digits each they read "+0.011 to +0.011"."""
+    assert str(between(0.01083, 0.01139)) == "+0.01083 to +0.01139"
+    assert str(between(-1.7e-4, 2.3e-5)) == "(−1.7 to +0.2) × 10<sup>−4</sup>"
 
 
 def test_code_in_a_sentence_is_marked_and_nothing_else_of_it_is_html():

@@ -258,3 +258,15 @@ def test_a_manifest_tells_its_data_by_digests_that_survive_its_json_and_count_ea
     )
     assert words.eval_digests == more.eval_digests
     assert words.train_digest != more.train_digest
+
+
+def test_a_data_set_that_fails_on_an_item_is_one_line_that_names_it(beside):
+    module = "import flowers\n\nclass Torn(flowers.Sentences):\n    def __getitem__(self, index):\n"
+    module += "        return self.items[index if index != 9 else 99]\n\n"
+    module += "def torn():\n    w = flowers.sentences()\n    return flowers.Workload(w.model, Torn(17, 0), w.evals, "
+    module += "w.outputs, w.loss, w.measure)\n"
+    (beside / "torn.py").write_text(module)
+    spec = make_spec(workload="torn:torn", removals={"indices": [0]})
+    with pytest.raises(WorkloadError, match="example 9 of 17 cannot be had from the data set: IndexError") as caught:
+        resolve(spec, beside)
+    assert "\n" not in str(caught.value)

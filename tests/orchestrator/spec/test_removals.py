@@ -113,6 +113,7 @@ def test_a_column_that_is_no_grouping_is_refused_in_one_line(values, said):
         ({"indices": [30]}, "there are 30"),
         ({"every": 9, "count": 100}, "names training example 36"),
         ({"groups": {"a": [1, 1]}}, "twice"),
+        ({"indices": [1, 4, 1]}, "names training example 1 twice"),
         ({"groups": {"a": list(range(30))}}, "leaves no training example"),
         ({"random": 31}, "31 of 30"),
     ],

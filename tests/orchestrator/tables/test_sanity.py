@@ -56,3 +56,11 @@ def test_a_sweep_at_a_senseless_learning_rate_says_so_and_fails(beside, rate):
         scores = report.gathered.tables["scores"].to_pylist()
         assert scores
         assert all(row["score"] is None for row in scores if row["seeds"] == 4)
+
+
+def test_effects_that_are_the_same_for_every_removal_are_not_drowned():
+    """Two removals of one index: constant, far above the floor, and `use float64` was the wrong advice."""
+    constant = np.ones((2, 3, 8)) * 3e-4
+    assert told(constant, floor=1e-8) == []
+    assert "rounding drowns" in told(constant, floor=1e-3)[0]
+    assert "rounding drowns" in told(np.zeros((2, 3, 8)))[0]
