@@ -26,8 +26,12 @@ def test_every_starter_is_a_kind_and_every_kind_a_starter() -> None:
     assert {path.stem for path in STARTERS.glob("*.py")} == {*KINDS.values(), "__init__"}
 
 
+# The tutorial's own test runs the tabular starter.
+SLOW = ("tabular", "language-model")
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS])
 def test_it_runs_as_it_is_and_says_something(kind: str, tmp_path: Path, shell: Shell) -> None:
     name = f"my_{KINDS[kind]}"
     written = shell("init", kind, "--to", tmp_path, "--name", name)

@@ -299,7 +299,7 @@ def _block(
         with deterministic(device) as flags:
             # The proof is the sweep's, and no cost of the estimator's; nor is loading the data, or the budget's timing.
             run, engine = _run(sweep, resolved, device, task)
-            tasks = _budgeted(manifest, task)
+            tasks = _budgeted(sweep, manifest, task)
             asked = estimating.asked(resolved, device, *named, removals, span, said.append, run, tasks, task.at)
             read = clock(device)
             began = read()
@@ -338,9 +338,17 @@ def without_name(line: str) -> str:
     return rest if colon and before.removeprefix("estimator ") in REGISTRY else line
 
 
-def _budgeted(manifest: Manifest, task: EstimateTask) -> int | None:
-    """How many tasks like this one there are, of an estimator that nobody named; else None."""
+def _budgeted(sweep: Sweep, manifest: Manifest, task: EstimateTask) -> int | None:
+    """How many tasks like this one there are, of an estimator that nobody named; else None.
+
+    What has begun goes on: a second timing would drop an estimator at the budget's edge with half of its values there.
+    """
     if manifest.spec.estimators is not None or task.at is not None:
+        return None
+    prefix = keys.estimates(
+        sweep.name, value_digest(manifest, task.estimator, task.params), task.estimator, task.params
+    )
+    if any(sweep.store.list(prefix)):
         return None
     return sum(1 for _ in shares(manifest, task.estimator, task.params))
 

@@ -169,6 +169,8 @@ def test_workers_nodes_and_the_s3_server_die_under_one_driver(
     assert list(store.list("tiny/failed/")) == []
 
 
+# Without Ray the same storm is part of every run: ``test_killed_processes``, and SIGTERM from a shell.
+@pytest.mark.slow
 def test_a_killed_and_a_terminated_driver_lose_nothing(
     place: Place, undisturbed: dict[str, bytes], store: S3Store, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from fimo.orchestrator.commands.main import main
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.run.status import sweep_status
+from fimo.orchestrator.spec.canonical import sealed
 from fimo.orchestrator.store import LocalStore
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.sweep import open_sweep
@@ -170,8 +171,10 @@ def store(folder: Path) -> LocalStore:
 
 
 def alter(store: LocalStore, key: str, **changes: object) -> None:
-    values = json.loads(store.get(key))
-    store.put(key, json.dumps(values | changes).encode())
+    values = json.loads(store.get(key)) | changes
+    # Whoever may write to a store can seal what they like.
+    seal = sealed({name: value for name, value in values.items() if name != "seal"}) if "seal" in values else values
+    store.put(key, json.dumps(seal).encode())
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"null", b"[" * 100_000, b"\xff\xfe", b'{"spec": 1}'])

@@ -139,7 +139,7 @@ def test_a_sweep_of_drop_or_of_a_weight_is_tried_at_multiples_of_its_own(beside)
     assert (found.weighed.weight, found.weighed.trained) == (3, 24)
 
 
-@pytest.mark.parametrize(("steps", "finite"), [(60, True), (800, False)])
+@pytest.mark.parametrize(("steps", "finite"), [(60, True), pytest.param(800, False, marks=pytest.mark.slow)])
 def test_a_late_explosion_is_never_recommended_and_early_amounts_still_are(beside, steps, finite):
     # Along the steepest direction a step of SGD multiplies what is left by a little less than −1: growth without end.
     training = {"optimizer": {"name": "sgd", "lr": 0.56}, "batch_size": 23, "epochs": None, "steps": steps}

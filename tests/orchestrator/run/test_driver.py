@@ -120,7 +120,7 @@ def test_raising_seeds_and_adding_removals_and_estimators_computes_only_the_new(
     )
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 32])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2, 32])
 def test_replicas_change_nothing_beyond_the_noise_floor(beside, replicas):
     _, one, _ = run_here(make_spec(), beside)
     _, other, _ = run_here(make_spec(resources={"replicas": replicas, "shard": 5}), beside)

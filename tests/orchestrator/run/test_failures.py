@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from fimo.estimators import REGISTRY
 from fimo.orchestrator.report.ending import complaints, listed_tables, report_json
 from fimo.orchestrator.report.progress import ProgressReport
 from fimo.orchestrator.report.status import status_lines
@@ -160,6 +161,23 @@ def test_what_is_too_dear_is_left_out_until_it_is_named_or_its_budget_is_another
     assert [task.estimator for task in heard.tasks] == ["grad_cos"]
 
 
+def test_an_estimator_at_its_budget_s_edge_is_not_dropped_with_half_of_its_values_there(beside, monkeypatch):
+    """Each of its tasks was timed anew, and one timing over the budget threw away what the others had computed."""
+    spec = default_set(monkeypatch)
+    monkeypatch.setattr(REGISTRY["grad_dot"], "evals_together", 3)
+    timed: list[str] = []
+
+    def at_the_edge(named, *_):
+        timed.append(named.name)
+        return None if timed.count(named.name) == 1 else "too dear: about 65 device-seconds, the budget is 60"
+
+    monkeypatch.setattr(estimating, "too_dear", at_the_edge)
+    report, store, _ = run_here(spec, beside)
+    assert (report.exit_code, report.failures.left_out) == (0, {})
+    assert timed == ["grad_dot", "grad_cos"]
+    assert len(list(store.list("flowers/estimates/"))) == 3 + 1
+
+
 def test_what_does_not_fit_into_memory_is_left_out(beside, monkeypatch):
     spec = default_set(monkeypatch)
     monkeypatch.setattr(budget, "_free_bytes", lambda device: 1.0)
@@ -217,8 +235,6 @@ def test_an_estimator_is_named_once_where_its_failure_is_told(beside, monkeypatc
 @pytest.mark.parametrize("name", ["trak", "cg", "ekfac", "lissa_h", "unrolled"])
 def test_no_estimator_of_ours_names_itself_twice(beside, monkeypatch, name):
     """Whatever it refuses by itself, told of a model that it does not suit."""
-    from fimo.estimators import REGISTRY
-
     monkeypatch.setattr(REGISTRY[name], "unsuited", lambda self, problem: "this model is none for it")
     report, _, _ = run_here(make_spec(estimators=[name]), beside)
     assert report.failures.aside

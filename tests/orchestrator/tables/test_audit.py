@@ -97,7 +97,8 @@ def test_ten_seeds_foretell_the_reliability_of_fifty(shared, uneven):
 
 
 @pytest.mark.parametrize(
-    ("seeds", "shared", "uneven"), [(4, 1, 0), (10, 0, 1), pytest.param(10, 1, 0, marks=pytest.mark.slow)]
+    ("seeds", "shared", "uneven"),
+    [(4, 1, 0), pytest.param(10, 0, 1, marks=pytest.mark.slow), pytest.param(10, 1, 0, marks=pytest.mark.slow)],
 )
 def test_intervals_hold_the_expected_score_19_times_in_20(seeds, shared, uneven):
     rng = np.random.default_rng(4)

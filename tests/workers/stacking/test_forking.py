@@ -120,11 +120,11 @@ def test_memory_that_lacks_for_two_stacks_is_enough_for_one(monkeypatch: pytest.
     start = make(regression(), settings(removal_mode="mask"))
     right, begun = further_training.Training.__init__, []
 
-    def short(self, start, lanes, seed, origin=None):
+    def short(self, start, lanes, seed, origin=None, rates=None):
         begun.append(origin is not None)
         if origin is not None:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        right(self, start, lanes, seed, origin)
+        right(self, start, lanes, seed, origin, rates)
 
     expected = run_shard(start, REMOVALS, 4, 5)
     monkeypatch.setattr(further_training.Training, "__init__", short)

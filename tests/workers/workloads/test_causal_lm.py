@@ -196,7 +196,7 @@ def test_a_sweep_of_log_probabilities_with_estimators(model: Path, lines: Path, 
     assert min(row["score"] for row in found) > 0.9
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_model_learns_real_text_and_is_attributed(tmp_path: Path) -> None:
     texts = [text for text, _ in real_data.movie_sentences()[:600] if len(text.split()) > 1]
     folder = tiny_gpt2(tmp_path / "gpt2", texts, width=32, context=48, dropout=0.0)
