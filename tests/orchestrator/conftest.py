@@ -1,6 +1,6 @@
 """Fixtures of the small sweep for every room of the orchestrator."""
 
 from tests.support.shell import shell
-from tests.support.small_sweep import beside
+from tests.support.small_sweep import beside, proven
 
-__all__ = ["beside", "shell"]
+__all__ = ["beside", "proven", "shell"]

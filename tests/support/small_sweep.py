@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ SPEC: dict[str, Any] = {
         "evaluate": {"every_steps": 3},
     },
     "estimators": ["grad_dot", "grad_cos"],
-    "resources": {"replicas": 3, "shard": 2, "witnesses": 0},
+    # The proof takes longer than all the rest; tests of it turn it on.
+    "resources": {"replicas": 3, "shard": 2, "witnesses": 0, "proof": False},
 }
 
 
@@ -49,6 +51,14 @@ def beside(tmp_path: Path) -> Path:
     folder = tmp_path / "spec"
     shutil.copytree(OWN, folder)
     return folder
+
+
+@pytest.fixture
+def proven() -> Iterator[None]:
+    """Small sweeps that are proven, as a user's are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SPEC["resources"], "proof", True)
+        yield
 
 
 class Heard:

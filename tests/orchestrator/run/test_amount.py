@@ -26,7 +26,12 @@ from fimo.workers.errors import FimoError, UsageError
 from tests.support.small_sweep import OWN, Heard, make_spec, run_here, table_bytes
 
 SECTION = {"removal_mode": "reweight", "precision": "float64"}
-SPEC = {"further_training": SECTION, "seeds": 3, "estimators": ["grad_dot"]}
+SPEC = {
+    "further_training": SECTION,
+    "seeds": 3,
+    "estimators": ["grad_dot"],
+    "resources": {"proof": True},
+}
 
 LINE = """
 import torch
@@ -123,6 +128,7 @@ def test_an_interrupted_one_goes_on_and_a_torn_part_is_set_aside(store):
     assert again.amounts == found.amounts
 
 
+@pytest.mark.usefixtures("proven")
 def test_a_sweep_of_drop_or_of_a_weight_is_tried_at_multiples_of_its_own(beside):
     _, store, _ = run_here(make_spec(seeds=2, estimators=[]), beside)
     found, heard = look(store)
@@ -247,6 +253,7 @@ def test_the_table_has_a_row_for_each_amount(store):
     assert [c.header for c in measured.columns][-2:] == ["×10", "×100"]
 
 
+@pytest.mark.usefixtures("proven")
 def test_an_engine_with_something_given_up_is_proven_at_each_weight(store):
     sweep, [proof] = Sweep(store, "flowers"), [e.key for e in store.list("flowers/proofs/")]
     manifest = sweep.read_manifest()

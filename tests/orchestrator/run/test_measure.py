@@ -198,6 +198,7 @@ def test_why_cells_in_the_store_are_not_used(beside):
     assert _unused(changed, Sweep(MemoryStore(), "flowers")) == {}
 
 
+@pytest.mark.usefixtures("proven")
 def test_every_missing_task_is_timed_and_nothing_that_is_there(beside):
     spec = make_spec(
         estimators=["grad_dot", {"name": "cg", "damping": 0.1}, {"name": "mirrored", "seeds": 1}],

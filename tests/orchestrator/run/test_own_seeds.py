@@ -32,7 +32,7 @@ from tests.support.small_sweep import OWN, make_spec, run_here, table_bytes
 SPEC = {
     "seeds": 2,
     "estimators": ["grad_dot", {"name": "mirrored", "seeds": 2}],
-    "resources": {"shard": 5, "replay": False},
+    "resources": {"shard": 5, "replay": False, "proof": True},
 }
 
 
@@ -121,6 +121,7 @@ def test_the_values_are_the_estimator_s_own_mean_over_its_seeds(swept, beside):
     assert np.abs(got).max() > 0
 
 
+@pytest.mark.usefixtures("proven")
 def test_a_block_says_what_it_was_made_with_and_costs_add_up(swept):
     report, _, _, sweep = swept
     manifest = sweep.read_manifest()
@@ -207,6 +208,7 @@ def test_a_block_under_another_seed_s_key_is_refused_and_computed_again(swept, b
     assert sorted((t.seed, t.first) for t in of_mirrored(heard.tasks)) == [(3, 0), (3, 3)]
 
 
+@pytest.mark.usefixtures("proven")
 def test_it_trains_with_the_engine_that_was_proven(beside, monkeypatch):
     used, real, made = [], estimating.asked, []
     prove = proving.prove

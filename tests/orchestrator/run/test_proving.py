@@ -18,6 +18,8 @@ from fimo.workers import further_training
 from fimo.workers.stacking import replicas
 from tests.support.small_sweep import make_spec, run_here, table_bytes
 
+pytestmark = pytest.mark.usefixtures("proven")
+
 
 @pytest.fixture(autouse=True)
 def new_process():

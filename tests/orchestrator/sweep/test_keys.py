@@ -42,6 +42,7 @@ def test_a_rejected_key_is_one_flat_name():
     assert key.count("/") == 2
 
 
+@pytest.mark.usefixtures("proven")
 def test_everything_that_a_sweep_writes_has_a_key_of_its_own(beside):
     _, store, _ = run_here(make_spec(resources={"replicas": "auto", "witnesses": "auto"}), beside)
     sweep, manifest = Sweep(store, "flowers"), resolve(make_spec(), beside).manifest
