@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fimo.workers.errors import DivergedError, UsageError, WorkloadError
+from fimo.workers.errors import DivergedError, UsageError, WorkloadError, in_a_line
 from fimo.workers.examples import Batch, Examples, kind_of, leaves_of
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.workload import Workload
@@ -86,7 +86,7 @@ def _fetched(examples: Examples, some: Sequence[int], kind: str) -> Batch:
         return examples.batch(some)
     except Exception as error:
         raise WorkloadError(
-            f"the {kind} examples {some[0]} to {some[-1]} cannot be put into a batch: {_line(error)}"
+            f"the {kind} examples {some[0]} to {some[-1]} cannot be put into a batch: {in_a_line(error)}"
         ) from error
 
 
@@ -167,7 +167,7 @@ def _call(what: str, function: Callable[[Batch], Any], batch: Batch, kind: str, 
         key = error.args[0] if error.args else ""
         there = keys_of(batch)
         if not isinstance(key, str) or key in there:
-            raise WorkloadError(f"the workload's {what} fails on a batch: {_line(error)}{_place(error)}") from error
+            raise WorkloadError(f"the workload's {what} fails on a batch: {in_a_line(error)}{_place(error)}") from error
         mend = f"the {kind} batch has {', '.join(there)}" if there else f"the {kind} batch is not a dict"
         if kind == "evaluation" and key in known:
             mend += (
@@ -183,7 +183,7 @@ def _call(what: str, function: Callable[[Batch], Any], batch: Batch, kind: str, 
             held = f"{type(batch).__name__} of {len(batch)}"
             mend = f"; the batch is a {held}: use batch[0], …, or give a collate that makes a dict"
         raise WorkloadError(
-            f"the workload's {what} fails on a batch of {kind} examples: {_line(error)}{_place(error)}{mend}"
+            f"the workload's {what} fails on a batch of {kind} examples: {in_a_line(error)}{_place(error)}{mend}"
         ) from error
 
 
@@ -239,11 +239,6 @@ def not_finite_keys(batch: Batch) -> list[str]:
 def keys_of(batch: Batch) -> list[str]:
     """The keys of a batch that is a dict."""
     return [str(key) for key in batch] if isinstance(batch, Mapping) else []
-
-
-def _line(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
 
 
 def _place(error: BaseException) -> str:

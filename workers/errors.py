@@ -36,3 +36,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     folded = {name.casefold(): name for name in names}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
     return f" (did you mean '{folded[close[0]]}'?)" if close else f" (known: {', '.join(names)})"
+
+
+def in_a_line(error: BaseException) -> str:
+    """The kind of an error that is not ours, and the first line of what it says."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"

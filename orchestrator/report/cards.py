@@ -17,7 +17,7 @@ from fimo.orchestrator.report.figures.style import Named
 from fimo.orchestrator.report.gallery import Gallery, Shown
 from fimo.orchestrator.report.top import NAMES, named
 from fimo.orchestrator.tables.calibration import LEVEL as CALIBRATED
-from fimo.orchestrator.tables.matrices import Effects, estimate_at, rank_of, where
+from fimo.orchestrator.tables.matrices import Effects, estimate_at, known_ranks, where
 from fimo.orchestrator.tables.top import LEVEL, Effect, Top
 from fimo.workers.errors import WorkloadError
 
@@ -97,7 +97,7 @@ class Dealer:
         self._gallery, self._ranking = gallery, ranking
         self._place = {int(number): place for place, number in enumerate(effects.removals)}
         values = [estimate_at(estimates, one, effects) for one in estimators]
-        self._ranks = [None if v is None else rank_of(v) for v in values]
+        self._ranks = [None if v is None else known_ranks(v) for v in values]
         self.wrong: list[str] = []
 
     def deal(self, top: Top, count: int) -> Hand:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fimo.workers.errors import WorkloadError
+from fimo.workers.errors import WorkloadError, in_a_line
 from fimo.workers.examples import leaves_of
 from fimo.workers.workload import Workload
 
@@ -77,10 +77,9 @@ class Gallery:
                 return shown(self._render(item), True)
             return shown(_unpadded(item, self._padding), False)
         except Exception as error:
-            line = (str(error).strip().splitlines() or [""])[0]
             what = "training" if kind == "train" else "evaluation"
             raise WorkloadError(
-                f"{what} example {index} cannot be shown: {type(error).__name__}: {line}; a workload's render takes "
+                f"{what} example {index} cannot be shown: {in_a_line(error)}; a workload's render takes "
                 "one example and returns a text, a mapping or an image"
             ) from error
 

@@ -55,7 +55,6 @@ def report_on(
     opened = open_sweep(uri)
     manifest = opened.read_manifest()
     function = _function(render, code.resolve()) if isinstance(render, str) else render
-    opened_ranking = any(opened.store.list(keys.table(opened.name, "ranking")))
     tables, complete, warnings = _tables(opened, manifest, progress)
     source = Source(
         uri=opened.uri,
@@ -68,7 +67,7 @@ def report_on(
         gallery=_gallery(manifest, code.resolve(), function, say),
         left_out=failures.read(opened, manifest).left_out,
     )
-    if source.ranking is None and opened_ranking:
+    if source.ranking is None and any(opened.store.list(keys.table(opened.name, "ranking"))):
         say(f"fimo: the ranking is of the sweep as it was, and not shown: `fimo rank {opened.uri}` makes it anew")
     return write_report(source, to, evals, step, count, progress), complete
 

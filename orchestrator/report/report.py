@@ -17,7 +17,7 @@ from fimo.orchestrator.report import words
 from fimo.orchestrator.report.cards import Dealer
 from fimo.orchestrator.report.drawings import Drawing, drawings, of_example
 from fimo.orchestrator.report.figures.effects import noise_floor
-from fimo.orchestrator.report.figures.scores import entries, seconds_of
+from fimo.orchestrator.report.figures.scores import entries, of_all_seeds, seconds_of
 from fimo.orchestrator.report.figures.style import encode, looks, styled
 from fimo.orchestrator.report.gallery import Gallery
 from fimo.orchestrator.report.page.fill import inline, page
@@ -208,9 +208,8 @@ def _step_of(ranking: pa.Table) -> int | None:
 
 def score_rows(tables: Mapping[str, pa.Table]) -> dict[str, Any]:
     """The score table of the page: cosines of all seeds at a few steps, the ceiling last."""
-    rows = where(tables["scores"], metric="cosine", adjust="baseline").to_pylist()
+    rows = of_all_seeds(tables["scores"], "cosine", "baseline").to_pylist()
     seeds = max((r["seeds"] for r in rows), default=0)
-    rows = [r for r in rows if r["seeds"] == seeds]
     steps = spread(sorted({r["step"] for r in rows}))
     named = list(dict.fromkeys((r["estimator"], r["params"]) for r in rows))
     look, names, spent = looks(entries(tables["estimates"])), labels(named), seconds_of(tables["costs"])

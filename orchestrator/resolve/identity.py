@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, digest
 from fimo.orchestrator.spec.training import FurtherTraining
-from fimo.workers.errors import FimoError, WorkloadError
+from fimo.workers.errors import FimoError, WorkloadError, in_a_line
 from fimo.workers.examples import Examples
 
 
@@ -53,9 +53,8 @@ def _one(examples: Examples, index: int) -> bytes:
     except FimoError:
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise WorkloadError(
-            f"example {index} of {len(examples)} cannot be had from the data set: {type(error).__name__}: {first}"
+            f"example {index} of {len(examples)} cannot be had from the data set: {in_a_line(error)}"
         ) from error
     leaves, tree = pytree.tree_flatten(batch)
     told = [

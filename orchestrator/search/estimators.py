@@ -91,7 +91,6 @@ class Found:
     seconds: float
     stopped: str | None = None
     errors: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:

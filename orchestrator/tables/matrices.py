@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fimo.orchestrator.tables.agreement import adjusted, cosine, ranks, undefined
+from fimo.orchestrator.tables.ranking import rank_of
 
 Array = NDArray[np.float64]
 
@@ -37,11 +38,6 @@ class Effects:
     def evals(self) -> int:
         """How many evaluation examples."""
         return int(self.mean.shape[1])
-
-    @property
-    def known(self) -> Array:
-        """The effects of removals that lack none, float64 (R', m)."""
-        return self.mean[self.complete]
 
     @property
     def complete(self) -> NDArray[np.bool_]:
@@ -112,12 +108,9 @@ def agreement_by_example(effects: Effects, values: Array, metric: str = "cosine"
     return np.where(undefined(gold, effects.floor), np.nan, agreement)
 
 
-def rank_of(values: Array) -> NDArray[np.int64]:
-    """Ranks from 1, the largest value first, over the first axis; 0 where there is none."""
-    order = np.argsort(-np.where(np.isnan(values), -np.inf, values), axis=0, kind="stable")
-    out = np.empty(values.shape, dtype=np.int64)
-    np.put_along_axis(out, order, np.arange(1, len(values) + 1).reshape(-1, *[1] * (values.ndim - 1)), axis=0)
-    return np.where(np.isnan(values), 0, out)
+def known_ranks(values: Array) -> NDArray[np.int64]:
+    """Ranks from 1, the largest value first, over the first axis; 0 where there is no value."""
+    return np.where(np.isnan(values), 0, rank_of(values))
 
 
 def at_seeds(score: float, ceiling: float, other: float) -> float:

@@ -46,7 +46,7 @@ def entries(table: pa.Table) -> list[Named]:
     return list(zip(found["estimator"].to_pylist(), found["params"].to_pylist(), strict=True))
 
 
-def _own(scores: pa.Table, metric: str, adjust: str) -> pa.Table:
+def of_all_seeds(scores: pa.Table, metric: str, adjust: str) -> pa.Table:
     """The rows of all seeds for a metric and an adjustment."""
     rows = where(scores, metric=metric, adjust=adjust)
     return where(rows, seeds=pc.max(rows["seeds"]).as_py()) if len(rows) else rows
@@ -56,7 +56,7 @@ def last_scores(
     scores: pa.Table, step: int | None = None, metric: str = "cosine", adjust: str = "baseline"
 ) -> pa.Table:
     """The rows of all seeds at a step (default: the last)."""
-    rows = _own(scores, metric, adjust)
+    rows = of_all_seeds(scores, metric, adjust)
     steps = steps_of(rows) if len(rows) else []
     return where(rows, step=steps[-1] if step is None else step) if steps else rows
 
@@ -68,7 +68,7 @@ def score_by_amount(scores: pa.Table, metric: str = "cosine", adjust: str = "bas
     Args:
         scores: ``scores.parquet``. ``metric``, ``adjust``: as there. ``ax``: to draw on; default: a figure of its own.
     """
-    rows = _own(scores, metric, adjust)
+    rows = of_all_seeds(scores, metric, adjust)
     ax = axes(ax)
     if not len(rows):
         return nothing(ax, "no scores yet")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fimo.orchestrator.tables import schemas
-from fimo.orchestrator.tables.matrices import agreement_by_example, effects_at, estimate_at, rank_of
+from fimo.orchestrator.tables.matrices import agreement_by_example, effects_at, estimate_at, known_ranks
 
 STEPS = (4, 9)
 MEAN = np.arange(24, dtype=np.float64).reshape(2, 3, 4) - 7.5
@@ -75,4 +75,4 @@ def test_estimates_of_a_step_or_of_every_step_and_of_removals_that_there_are():
 
 def test_the_largest_value_is_the_first_and_none_has_no_rank():
     values = np.array([[1.0, np.nan], [3.0, 2.0], [-1.0, 5.0]])
-    assert rank_of(values).tolist() == [[2, 0], [1, 2], [3, 1]]
+    assert known_ranks(values).tolist() == [[2, 0], [1, 2], [3, 1]]
