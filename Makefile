@@ -47,7 +47,7 @@ lint: install
 types: install .links/.made
 	MYPYPATH=.links $(BIN)/mypy
 
-# Under 90 seconds on two cores: before every commit.
+# About four and a half minutes on two cores: before every commit.
 quick: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not ray and not s3 and not gpu"
 
