@@ -55,7 +55,7 @@ def run(
     from fimo.orchestrator.report.ending import complaints
     from fimo.orchestrator.resolve.resolved import resolve
     from fimo.orchestrator.run import driver
-    from fimo.orchestrator.run.schedule import in_process
+    from fimo.orchestrator.run.places import in_process
     from fimo.orchestrator.run.suited import refuse_unsuited
     from fimo.orchestrator.store import open_store
     from fimo.orchestrator.sweep.sweep import Sweep

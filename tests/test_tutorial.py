@@ -18,7 +18,7 @@ from fimo.orchestrator.commands import run as running
 from fimo.orchestrator.commands.app import out
 from fimo.orchestrator.commands.main import app
 from fimo.orchestrator.run import pool
-from fimo.orchestrator.run.schedule import in_process
+from fimo.orchestrator.run.places import in_process
 from fimo.orchestrator.spec.spec import read_file
 from fimo.orchestrator.spec.yaml import read_yaml
 from tests.support.shell import Ended, Shell, shell

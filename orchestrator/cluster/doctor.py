@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fimo.orchestrator.cluster import jobs
 from fimo.orchestrator.resolve.identity import tensors_digest
-from fimo.orchestrator.run import pool
+from fimo.orchestrator.run import connect, pool
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.store import Store, open_store
 from fimo.orchestrator.store.base import PROBE_PREFIX
@@ -121,7 +121,7 @@ def ray_checks(address: str | None) -> Iterator[Check]:
     """Ray from a driver here: an embedded one, or the one at ``address``. Failures are checks, never raised."""
     where = "an embedded Ray" if address is None else f"Ray at {address}"
     try:
-        with pool.cluster(address):
+        with connect.cluster(address):
             nodes = pool.nodes()
             yield Check("ray", True, f"{where} answers, {len(nodes)} node{'s' if len(nodes) != 1 else ''}")
             yield from _node_checks(nodes)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fimo.orchestrator.run.pool import knock
+from fimo.orchestrator.run.connect import knock
 from fimo.orchestrator.store.weather import scrub
 from fimo.workers.errors import FimoError, UsageError
 

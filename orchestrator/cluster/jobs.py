@@ -24,7 +24,7 @@ from typing import Any
 from fimo.orchestrator.cluster import staging
 from fimo.orchestrator.cluster.head import JobError, Telling, check_address, connect, remember, remembered
 from fimo.orchestrator.resolve.code import Staged, source_digest
-from fimo.orchestrator.run.pool import SEE_ALL_GPUS
+from fimo.orchestrator.run.connect import SEE_ALL_GPUS
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.spec import Spec
 from fimo.orchestrator.store import open_store

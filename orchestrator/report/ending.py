@@ -29,6 +29,8 @@ def report_json(report: Report) -> dict[str, Any]:
         "left_out": {name: why for (name, _), why in report.failures.left_out.items()},
         "witnesses_left_out": {str(seed): why for seed, why in report.failures.witnesses.items()},
         "stopped": report.outcome.stopped,
+        "lacking": report.lacking,
+        "part_of_a_larger": report.larger,
         "tables": report.written,
         "scores": [r for r in scores if r["seeds"] == seeds],
         "exit_code": report.exit_code,
@@ -61,7 +63,9 @@ def complaints(report: Report) -> Iterator[str]:
             f"scored; `fimo run SPEC --store {report.sweep.rpartition('/')[0]}` trains them"
         )
     cells, estimators, witnesses = report.owed_cells, report.owed_estimators, report.owed_witnesses
-    if (cells or estimators or witnesses) and not outcome.broken:
+    if report.lacking:
+        yield report.lacking
+    elif (cells or estimators or witnesses) and not outcome.broken:
         owed = (f"{cells} cells and " if report.shards else "") + f"{estimators} estimators"
         owed += f" and {witnesses} witnesses" if witnesses else ""
         yield f"incomplete: {owed} are missing; `{again(report)}` computes them"

@@ -15,12 +15,15 @@ from rich.text import Text
 from fimo.orchestrator.report.show import duration, task_label
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.driver import Listener
+from fimo.orchestrator.run.places import Failed, Lost, Result
 from fimo.orchestrator.run.plan import Plan, Shard, Task
-from fimo.orchestrator.run.schedule import Failed, Lost, Result, error_line
+from fimo.orchestrator.run.schedule import error_line
 from fimo.orchestrator.run.tasks import Receipt
 
 LOG_EVERY_S, LOG_SHARE, LOG_AT_MOST_S = 10.0, 0.05, 300.0
 """Seconds between two log lines: at first, as a share of the time so far, and at most."""
+WAITS_S = 5.0
+"""Seconds of waiting after which it is said."""
 SHOWN = 6
 """Running tasks that are named."""
 
@@ -39,6 +42,7 @@ class ProgressReport:
         self._bar = Progress(*columns, console=console)
         self._bar_task = self._bar.add_task(self._unit, total=None)
         self._live = Live(console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
+        self._waits: str | None = None
         self._began = self._logged = time.monotonic()
 
     def __enter__(self) -> ProgressReport:
@@ -83,6 +87,7 @@ class ProgressReport:
 
     def _turn(self, course: Course) -> None:
         now = time.monotonic()
+        self._wait(course, now)
         done, of = (course.done, course.cells) if self._trains else (self._done, self._of)
         if self._live is not None:
             self._bar.update(self._bar_task, completed=done, total=of)
@@ -90,6 +95,15 @@ class ProgressReport:
         elif now - self._logged > min(LOG_AT_MOST_S, max(LOG_EVERY_S, LOG_SHARE * (now - self._began))):
             self._logged = now
             self.say("; ".join([f"{done} of {of} {self._unit} done", *course_lines(course.json())]))
+
+    def _wait(self, course: Course, now: float) -> None:
+        """Say once what the run waits for, when it has for a while."""
+        waits, since = course.waits or (None, now)
+        if waits is not None and waits != self._waits and now - since > WAITS_S:
+            self._waits = waits
+            self.say(f"waiting for {waits}")
+        elif waits is None:
+            self._waits = None
 
     def say(self, line: str) -> None:
         """One line of talk; the reduction of each seed is told on the live display alone, if there is one."""
@@ -107,7 +121,10 @@ def course_lines(course: Mapping[str, Any]) -> list[str]:
         left = course.get("finish_in_s")
         until = f", its cells done in about {duration(left)}" if left is not None else ""
         lines.append(f"{_pace(course['cells_per_second'])}{until}")
-    running = [f"{task['task']} ({duration(task['seconds'])})" for task in course["running"]]
+    waits = course.get("waits")
+    if isinstance(waits, Mapping):
+        lines.append(f"waits for {waits.get('for')} ({duration(float(waits.get('seconds', 0)))} so far)")
+    running = [f"{task['task']} ({duration(task['seconds'])})" for task in course["running"] if not waits]
     if running:
         more = f" and {len(running) - SHOWN} more" if len(running) > SHOWN else ""
         lines.append(f"running: {', '.join(running[:SHOWN])}{more}")

@@ -19,6 +19,7 @@ class Course:
         cells: of the sweep; ``done``: of them, those that the store had and those that were trained since.
         left: tasks that are not finished, by kind: ``shard``, ``witness`` or an estimator's name.
         running: (task in words, when it began on the monotonic clock) of every task that runs, the longest first.
+        waits: what the run waits for, if it does, with when that began on the monotonic clock.
         trained: cells trained by this driver; ``began``: when it started, on the monotonic clock.
     """
 
@@ -26,6 +27,7 @@ class Course:
     done: int
     left: Counter[str] = field(default_factory=Counter)
     running: tuple[tuple[str, float], ...] = ()
+    waits: tuple[str, float] | None = None
     trained: int = 0
     began: float = field(default_factory=time.monotonic)
 
@@ -42,9 +44,18 @@ class Course:
         self.left = +left
         self.done, self.trained = self.done + cells, self.trained + cells
 
-    def run(self, running: Sequence[tuple[Task, float]]) -> None:
-        """Note what runs now, each with its seconds so far."""
+    def by_others(self, before: Sequence[Task], after: Sequence[Task], cells: int) -> None:
+        """Note that of some tasks only ``after`` are left, since other drivers have trained ``cells`` of them."""
+        left = Counter(self.left)
+        left.subtract(kind_of(task) for task in before)
+        left.update(kind_of(task) for task in after)
+        self.left, self.done = +left, self.done + cells
+
+    def run(self, running: Sequence[tuple[Task, float]], waits: str | None = None) -> None:
+        """Note what runs now, each with its seconds so far, and what the run waits for."""
         now = time.monotonic()
+        if waits is None or self.waits is None or self.waits[0] != waits:
+            self.waits = None if waits is None else (waits, now)
         named = ((_named(task), now - seconds) for task, seconds in running)
         self.running = tuple(sorted(named, key=lambda of: of[1]))
 
@@ -71,6 +82,7 @@ class Course:
             "done": self.done,
             "left": dict(sorted(self.left.items())),
             "running": [{"task": name, "seconds": round(now - began, 1)} for name, began in self.running],
+            "waits": None if self.waits is None else {"for": self.waits[0], "seconds": round(now - self.waits[1], 1)},
             "elapsed_s": round(self.elapsed_s, 1),
             "cells_per_second": self.pace,
             "finish_in_s": self.finish_in_s,

@@ -14,18 +14,21 @@ from pathlib import Path
 from fimo.orchestrator.resolve.differences import in_words, since
 from fimo.orchestrator.resolve.resolved import Resolved, read_final
 from fimo.orchestrator.run import failures
+from fimo.orchestrator.run.claims import Claims, SharedTasks
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import Gathered, gather
 from fimo.orchestrator.run.heartbeat import Heartbeat
-from fimo.orchestrator.run.owed import cells_in, estimators_in, owed_tasks
+from fimo.orchestrator.run.owed import cells_in, estimators_in, owed_tasks, remaining
+from fimo.orchestrator.run.places import Pool, Result, Source
 from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask
 from fimo.orchestrator.run.pool import on_ray
-from fimo.orchestrator.run.schedule import Outcome, Pool, Result, drive
+from fimo.orchestrator.run.schedule import Outcome, drive
 from fimo.orchestrator.run.seeds import next_seeds
 from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.run.written import write_tables
 from fimo.orchestrator.store import Store
+from fimo.orchestrator.store.watched import WatchedStore
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import FimoError, StoreError, UsageError
@@ -47,6 +50,8 @@ class Report:
         failures: tasks set aside and estimators left out, of this run and of those before.
         owed_cells, owed_estimators, owed_witnesses: what a further run would compute.
         shards: False if the run was of estimates alone.
+        lacking: what was reported done, and is not in the store as it should be: why, or empty.
+        larger: this run was of a part of the sweep that its store holds, whose tables were left as they are.
     """
 
     sweep: str
@@ -58,6 +63,8 @@ class Report:
     owed_estimators: int = 0
     shards: bool = True
     owed_witnesses: int = 0
+    lacking: str = ""
+    larger: bool = False
 
     @property
     def complete(self) -> bool:
@@ -69,7 +76,7 @@ class Report:
         """0 complete, 1 failed, 3 incomplete."""
         if self.failures.aside or self.outcome.set_aside or self.gathered.diverged or self.outcome.broken:
             return 1
-        if self.gathered.nonsense:
+        if self.gathered.nonsense or self.lacking:
             return 1
         return 0 if self.complete else 3
 
@@ -110,14 +117,34 @@ def run(
         UsageError: the store has a sweep of this name and another digest.
         FimoError: in one line, if nothing could be computed at all.
     """
-    manifest = resolved.manifest
-    store.check()
-    sweep = Sweep(store, manifest.spec.name)
-    if not replace_other:
-        refuse_other(manifest, sweep)
+    with WatchedStore(store, listener.say) as watched:
+        watched.check()
+        sweep = Sweep(watched, resolved.manifest.spec.name)
+        if not replace_other:
+            refuse_other(resolved.manifest, sweep)
+        return _run(resolved.manifest, sweep, listener, should_stop, where, retry_failed, shards, replace_other)
+
+
+def _run(
+    manifest: Manifest,
+    sweep: Sweep,
+    listener: Listener,
+    should_stop: Callable[[], str | None],
+    where: Where | None,
+    retry_failed: bool,
+    shards: bool,
+    replace_other: bool,
+) -> Report:
     if not shards:
         manifest = with_its_seeds(manifest, sweep)
-    sweep.write_manifest(manifest)
+    larger = not replace_other and is_part_of(manifest, sweep)
+    if larger:
+        listener.say(
+            f"{sweep.uri} holds more than this spec asks for: its tables stay as they are, and what is shown here is "
+            "this spec's (--replace makes the sweep as small)"
+        )
+    else:
+        sweep.write_manifest(manifest)
     if retry_failed:
         failures.forget(sweep)
     outcome = Outcome()
@@ -128,7 +155,9 @@ def run(
         final_model, course = read_final(of.spec, Path(of.beside)), Course.of(plan.cells, plan.done, tasks)
         with Heartbeat(sweep) as heartbeat, (where or on_ray(None))(sweep, of, final_model) as pool:
             heartbeat.follow(course)
-            _compute(of, sweep, tasks, pool, listener, should_stop, outcome, course)
+            with Claims(sweep, of, heartbeat) as claims:
+                shared = SharedTasks(tasks, claims, lambda tasks: _remaining(of, sweep, tasks, course))
+                _compute(of, sweep, shared, pool, listener, should_stop, outcome, course)
 
     if shards and manifest.spec.seeds.until_reliability is not None:
         manifest = _grown(manifest, sweep, compute, listener, outcome)
@@ -140,8 +169,26 @@ def run(
         _reject(sweep, gathered, listener)
         if not gathered.bad or outcome.stopped:
             break
-    written = write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
-    return _report(manifest, sweep, gathered, written, outcome, shards)
+    # Another driver may have begun with a larger spec meanwhile.
+    larger = larger or (not replace_other and is_part_of(manifest, sweep))
+    written = {} if larger else write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
+    return replace(_report(manifest, sweep, gathered, written, outcome, shards), larger=larger)
+
+
+def is_part_of(manifest: Manifest, sweep: Sweep) -> bool:
+    """Whether the store's sweep of this name and digest has all cells that the manifest asks for, and more."""
+    try:
+        there = sweep.read_manifest()
+    except FimoError:
+        return False
+    if there.digest != manifest.digest:
+        return False
+    ours, theirs = ({removal.indices for removal in of.removals} for of in (manifest, there))
+    # A sweep that adds seeds by itself may come to have all of them.
+    mine, others = (
+        set(range(of.first, of.after or of.first + of.count)) for of in (manifest.spec.seeds, there.spec.seeds)
+    )
+    return ours <= theirs and mine <= others and (ours, mine) != (theirs, others)
 
 
 def refuse_other(manifest: Manifest, sweep: Sweep) -> None:
@@ -210,10 +257,18 @@ def note_sets(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task]) -> None:
         sweep.write_set(manifest.digest, removals)
 
 
+def _remaining(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task], course: Course) -> list[Task]:
+    """What other drivers have left of some tasks; what they have done is noted."""
+    left = remaining(manifest, sweep, tasks)
+    cells = cells_in(tasks) - cells_in(left)
+    course.by_others(tasks, left, cells)
+    return left
+
+
 def _compute(
     manifest: Manifest,
     sweep: Sweep,
-    tasks: Sequence[Task],
+    tasks: Source,
     pool: Pool,
     listener: Listener,
     should_stop: Callable[[], str | None],
@@ -228,8 +283,8 @@ def _compute(
             course.finish(task, of.cells)
         listener.result(task, of)
 
-    def turn(running: Sequence[tuple[Task, float]]) -> None:
-        course.run(running)
+    def turn(running: Sequence[tuple[Task, float]], waits: str | None) -> None:
+        course.run(running, waits)
         listener.turn(course)
 
     limit = None if deadline == "auto" else deadline
@@ -262,6 +317,10 @@ def _report(
     if report.complete:
         return report
     tasks, _ = _owed(manifest, sweep, shards)
+    if tasks and not outcome.stopped and not report.failures.aside:
+        # Every task has said that it is done: to do it once more would say the same.
+        why = gathered.bad[0][1] if gathered.bad else "the store does not list it"
+        report = replace(report, lacking=f"{len(tasks)} tasks were done, and what they wrote cannot be used: {why}")
     cells, lacking = cells_in(tasks), len(estimators_in(tasks))
     witnesses = sum(len(task.removals) for task in tasks if isinstance(task, WitnessTask))
     return replace(report, owed_cells=cells, owed_estimators=lacking, owed_witnesses=witnesses)

@@ -5,6 +5,8 @@ Resuming is this and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
 
 from fimo.orchestrator.run.blocks import Named, held_removals, listed_blocks, shares, value_digest
@@ -19,6 +21,7 @@ from fimo.orchestrator.run.plan import (
     size_of_shards,
     witness_tasks,
 )
+from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -84,12 +87,41 @@ def owed_tasks(manifest: Manifest, sweep: Sweep, failures: Failures) -> tuple[li
     return [*(task for task in mixed if task is not None), *missing_witnesses(manifest, sweep, failures)], plan
 
 
-def cells_in(tasks: list[Task]) -> int:
+def remaining(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task]) -> list[Task]:
+    """Of some tasks, those that the store still lacks, in order, and of a shard the removals that no part holds.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    kinds = {type(task) for task in tasks}
+    done = sweep.done(manifest, sweep.list_parts(manifest.digest)) if Shard in kinds else {}
+    witnesses = set(sweep.list_witnesses(manifest.digest)) if WitnessTask in kinds else set[int]()
+    estimates: dict[tuple[object, ...], tuple[NamedRemoval, ...]] = {}
+    if EstimateTask in kinds:
+        missing = missing_estimates(manifest, sweep, Failures((), {}))
+        estimates = {_block_of(task): task.removals for task in missing}
+    left = list[Task]()
+    for task in tasks:
+        if isinstance(task, Shard):
+            lacking = tuple(r for r in task.removals if r.indices not in done.get(task.seed, set()))
+            left += [Shard(task.seed, lacking)] * bool(lacking)
+        elif isinstance(task, WitnessTask):
+            left += [task] * (task.seed not in witnesses)
+        elif _block_of(task) in estimates:
+            left.append(replace(task, removals=estimates[_block_of(task)]))
+    return left
+
+
+def _block_of(task: EstimateTask) -> tuple[object, ...]:
+    return task.estimator, task.params, task.seed, task.first, task.count
+
+
+def cells_in(tasks: Sequence[Task]) -> int:
     """The cells that tasks would train, without the baselines."""
     return sum(len(task.removals) for task in tasks if isinstance(task, Shard))
 
 
-def estimators_in(tasks: list[Task]) -> set[Named]:
+def estimators_in(tasks: Sequence[Task]) -> set[Named]:
     """The estimators that tasks would compute."""
     return {(task.estimator, task.params) for task in tasks if isinstance(task, EstimateTask)}
 

@@ -9,143 +9,36 @@ import contextlib
 import dataclasses
 import os
 import pickle
-import signal
-import socket
+import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fimo.orchestrator.resolve.code import code_files, write_files
+from fimo.orchestrator.run.connect import ClusterError, cluster
 from fimo.orchestrator.run.entry import enter
+from fimo.orchestrator.run.places import Failed, Lost, Result
 from fimo.orchestrator.run.plan import Task
-from fimo.orchestrator.run.schedule import Failed, Lost, Result
-from fimo.orchestrator.run.tasks import Receipt, is_prepared, run_task
+from fimo.orchestrator.run.tasks import Receipt, UnableError, is_prepared, run_task
 from fimo.orchestrator.spec.spec import Resources
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.errors import FimoError, UsageError
+from fimo.workers.errors import UsageError
 
-QUIET = {
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-EMBEDDED = {
-    # Listen on loopback alone: Ray otherwise listens on every interface even when told not to.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # An embedded cluster is this process's own: a token would only be written to the user's home.
-    "RAY_AUTH_MODE": "disabled",
-}
-SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-"""Show every worker all GPUs; a task picks its own by number.
+UNABLE_S = 2.0
+NODES_EVERY_S = 1.0
+HEAD_GONE_S, DOUBT_S = 20.0, 5.0
+"""Seconds without an answer after which the head counts as gone, and how long it is doubted.
 
-CUDA reads CUDA_VISIBLE_DEVICES once, but Ray may give a reused process another GPU.
+After 60 Ray ends the process itself.
 """
-CONNECT_TIMEOUT_S = 10.0
-OBJECT_STORE_BYTES = 512 * 2**20
-
-
-class ClusterError(FimoError):
-    """The Ray cluster cannot be started or reached."""
-
-
-@contextlib.contextmanager
-def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
-    """Connect to Ray for the body: an embedded cluster on loopback, or the one at ``address`` (``auto`` in a job).
-
-    Args:
-        code: a folder that every worker of a cluster gets as its working directory; a job has one of its own.
-
-    Raises:
-        ClusterError: one line.
-        UsageError: the address is a dashboard's.
-    """
-    if address is not None and address.startswith(("http://", "https://")):
-        raise UsageError(f"--address {address} is a dashboard, which takes jobs: use `fimo submit` or `fimo resume`")
-    _knock_at(address)
-    wanted = QUIET | SEE_ALL_GPUS if address is None else QUIET
-    os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
-    if address is None:
-        os.environ.update(EMBEDDED)
-    import ray  # after the environment that it reads on import
-
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    else:
-        options |= {"address": address}
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-            environment = {"env_vars": SEE_ALL_GPUS}
-            options["runtime_env"] = environment | ({"working_dir": str(code)} if code is not None else {})
-    # Put the caller's handlers back afterwards: Ray's own handler of SIGTERM aborts, and the caller decides how to end.
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with contextlib.nullcontext() if address is None else _without_stderr():
-            ray.init(**options)
-    except Exception as error:
-        raise ClusterError(_unreachable(error, address)) from error
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Silence descriptor 2 for the body: if a token is refused, Ray's native code writes a warning there a second."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def knock(host: str, port: int) -> str | None:
-    """Why nothing answers at an address, None if something does; Ray itself would try for minutes."""
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, UnicodeError) as error:
-        return getattr(error, "strerror", None) or "no answer"
-    return None
-
-
-def _knock_at(address: str | None) -> None:
-    host, _, port = (address or "").rpartition(":")
-    if not host or not port.isdecimal():
-        return
-    reason = knock(host.strip("[]"), int(port))
-    if reason is not None:
-        raise ClusterError(
-            f"cannot reach Ray at {address} ({reason}): check the address (HEAD:6379, or auto on a node of the cluster)"
-        )
-
-
-def _unreachable(error: Exception, address: str | None) -> str:
-    where = "an embedded Ray" if address is None else f"Ray at {address}"
-    text = str(error).strip()
-    if "Version mismatch" in text:
-        return f"{where} has other versions than this process; install the same on both ({' '.join(text.split())})"
-    if type(error).__name__ == "AuthenticationError" or "nauthenticated" in text:
-        return (
-            f"{where} refuses the Ray token: set RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN or "
-            "~/.ray/auth_token"
-        )
-    if address is not None and text.startswith("Failed to connect to Ray cluster"):
-        return (
-            f"what answers at {address} is not Ray, or refuses the Ray token: check the port (the head's --port), and "
-            "the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token with RAY_AUTH_MODE=token"
-        )
-    line = (text.splitlines() or [type(error).__name__])[0]
-    return f"cannot start or reach {where}: {line}"
+NODE_LABEL = "ray.io/node-id"
+CANNOT_IMPORT = "failed to import on the worker"
+"""What Ray says of a node on which fimo is not installed."""
 
 
 def on_ray(
@@ -158,8 +51,8 @@ def on_ray(
 
     @contextlib.contextmanager
     def pool(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[RayPool]:
-        with connected(address, manifest):
-            yield RayPool(sweep, manifest, final_model)
+        with connected(address, manifest), contextlib.closing(RayPool(sweep, manifest, final_model)) as opened:
+            yield opened
 
     return pool
 
@@ -172,7 +65,7 @@ def connected(address: str | None, manifest: Manifest) -> Iterator[int]:
         ClusterError: Ray cannot be reached; UsageError: the embedded one is too small for a task.
     """
     resources = manifest.spec.resources
-    if address is None:
+    if address in (None, "local"):
         with cluster(None):
             here = slots(resources)
             if here < 1:
@@ -191,12 +84,15 @@ def connected(address: str | None, manifest: Manifest) -> Iterator[int]:
 
 def slots(resources: Resources) -> int:
     """How many tasks the connected Ray can run at once, by what it has now; 0 while it has no node for them."""
-    import ray
+    return sum(slots_of(resources, node.resources) for node in nodes())
 
-    have = ray.cluster_resources()
-    cpus = have.get("CPU", 0) / resources.cpus
-    gpus = have.get("GPU", 0) / resources.gpus if resources.gpus else cpus
-    return int(min(cpus, gpus))
+
+def slots_of(resources: Resources, node: Mapping[str, float]) -> int:
+    """How many tasks a node with these resources can run at once."""
+    cpus = node.get("CPU", 0) / resources.cpus
+    gpus = node.get("GPU", 0) / resources.gpus if resources.gpus else cpus
+    # What is divided in binary may come out a hair under a whole number.
+    return int(min(cpus, gpus) + 1e-9)
 
 
 def _work(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Task) -> Receipt:
@@ -204,7 +100,12 @@ def _work(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Task) 
     import ray
 
     data = None if is_prepared(manifest) else ray.get(final_model[0])
-    return run_task(sweep, manifest, data, task, gpu_number())
+    try:
+        return run_task(sweep, manifest, data, task, gpu_number())
+    except UnableError as error:
+        # A node that can begin nothing is done with every task at once: it shall not take all that there are.
+        time.sleep(UNABLE_S)
+        raise UnableError(str(error), ray.get_runtime_context().get_node_id()) from None
 
 
 def gpu_number() -> int:
@@ -229,12 +130,15 @@ class RayPool:
         # Bind max_calls here: otherwise Ray gives each GPU task a new process (0.8 s against 1 ms).
         # Leave retries to the schedule, which tells a worker's death from a task's own error.
         remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=0, max_retries=0)
-        self._work = remote(enter)
+        self._enter = self._work = remote(enter)
         # Every task unpickles these, and carries removals of its own: the sweep's whole list stays here.
         self._shared = ray.put(pickle.dumps((_work, sweep, dataclasses.replace(manifest, removals=()))))
         # In a list, the reference itself travels, not the bytes.
         self._final = [ray.put(final_model)]
         self._flying: dict[Any, Any] = {}
+        self._avoided: set[str] = set()
+        self._doubted: float | None = None
+        self._watch = NodeWatch()
 
     def submit(self, task: Task) -> Hashable:
         """Start a task."""
@@ -262,6 +166,8 @@ class RayPool:
             receipt: Receipt = self._ray.get(reference)
         except errors.RayTaskError as error:
             cause = getattr(error, "cause", None)
+            if isinstance(cause, ImportError) or CANNOT_IMPORT in str(error):
+                return Failed(UnableError(_lacking(error, cause)), str(error))
             return Failed(cause if isinstance(cause, BaseException) else error, str(error))
         except errors.RayError as error:
             # Not the task's own error: worker, node, owner or object lost, memory, environment.
@@ -276,10 +182,88 @@ class RayPool:
 
     def slots(self) -> int:
         """How many tasks the cluster can run at once; see ``slots``."""
-        return slots(self._resources)
+        alive = [node for node in self._watch.nodes if node.id not in self._avoided]
+        return sum(slots_of(self._resources, node.resources) for node in alive)
+
+    def waits(self) -> str | None:
+        """What the cluster lacks for a task."""
+        if self.slots():
+            return None
+        asked = in_words(self._resources)
+        workers = [n for n in self._watch.nodes if n.resources.get("CPU", 0) or n.resources.get("GPU", 0)]
+        if self._avoided and any(node.id in self._avoided for node in workers):
+            return f"another node: no task can begin on {', '.join(n.name for n in workers if n.id in self._avoided)}"
+        if not workers:
+            return f"a node: the cluster has none yet that takes tasks (a task asks for {asked})"
+        most = {kind: max(n.resources.get(kind, 0) for n in workers) for kind in ("CPU", "GPU")}
+        return (
+            f"a node with {asked} for a task: the cluster's largest of {len(workers)} have {most['CPU']:g} CPUs and "
+            f"{most['GPU']:g} GPUs"
+        )
+
+    def lost(self) -> str | None:
+        """Whether the head has gone."""
+        now = time.monotonic()
+        if self._watch.silent_s < HEAD_GONE_S:
+            self._doubted = None
+        elif self._doubted is None:
+            # A driver that was itself stopped for a while finds the last answer old: the head has its chance.
+            self._doubted = now
+        if self._doubted is None or now - self._doubted < DOUBT_S:
+            return None
+        return f"the Ray head has not answered for {self._watch.silent_s:.0f} s"
+
+    def avoid(self, node: str) -> None:
+        """Start no more tasks on a node."""
+        if node and node not in self._avoided:
+            self._avoided.add(node)
+            self._work = self._enter.options(label_selector={NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"})
+
+    def close(self) -> None:
+        """Look at the nodes no more."""
+        self._watch.stop()
 
 
-# -- nodes, for `fimo doctor` ----------------------------------------------------------------------------------------
+def in_words(resources: Resources) -> str:
+    """What a task asks for."""
+    return f"{resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
+
+
+def _lacking(error: Exception, cause: object) -> str:
+    """Which node lacks a module that a task needs, by Ray's own account of where it failed."""
+    where = re.search(r"ip=([0-9a-fA-F.:]+)", str(error))
+    node = f"node {where[1]}" if where else "a node"
+    missing = re.search(r"(ModuleNotFoundError|ImportError): (.*)", str(error))
+    line = f"{missing[1]}: {missing[2]}" if missing else f"{type(cause).__name__}: {cause}"
+    return f"{node} cannot begin a task: {line}; install the same packages on every node"
+
+
+class NodeWatch:
+    """The live nodes, looked at from a thread of its own: Ray's answer comes late or never once the head is gone."""
+
+    def __init__(self) -> None:
+        self.nodes = nodes()
+        self._seen = time.monotonic()
+        self._stop = threading.Event()
+        threading.Thread(target=self._look, name="fimo-nodes", daemon=True).start()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the head answered."""
+        return time.monotonic() - self._seen
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stop.set()
+
+    def _look(self) -> None:
+        while not self._stop.wait(NODES_EVERY_S):
+            with contextlib.suppress(Exception):
+                self.nodes = nodes()
+                self._seen = time.monotonic()
+
+
+# -- nodes ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from fimo.orchestrator.run.driver import Listener, note_sets
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import Gathered, seed_blocks
 from fimo.orchestrator.run.owed import current_plan, missing_estimates
+from fimo.orchestrator.run.places import Pool
 from fimo.orchestrator.run.plan import Task
-from fimo.orchestrator.run.schedule import Pool, drive
+from fimo.orchestrator.run.schedule import drive
 from fimo.orchestrator.run.witnesses import read_witnesses
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.spec.removals import NamedRemoval

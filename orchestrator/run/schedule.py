@@ -6,22 +6,17 @@ runs are the pool's business; progress is the store's, so this loop may die at a
 
 from __future__ import annotations
 
-import contextlib
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import torch
 
 from fimo.orchestrator.run.budget import TooDearError
+from fimo.orchestrator.run.lateness import Lateness
+from fimo.orchestrator.run.places import Failed, Lost, Pool, Result, Source, Unshared
 from fimo.orchestrator.run.plan import Shard, Task
-from fimo.orchestrator.run.tasks import CannotEstimateError, ConflictError, Receipt, run_task
+from fimo.orchestrator.run.tasks import CannotEstimateError, ConflictError, Receipt, UnableError
 from fimo.orchestrator.run.witnessing import NoWitnessError
-from fimo.orchestrator.sweep.manifest import Manifest
-from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import DivergedError, FimoError, StoreError, UsageError, WorkloadError
 
 ATTEMPTS = 3
@@ -30,40 +25,10 @@ LOSSES = 20
 """Times that a task's worker or node may die under it: a shard that kills its worker must not circle for ever."""
 BREAKER = 3
 """Set-asides without a single success that stop the sweep: a bug that fails every shard."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """The worker or node died, or a deadline passed; not the task's own error."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The task raised."""
-
-    error: BaseException
-    traceback: str
-
-
-Result = Receipt | Lost | Failed
-
-
-class Pool(Protocol):
-    """Where tasks run."""
-
-    def submit(self, task: Task) -> Hashable:
-        """Start a task; returns a handle."""
-
-    def wait(self, timeout_s: float) -> list[tuple[Hashable, Result]]:
-        """Results that have arrived, waiting at most ``timeout_s`` for the first."""
-
-    def cancel(self, handle: Hashable) -> None:
-        """Give a task up; no result of it arrives any more."""
-
-    def slots(self) -> int:
-        """How many tasks can run at once; 0 while there is no node for any."""
+UNABLE = 30
+"""Tasks in a row that nodes could not begin, and none finished meanwhile, that stop the sweep."""
+REMEMBERED_S = 60.0
+"""Nodes that have gone leave their tasks behind for a while, so the window shrinks so late."""
 
 
 @dataclass(frozen=True)
@@ -102,33 +67,39 @@ class Outcome:
 @dataclass
 class _Flight:
     task: Task
-    since: float
     running: float | None = None
+
+    def ran_s(self, now: float) -> float:
+        """Seconds for which it has run, as far as is known."""
+        return 0.0 if self.running is None else now - self.running
 
 
 def drive(
-    tasks: Iterable[Task],
+    tasks: Iterable[Task] | Source,
     pool: Pool,
     on_result: Callable[[Task, Result], None] = lambda task, result: None,
     should_stop: Callable[[], str | None] = lambda: None,
     deadline_s: float | None = None,
     poll_s: float = 0.5,
-    on_turn: Callable[[Sequence[tuple[Task, float]]], None] = lambda running: None,
+    on_turn: Callable[[Sequence[tuple[Task, float]], str | None], None] = lambda running, waits: None,
 ) -> Outcome:
     """Run tasks in order within a bounded window until each is finished or set aside.
 
     Args:
         on_result: told of every result as it arrives.
         should_stop: asked at every turn; a reason ends the drive, with the tasks in flight given up.
-        deadline_s: seconds from submission after which a task counts as lost; None = generous, from those before it.
+        deadline_s: seconds of running after which a task counts as lost; None = from those before it.
         on_turn: told at every turn of the tasks that run, each with its seconds so far, as far as the order of
-            submission tells.
+            submission tells; and of what the run waits for, if it does.
     """
-    loop = _Loop(iter(tasks), pool, deadline_s)
+    source = Unshared(tasks) if isinstance(tasks, Iterable) else tasks
+    loop = _Loop(source, pool, deadline_s)
     while loop.refill():
-        reason = should_stop()
+        reason = should_stop() or pool.lost()
         if reason is None:
-            on_turn(loop.running())
+            on_turn(loop.running(), loop.waits())
+            if not loop.flying:
+                time.sleep(poll_s)
             for handle, result in pool.wait(poll_s):
                 task = loop.take(handle, result)
                 if task is not None:
@@ -145,35 +116,48 @@ def drive(
 class _Loop:
     """The state of one drive: what is in flight, what comes again, and how often each task has failed or been lost."""
 
-    def __init__(self, tasks: Iterator[Task], pool: Pool, deadline_s: float | None) -> None:
-        self.tasks, self.pool, self.deadline_s = tasks, pool, deadline_s
+    def __init__(self, source: Source, pool: Pool, deadline_s: float | None) -> None:
+        self.source, self.pool, self.lateness = source, pool, Lateness(deadline_s)
         self.again: deque[Task] = deque()
         self.flying: dict[Hashable, _Flight] = {}
         self.failures: dict[str, int] = {}
         self.losses: dict[str, int] = {}
-        self.longest_s = 0.0
-        self.room, self.slots = True, 1
+        self.slots = 1
+        self.most, self.most_at = 0, 0.0
         self.store_failures, self.store_line = 0, ""
+        self.unable, self.unable_line = 0, ""
         self.outcome = Outcome()
 
     def refill(self) -> bool:
-        """Fill the window; whether anything is in flight."""
-        slots = self.pool.slots()
-        self.room, self.slots = slots > 0, slots
-        window = 2 * max(1, slots)
-        while len(self.flying) < window:
-            task = self.again.popleft() if self.again else next(self.tasks, None)
-            if task is None:
-                break
-            self.flying[self.pool.submit(task)] = _Flight(task, time.monotonic())
-        return bool(self.flying)
+        """Fill the window; whether anything is in flight, or may still come."""
+        now, self.slots = time.monotonic(), self.pool.slots()
+        if self.slots >= self.most or now - self.most_at > REMEMBERED_S:
+            self.most, self.most_at = self.slots, now
+        window = 2 * max(1, self.most)
+        window += sum(self.lateness.is_stuck(flight.task, flight.ran_s(now)) for flight in self.flying.values())
+        if (room := window - len(self.flying)) > 0:
+            tasks = [self.again.popleft() for _ in range(min(room, len(self.again)))]
+            tasks += self.source.take(room - len(tasks))
+            for task in tasks:
+                self.flying[self.pool.submit(task)] = _Flight(task)
+        return bool(self.flying or self.source.open)
 
     def running(self) -> list[tuple[Task, float]]:
         """Tasks with their seconds so far: pools start them in the order in which they were handed over."""
-        now, first = time.monotonic(), list(self.flying.values())[: max(1, self.slots)]
-        for flight in first:
+        now = time.monotonic()
+        stuck = [flight for flight in self.flying.values() if self.lateness.is_stuck(flight.task, flight.ran_s(now))]
+        others = [flight for flight in self.flying.values() if flight not in stuck]
+        for flight in others[: self.slots]:
             flight.running = now if flight.running is None else flight.running
-        return [(flight.task, now - (flight.running or now)) for flight in first]
+        return [(f.task, f.ran_s(now)) for f in [*stuck, *others] if f.running is not None]
+
+    def waits(self) -> str | None:
+        """What the run waits for, if it does."""
+        if self.flying and (line := self.pool.waits()):
+            return line
+        if not self.flying and self.source.waits:
+            return f"other drivers of this sweep, which compute {self.source.waits} tasks"
+        return None
 
     def take(self, handle: Hashable, result: Result) -> Task | None:
         flight = self.flying.pop(handle, None)
@@ -181,13 +165,22 @@ class _Loop:
             return None
         if isinstance(result, Receipt):
             self.outcome.receipts.append(result)
-            self.longest_s = max(self.longest_s, result.seconds)
-            self.store_failures = 0
+            self._finished(flight, result)
         elif isinstance(result, Lost):
             self._lost(flight.task, result)
         else:
             self._failed(flight.task, result)
         return flight.task
+
+    def _finished(self, flight: _Flight, receipt: Receipt) -> None:
+        # With what the task took beside its own work: a worker that starts, data that is loaded.
+        self.lateness.finished(flight.task, max(receipt.seconds, flight.ran_s(time.monotonic())))
+        self.store_failures = self.unable = 0
+        self.source.done(flight.task)
+
+    def _set_aside(self, given_up: SetAside) -> None:
+        self.outcome.set_aside.append(given_up)
+        self.source.done(given_up.task)
 
     def _lost(self, task: Task, result: Lost) -> None:
         name = repr(task)
@@ -195,7 +188,7 @@ class _Loop:
         self.losses[name] = self.losses.get(name, 0) + 1
         if self.losses[name] >= LOSSES:
             line = f"lost {LOSSES} times, the last time: {result.reason}"
-            self.outcome.set_aside.append(SetAside(task, line, result.reason))
+            self._set_aside(SetAside(task, line, result.reason))
         else:
             self.again.append(task)
 
@@ -207,6 +200,12 @@ class _Loop:
             self.store_line = error_line(result.error)
             self.again.append(task)
             return
+        if isinstance(result.error, UnableError):
+            # No verdict on the task: another node may be able to, or this one once it is mended.
+            self.unable, self.unable_line = self.unable + 1, error_line(result.error)
+            self.pool.avoid(result.error.node)
+            self.again.append(task)
+            return
         self.failures[name] = self.failures.get(name, 0) + 1
         dear = isinstance(result.error, TooDearError)
         final = dear or isinstance(result.error, CannotEstimateError)
@@ -215,33 +214,33 @@ class _Loop:
             result.error, UsageError | WorkloadError | DivergedError | ConflictError | NoWitnessError
         )
         if certain or self.failures[name] >= ATTEMPTS:
-            self.outcome.set_aside.append(SetAside(task, error_line(result.error), result.traceback, final, dear))
+            self._set_aside(SetAside(task, error_line(result.error), result.traceback, final, dear))
         else:
             self.again.append(task)
 
     def overdue(self) -> list[tuple[Task, Lost]]:
         """Give up what has passed its deadline, and queue it again."""
-        limit = self.deadline_s if self.deadline_s is not None else self._generous()
         now, given_up = time.monotonic(), list[tuple[Task, Lost]]()
-        if not self.room:
-            # While there is no node for any task, none runs, so none is late.
-            for flight in self.flying.values():
-                flight.since = now
         for handle, flight in list(self.flying.items()):
-            if limit is not None and now - flight.since > limit:
+            if not self.slots:
+                # While there is no node for any task, none runs, so none is late.
+                flight.running = None
+            limit = self.lateness.limit(flight.task)
+            if limit is not None and flight.ran_s(now) > limit:
                 self.pool.cancel(handle)
                 lost = Lost(f"no result within {limit:.0f} s")
+                self.lateness.gave_up(flight.task)
                 self.take(handle, lost)
                 given_up.append((flight.task, lost))
         return given_up
-
-    def _generous(self) -> float | None:
-        return max(1800.0, 20 * self.longest_s) if self.longest_s else None
 
     def breaker(self) -> str | None:
         """The reason to stop if the first shards all fail, or the store does; else None."""
         if self.store_failures >= BREAKER:
             return f"stopped, since the store fails: {self.store_line}"
+        if self.unable >= (UNABLE if self.outcome.receipts else BREAKER) or (self.unable and not self.pool.slots()):
+            self.outcome.broken = True
+            return f"no task can begin: {self.unable_line}"
         aside = [a for a in self.outcome.set_aside if isinstance(a.task, Shard)]
         shards = any(r.cells for r in self.outcome.receipts)
         if shards or not aside:
@@ -263,50 +262,3 @@ def error_line(error: BaseException) -> str:
     """The first line of an error, with its type unless it is one of fimo's own."""
     text = (str(error).strip().splitlines() or [""])[0]
     return text if isinstance(error, FimoError) else f"{type(error).__name__}: {text}"
-
-
-@contextlib.contextmanager
-def in_process(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[LocalPool]:
-    """Tasks in this process, one after another, under the same contract as on Ray; torch's threads are put back."""
-    threads = torch.get_num_threads()
-    try:
-        yield LocalPool(lambda task: run_task(sweep, manifest, final_model, task))
-    finally:
-        torch.set_num_threads(threads)
-
-
-class LocalPool:
-    """Runs tasks one after another in this process: for notebooks, tests, and debugging a workload.
-
-    Args:
-        work: computes a task and returns its receipt.
-    """
-
-    def __init__(self, work: Callable[[Task], Receipt]) -> None:
-        self._work = work
-        self._queue: deque[tuple[int, Task]] = deque()
-        self._count = 0
-
-    def submit(self, task: Task) -> Hashable:
-        """Queue a task."""
-        self._count += 1
-        self._queue.append((self._count, task))
-        return self._count
-
-    def wait(self, timeout_s: float) -> list[tuple[Hashable, Result]]:
-        """Run the next task."""
-        if not self._queue:
-            return []
-        handle, task = self._queue.popleft()
-        try:
-            return [(handle, self._work(task))]
-        except Exception as error:
-            return [(handle, Failed(error, traceback.format_exc()))]
-
-    def cancel(self, handle: Hashable) -> None:
-        """Take a task out of the queue."""
-        self._queue = deque(item for item in self._queue if item[0] != handle)
-
-    def slots(self) -> int:
-        """One."""
-        return 1

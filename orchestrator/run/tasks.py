@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,21 @@ from fimo.workers.shard import run_shard
 
 class ConflictError(FimoError):
     """Another writer committed different rows under the same key."""
+
+
+class UnableError(FimoError):
+    """A node cannot begin a task: it lacks a package or a file, or its code or data are others.
+
+    Attributes:
+        node: Ray's id of it; empty in a process of the driver's own.
+    """
+
+    def __init__(self, line: str, node: str = "") -> None:
+        super().__init__(line, node)
+        self.node = node
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CannotEstimateError(FimoError):
@@ -119,7 +135,13 @@ def prepared(manifest: Manifest, final_model: bytes | None) -> Resolved:
     if name not in _loaded:
         _loaded.clear()
         _engines.clear()
-        resolved = resolve_like(manifest, final_model)
+        try:
+            resolved = resolve_like(manifest, final_model)
+        except (UsageError, WorkloadError, ImportError) as error:
+            # The driver could: it is the node's fault, or something has changed since.
+            line = str(error) if isinstance(error, FimoError) else f"{type(error).__name__}: {error}"
+            here = f"node {platform.node()}"
+            raise UnableError(line if line.startswith(here) else f"{here}: {line}") from error
         # torch loads its function transforms on first use: a second that no estimator should be charged with.
         torch.func.vmap(torch.func.grad(lambda x: x * x))(torch.ones(1))
         _loaded[name] = resolved

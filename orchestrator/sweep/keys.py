@@ -20,6 +20,8 @@
     NAME/jobs/ID.json                       where a job was submitted: `fimo submit`, after the head took it (put)
     NAME/drivers/ID.json                    what a running driver does, for `fimo status`: that driver, now and then;
                                             deleted when it ends (put)
+    NAME/claims/TASK-TURN.json              which driver computes a task now: that driver, before it starts it (create);
+                                            deleted when the task has ended
     NAME/rejected/KEY                       an object that did not verify: a run, moved from its key (put, then delete)
     NAME/tables/TABLE.parquet               the tables: every run and import, after reducing (put);
                                             `ranking`: `fimo rank`; `search`, `search_training`: `fimo search`
@@ -161,6 +163,11 @@ def job(sweep: str, number: str = "") -> str:
 def driver(sweep: str, number: str = "") -> str:
     """What a running driver says of itself; without a number the prefix of them all."""
     return f"{sweep}/drivers/{number}.json" if number else f"{sweep}/drivers/"
+
+
+def claim(sweep: str, task: str = "", turn: int = 0) -> str:
+    """Which driver computes a task now; ``turn`` counts those that took it over. Without a task the prefix of all."""
+    return f"{sweep}/claims/{task}-{turn:04d}.json" if task else f"{sweep}/claims/"
 
 
 def rejected(sweep: str, key: str = "") -> str:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from fimo.orchestrator.run.driver import Where
+from fimo.orchestrator.run.places import Failed, Lost, Result
 from fimo.orchestrator.run.plan import Task
-from fimo.orchestrator.run.schedule import Failed, Lost, Result
 from fimo.orchestrator.run.tasks import Receipt, run_task
 from fimo.orchestrator.store import Entry, Store
 from fimo.orchestrator.sweep.manifest import Manifest

@@ -11,7 +11,7 @@ from pathlib import Path
 from fimo.orchestrator.resolve.resolved import Resolved, resolve
 from fimo.orchestrator.run import driver as runs
 from fimo.orchestrator.run.driver import Listener, Report, Where
-from fimo.orchestrator.run.schedule import in_process
+from fimo.orchestrator.run.places import in_process
 from fimo.orchestrator.spec.spec import Spec, read
 from fimo.orchestrator.store import LocalStore, Store
 from fimo.orchestrator.sweep.parts import decode_part

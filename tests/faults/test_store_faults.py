@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from fimo.orchestrator.resolve.resolved import Resolved
-from fimo.orchestrator.run import tasks
+from fimo.orchestrator.run import heartbeat, tasks
+from fimo.orchestrator.run.places import LocalPool, Result
 from fimo.orchestrator.run.plan import Shard
-from fimo.orchestrator.run.schedule import LocalPool, Result, drive
+from fimo.orchestrator.run.schedule import drive
 from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import MemoryStore, Store
@@ -208,7 +209,8 @@ def test_a_bug_in_every_shard_stops_the_sweep_early(problem: Resolved, monkeypat
 def test_two_drivers_taking_turns_compute_each_shard_once(
     problem: Resolved, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second driver runs to its end in the middle of the first's run, which then finds all done."""
+    """A second driver runs to its end while the first is frozen, which then finds all done."""
+    monkeypatch.setattr(heartbeat, "SILENT_S", -1.0)
     store = MemoryStore()
     watch = Watch(store, problem.manifest.digest)
     first = [True]
@@ -261,13 +263,13 @@ def test_expired_credentials_end_the_run_before_every_shard_is_trained_in_vain(
 class Empty(LocalPool):
     """A cluster whose nodes come after a while: until then nothing runs, however long it is asked."""
 
-    def __init__(self, waits: int) -> None:
+    def __init__(self, turns: int) -> None:
         super().__init__(lambda task: Receipt(str(task), True, 1, 0, 0.1, "x"))
-        self.waits, self.cancelled = waits, 0
+        self.turns, self.cancelled = turns, 0
 
     def wait(self, timeout_s: float) -> list[tuple[Hashable, Result]]:
-        if self.waits > 0:
-            self.waits -= 1
+        if self.turns > 0:
+            self.turns -= 1
             time.sleep(0.005)
             return []
         return super().wait(timeout_s)
@@ -277,12 +279,12 @@ class Empty(LocalPool):
         super().cancel(handle)
 
     def slots(self) -> int:
-        return 0 if self.waits else 1
+        return 0 if self.turns else 1
 
 
 def test_a_deadline_does_not_run_while_there_is_no_node() -> None:
     """A group of spot nodes starts from none, and may be reclaimed whole."""
-    pool = Empty(waits=40)
+    pool = Empty(turns=40)
     outcome = drive([Shard(seed, ()) for seed in range(4)], pool, deadline_s=0.05, poll_s=0.0)
     assert len(outcome.receipts) == 4
     assert (outcome.lost, pool.cancelled) == (0, 0)

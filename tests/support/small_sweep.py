@@ -13,7 +13,7 @@ import pytest
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import driver as runs
 from fimo.orchestrator.run.driver import Listener, Report
-from fimo.orchestrator.run.schedule import in_process
+from fimo.orchestrator.run.places import in_process
 from fimo.orchestrator.spec.spec import Spec, parse
 from fimo.orchestrator.store import MemoryStore, Store
 

@@ -15,7 +15,7 @@ from fimo.orchestrator.report.amount import amounts_json, amounts_tables, legend
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import tasks
 from fimo.orchestrator.run.amount import first_order, how_much
-from fimo.orchestrator.run.schedule import in_process
+from fimo.orchestrator.run.places import in_process
 from fimo.orchestrator.run.weighing import proven_whole
 from fimo.orchestrator.store import MemoryStore, open_store
 from fimo.orchestrator.sweep import parts

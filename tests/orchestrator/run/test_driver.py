@@ -15,8 +15,8 @@ from torch.utils.data import RandomSampler
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import driver as runs
 from fimo.orchestrator.run import tasks
+from fimo.orchestrator.run.places import Failed
 from fimo.orchestrator.run.plan import EstimateTask, Shard
-from fimo.orchestrator.run.schedule import Failed
 from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.store import MemoryStore, NotFound, open_store
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -312,7 +312,7 @@ def test_the_order_in_which_shards_finish_changes_no_byte(beside, seed):
     import contextlib
     import random
 
-    from fimo.orchestrator.run.schedule import LocalPool
+    from fimo.orchestrator.run.places import LocalPool
     from fimo.orchestrator.run.tasks import run_task
 
     class Shuffled(LocalPool):

@@ -17,8 +17,9 @@ from fimo.orchestrator.run import driver as runs
 from fimo.orchestrator.run import heartbeat
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.heartbeat import Heartbeat, drivers
+from fimo.orchestrator.run.places import LocalPool, in_process
 from fimo.orchestrator.run.plan import EstimateTask, Shard, WitnessTask
-from fimo.orchestrator.run.schedule import LocalPool, drive, in_process
+from fimo.orchestrator.run.schedule import drive
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.run.tasks import Receipt, run_task
 from fimo.orchestrator.store import MemoryStore
@@ -53,7 +54,7 @@ def test_a_course_counts_what_is_left_by_name_and_how_fast_it_goes():
 
 def test_a_task_runs_from_when_a_slot_was_free_not_from_when_it_was_handed_over():
     turns, pool = [], LocalPool(lambda task: (time.sleep(0.05), Receipt("k", True, 1, 0, 0.05, "cpu"))[1])
-    drive([Shard(seed, ()) for seed in range(3)], pool, on_turn=turns.append)
+    drive([Shard(seed, ()) for seed in range(3)], pool, on_turn=lambda running, waits: turns.append(running))
     assert [[task.seed for task, _ in turn] for turn in turns] == [[0], [1], [2]]
     assert all(seconds < 0.04 for turn in turns for _, seconds in turn)
 

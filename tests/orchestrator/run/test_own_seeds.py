@@ -18,8 +18,8 @@ from fimo.orchestrator.run.blocks import runs_of, value_digest
 from fimo.orchestrator.run.failures import task_id
 from fimo.orchestrator.run.gather import gather
 from fimo.orchestrator.run.owed import missing_estimates, owed_tasks
+from fimo.orchestrator.run.places import in_process
 from fimo.orchestrator.run.plan import EstimateTask, task_name
-from fimo.orchestrator.run.schedule import in_process
 from fimo.orchestrator.run.verification import verify
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep import keys

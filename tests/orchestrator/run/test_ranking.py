@@ -12,8 +12,8 @@ from fimo.orchestrator.report.rank import ranked_json, ranked_lines, tables, top
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import ranking
 from fimo.orchestrator.run.gather import gather
+from fimo.orchestrator.run.places import in_process
 from fimo.orchestrator.run.rank_cost import rank_cost
-from fimo.orchestrator.run.schedule import in_process
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables import schemas

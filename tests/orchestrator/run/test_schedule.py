@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 
 import pytest
 
+from fimo.orchestrator.run import lateness
+from fimo.orchestrator.run.lateness import Lateness
+from fimo.orchestrator.run.places import Failed, Lost, Pool
 from fimo.orchestrator.run.plan import EstimateTask, Shard
-from fimo.orchestrator.run.schedule import ATTEMPTS, LOSSES, Failed, Lost, Receipt, drive
-from fimo.orchestrator.run.tasks import ConflictError
+from fimo.orchestrator.run.schedule import ATTEMPTS, LOSSES, drive
+from fimo.orchestrator.run.tasks import ConflictError, Receipt, UnableError
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.errors import StoreError, WorkloadError
 
@@ -24,7 +28,7 @@ def receipt(task) -> Receipt:
     return Receipt("key", True, 0 if isinstance(task, EstimateTask) else 1, 0, 0.01, "cpu")
 
 
-class FakePool:
+class FakePool(Pool):
     """Answers tasks by a script (task -> list of results, the last one repeated), in any order."""
 
     def __init__(self, script=None, slots=2, order=None) -> None:
@@ -57,6 +61,22 @@ class FakePool:
 
     def slots(self):
         return self._slots
+
+
+class Freezing(FakePool):
+    """Two nodes of one slot each, one of which stops answering under its tasks, and is noticed or not."""
+
+    def __init__(self, noticed=True, takes_s=0.01) -> None:
+        super().__init__(slots=2)
+        self.frozen, self.noticed, self.takes_s = set(), noticed, takes_s
+
+    def wait(self, timeout_s):
+        time.sleep(self.takes_s)
+        live = [handle for handle in self.flying if handle not in self.frozen]
+        if self.count >= 8 and not self.frozen:
+            self.frozen, self._slots = set(live[:2]), 1 if self.noticed else 2
+            live = live[2:]
+        return [(live[0], receipt(self.flying.pop(live[0])))] if live else []
 
 
 def own_error(error=None):
@@ -163,3 +183,97 @@ def test_random_weather_loses_no_task(seed):
     finished, aside = len(outcome.receipts), len(outcome.set_aside)
     assert finished + aside == 30
     assert all(isinstance(a.task, Shard) for a in outcome.set_aside)
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_while_one_node_is_frozen_the_other_goes_on_and_gets_its_tasks_in_the_end(monkeypatch, noticed):
+    monkeypatch.setattr(lateness, "STUCK_S", 0.05)
+    monkeypatch.setattr(lateness, "LATE_S", 0.6)
+    pool, when = Freezing(noticed), []
+    began = time.monotonic()
+    outcome = drive(shards(30), pool, lambda task, result: when.append((time.monotonic() - began, result)), poll_s=0.0)
+    assert len(outcome.receipts) == 30
+    assert outcome.lost == len(pool.cancelled) == 2
+    early = [result for at, result in when if at < 0.55]
+    assert len(early) >= 20, "the other node did not wait for the deadline"
+
+
+def test_a_slow_node_is_given_longer_each_time_and_ends(monkeypatch):
+    """A deadline that stayed as it is would give up the same task again and again."""
+    monkeypatch.setattr(lateness, "LATE_S", 0.05)
+    monkeypatch.setattr(lateness, "LATE", 0.0)
+    tasks = shards(3)
+
+    class Slow(FakePool):
+        def __init__(self) -> None:
+            super().__init__()
+            self.began = {}
+
+        def wait(self, timeout_s):
+            time.sleep(0.005)
+            for handle, task in self.flying.items():
+                since = self.began.setdefault(handle, time.monotonic())
+                if task is not tasks[2] or time.monotonic() - since > 0.3:
+                    return [(handle, receipt(self.flying.pop(handle)))]
+            return []
+
+    outcome = drive(tasks, Slow(), poll_s=0.0)
+    assert len(outcome.receipts) == 3
+    assert 2 <= outcome.lost <= 4
+
+
+def test_the_deadline_of_a_kind_of_task_is_drawn_from_its_own_kind():
+    late = Lateness(None)
+    dear = EstimateTask("cg", "{}", ONE, 0, 1)
+    assert late.limit(dear) is None
+    late.finished(shards(1)[0], 30.0)
+    assert late.limit(shards(1)[0]) == 150.0
+    assert late.limit(dear) == 1800.0, "no estimate has ended yet"
+    late.gave_up(shards(1)[0])
+    assert late.limit(shards(1)[0]) == 300.0
+    assert Lateness(7.0).limit(dear) == 7.0
+
+
+class OneBadNode(FakePool):
+    """Two nodes, one of which can begin nothing; tasks that would go there go elsewhere once it is avoided."""
+
+    def __init__(self, both=False) -> None:
+        super().__init__(slots=2)
+        self.avoided, self.both = set(), both
+
+    def wait(self, timeout_s):
+        handle, task = next(iter(self.flying.items()))
+        del self.flying[handle]
+        node = "bad" if self.both or (handle % 2 and "bad" not in self.avoided) else "good"
+        if node == "bad":
+            return [(handle, own_error(UnableError("node b: No module named 'theirs'", "bad")))]
+        return [(handle, receipt(task))]
+
+    def avoid(self, node):
+        self.avoided.add(node)
+
+
+def test_a_node_that_can_begin_nothing_is_avoided_and_no_task_is_set_aside_for_it():
+    pool = OneBadNode()
+    outcome = drive(shards(20), pool)
+    assert len(outcome.receipts) == 20
+    assert pool.avoided == {"bad"}
+    assert not outcome.set_aside
+    assert outcome.stopped is None
+
+
+def test_if_no_node_can_begin_anything_the_run_stops_says_why_and_records_nothing():
+    outcome = drive(shards(20), OneBadNode(both=True))
+    assert outcome.broken
+    assert outcome.stopped == "no task can begin: node b: No module named 'theirs'"
+    assert not outcome.set_aside
+
+
+def test_a_lost_head_ends_the_run_with_its_reason():
+    class Headless(FakePool):
+        def lost(self):
+            return "the Ray head has not answered for 30 s" if self.count > 6 else None
+
+    outcome = drive(shards(20), Headless())
+    assert outcome.stopped == "the Ray head has not answered for 30 s"
+    assert not outcome.broken

@@ -1,0 +1,54 @@
+"""Which tasks take too long: a deadline drawn from those before, since a frozen node never says that it is one."""
+
+from __future__ import annotations
+
+from fimo.orchestrator.run.course import kind_of
+from fimo.orchestrator.run.plan import Task
+
+LATE, LATE_S = 5.0, 60.0
+"""A task is given up after so many times the longest of its kind so far, at least after so many seconds.
+
+Each time that it is given up it is given twice as long: a slow node ends, a frozen one does not.
+"""
+STUCK, STUCK_S = 2.0, 5.0
+"""A task that has run for so many times the longest of its kind, and so many seconds, takes no place in the window."""
+FIRST, FIRST_S = 20.0, 1800.0
+"""The same for a task while none of its kind has ended, by the longest of any kind."""
+
+
+class Lateness:
+    """How long tasks of each kind have run, and how long others may.
+
+    Args:
+        deadline_s: what a task may run, if somebody has said it.
+    """
+
+    def __init__(self, deadline_s: float | None) -> None:
+        self._deadline_s = deadline_s
+        self._longest_s: dict[str, float] = {}
+        self._given_up: dict[str, int] = {}
+
+    def finished(self, task: Task, seconds: float) -> None:
+        """Note how long a task has run."""
+        kind = kind_of(task)
+        self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), seconds)
+
+    def gave_up(self, task: Task) -> None:
+        """Note that a task was given up: it has longer the next time."""
+        self._given_up[repr(task)] = self._given_up.get(repr(task), 0) + 1
+
+    def limit(self, task: Task) -> float | None:
+        """Seconds that a task may run; None while nothing has finished."""
+        if self._deadline_s is not None:
+            return self._deadline_s
+        if not self._longest_s:
+            return None
+        times, own_s = 2 ** self._given_up.get(repr(task), 0), self._longest_s.get(kind_of(task))
+        if own_s is None:
+            return float(times * max(FIRST_S, FIRST * max(self._longest_s.values())))
+        return float(times * max(LATE_S, LATE * own_s))
+
+    def is_stuck(self, task: Task, seconds: float) -> bool:
+        """Whether a task that has run for so long may be on a node that has frozen."""
+        own_s = self._longest_s.get(kind_of(task))
+        return own_s is not None and seconds > STUCK * own_s + STUCK_S
