@@ -9,15 +9,18 @@ out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
-from fimo.orchestrator.run.plan import Shard, Task, WitnessTask, task_name
+from fimo.orchestrator.run.blocks import value_digest
+from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, WitnessTask, task_name
 from fimo.orchestrator.run.schedule import SetAside
 from fimo.orchestrator.spec.canonical import canonical, digest
 from fimo.orchestrator.store import NotFound
+from fimo.orchestrator.store.base import is_key
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -83,11 +86,11 @@ def record(manifest: Manifest, sweep: Sweep, given_up: SetAside) -> None:
     task = given_up.task
     about: dict[str, Any]
     if isinstance(task, Shard):
-        about = {"seed": task.seed}
+        about = {"seed": task.seed, "removals": [list(removal.indices) for removal in task.removals]}
     elif isinstance(task, WitnessTask):
         about = {"witness": task.seed, "asked": manifest.spec.resources.witnesses}
     else:
-        about = {"estimator": task.estimator, "params": task.params}
+        about = {"estimator": task.estimator, "params": task.params, "block": _block_key(manifest, sweep, task)}
     body = {
         "task": task_name(task),
         **about,
@@ -100,8 +103,16 @@ def record(manifest: Manifest, sweep: Sweep, given_up: SetAside) -> None:
     sweep.store.put(keys.failed(sweep.name, task_id(manifest, task)), canonical(body).encode())
 
 
+def _block_key(manifest: Manifest, sweep: Sweep, task: EstimateTask) -> str:
+    of = value_digest(manifest, task.estimator, task.params, task.at)
+    prefix = keys.estimates(sweep.name, of, task.estimator, task.params)
+    return keys.block(prefix, task.removals, task.first, task.count, task.seed)
+
+
 def read(sweep: Sweep, manifest: Manifest) -> Failures:
     """The records that are about tasks of the manifest; those of an earlier form of the spec are passed over.
+
+    So are those of tasks whose results are there by now: another driver may have been able to.
 
     Raises:
         StoreError: the store cannot be read.
@@ -109,6 +120,7 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
     aside: list[Failure] = []
     left_out: dict[tuple[str, str], str] = {(name, "{}"): why for name, why in manifest.left_out}
     witnesses: dict[int, str] = {}
+    committed = _Committed(sweep, manifest)
     for name, body in _records(sweep):
         if not name.startswith(manifest.digest[:16]):
             continue
@@ -118,6 +130,8 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
                 # One for what it costs holds for the count that it was asked for under.
                 if body["witness"] in manifest.spec.seeds and body["asked"] == manifest.spec.resources.witnesses:
                     witnesses[int(body["witness"])] = str(body["error"])
+                continue
+            if committed.has(body):
                 continue
             if "seed" in body:
                 wanted = body["seed"] in manifest.spec.seeds
@@ -134,6 +148,24 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
         if wanted:
             aside.append(Failure(name, line, final))
     return Failures(tuple(aside), left_out, witnesses)
+
+
+class _Committed:
+    """Which records are of tasks whose results the store holds; it is listed when first asked."""
+
+    def __init__(self, sweep: Sweep, manifest: Manifest) -> None:
+        self._sweep, self._manifest = sweep, manifest
+
+    @cached_property
+    def _cells(self) -> Mapping[int, set[tuple[int, ...]]]:
+        return self._sweep.done(self._manifest, self._sweep.list_parts(self._manifest.digest))
+
+    def has(self, body: Mapping[str, Any]) -> bool:
+        """Whether all cells of a shard, or the block of an estimator, are there; raises TypeError, KeyError."""
+        if "removals" in body:
+            return {tuple(indices) for indices in body["removals"]} <= self._cells.get(body["seed"], set())
+        block = body.get("block")
+        return isinstance(block, str) and is_key(block) and any(self._sweep.store.list(block))
 
 
 def _still_dear(budget: object, manifest: Manifest) -> bool:

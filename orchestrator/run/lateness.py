@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
+
 from fimo.orchestrator.run.course import kind_of
 from fimo.orchestrator.run.plan import Task
 
-LATE, LATE_S = 5.0, 60.0
-"""A task is given up after so many times the longest of its kind so far, at least after so many seconds.
+LATE, LATE_S, LONGEST = 10.0, 60.0, 1.5
+"""A task is given up after so many times what the last ones of its kind took, at least after so many seconds.
 
-Each time that it is given up it is given twice as long: a slow node ends, a frozen one does not.
+And never before so many times the longest, which may have had data to load and an engine to prove. Each time that it is
+given up it is given twice as long: a slow node ends, a frozen one does not.
 """
-STUCK, STUCK_S = 2.0, 5.0
-"""A task that has run for so many times the longest of its kind, and so many seconds, takes no place in the window."""
+STUCK, STUCK_S = 3.0, 8.0
+"""A task that has run for so many times what the last ones took, and so many seconds, takes no place in the window."""
 FIRST, FIRST_S = 20.0, 1800.0
-"""The same for a task while none of its kind has ended, by the longest of any kind."""
+"""As ``LATE``, for a task while none of its kind has ended, by the longest of any kind."""
+LAST = 20
+"""Tasks of a kind whose median stands for it."""
 
 
 class Lateness:
@@ -26,12 +32,14 @@ class Lateness:
     def __init__(self, deadline_s: float | None) -> None:
         self._deadline_s = deadline_s
         self._longest_s: dict[str, float] = {}
+        self._last_s: dict[str, deque[float]] = {}
         self._given_up: dict[str, int] = {}
 
     def finished(self, task: Task, seconds: float) -> None:
         """Note how long a task has run."""
         kind = kind_of(task)
         self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), seconds)
+        self._last_s.setdefault(kind, deque(maxlen=LAST)).append(seconds)
 
     def gave_up(self, task: Task) -> None:
         """Note that a task was given up: it has longer the next time."""
@@ -43,12 +51,12 @@ class Lateness:
             return self._deadline_s
         if not self._longest_s:
             return None
-        times, own_s = 2 ** self._given_up.get(repr(task), 0), self._longest_s.get(kind_of(task))
-        if own_s is None:
+        times, kind = 2 ** self._given_up.get(repr(task), 0), kind_of(task)
+        if kind not in self._last_s:
             return float(times * max(FIRST_S, FIRST * max(self._longest_s.values())))
-        return float(times * max(LATE_S, LATE * own_s))
+        return float(times * max(LATE_S, LONGEST * self._longest_s[kind], LATE * median(self._last_s[kind])))
 
     def is_stuck(self, task: Task, seconds: float) -> bool:
         """Whether a task that has run for so long may be on a node that has frozen."""
-        own_s = self._longest_s.get(kind_of(task))
-        return own_s is not None and seconds > STUCK * own_s + STUCK_S
+        last_s = self._last_s.get(kind_of(task))
+        return last_s is not None and seconds > STUCK * median(last_s) + STUCK_S

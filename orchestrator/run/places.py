@@ -63,6 +63,14 @@ class Pool(Protocol):
         """Start no more tasks on a node."""
         return None
 
+    def doubt(self, seconds: float) -> bool:
+        """Some tasks take long: for now avoid nodes that have returned nothing for so long while others have.
+
+        Returns:
+            Whether a node is avoided that was not before.
+        """
+        return False
+
 
 class Source(Protocol):
     """Where tasks come from, in order."""

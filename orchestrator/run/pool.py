@@ -101,7 +101,8 @@ def _work(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Task) 
 
     data = None if is_prepared(manifest) else ray.get(final_model[0])
     try:
-        return run_task(sweep, manifest, data, task, gpu_number())
+        receipt = run_task(sweep, manifest, data, task, gpu_number())
+        return dataclasses.replace(receipt, node=ray.get_runtime_context().get_node_id())
     except UnableError as error:
         # A node that can begin nothing is done with every task at once: it shall not take all that there are.
         time.sleep(UNABLE_S)
@@ -137,6 +138,8 @@ class RayPool:
         self._final = [ray.put(final_model)]
         self._flying: dict[Any, Any] = {}
         self._avoided: set[str] = set()
+        self._frozen: set[str] = set()
+        self._heard: dict[str, float] = {}
         self._doubted: float | None = None
         self._watch = NodeWatch()
 
@@ -164,6 +167,7 @@ class RayPool:
         errors = self._ray.exceptions
         try:
             receipt: Receipt = self._ray.get(reference)
+            self._hear(receipt.node)
         except errors.RayTaskError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, ImportError) or CANNOT_IMPORT in str(error):
@@ -182,7 +186,7 @@ class RayPool:
 
     def slots(self) -> int:
         """How many tasks the cluster can run at once; see ``slots``."""
-        alive = [node for node in self._watch.nodes if node.id not in self._avoided]
+        alive = [node for node in self._watch.nodes if node.id not in self._avoided | self._frozen]
         return sum(slots_of(self._resources, node.resources) for node in alive)
 
     def waits(self) -> str | None:
@@ -215,9 +219,31 @@ class RayPool:
 
     def avoid(self, node: str) -> None:
         """Start no more tasks on a node."""
-        if node and node not in self._avoided:
+        if node:
             self._avoided.add(node)
-            self._work = self._enter.options(label_selector={NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"})
+            self._choose()
+
+    def doubt(self, seconds: float) -> bool:
+        """Avoid the nodes that have returned nothing for so long while others have, until they do."""
+        since = time.monotonic() - seconds
+        able = [node for node in self._watch.nodes if slots_of(self._resources, node.resources)]
+        frozen = {n.id for n in able if max(self._heard.get(n.id, 0.0), self._watch.since[n.id]) < since}
+        if len(frozen) == len(able) or frozen <= self._frozen:
+            return False
+        self._frozen |= frozen
+        self._choose()
+        return True
+
+    def _hear(self, node: str) -> None:
+        self._heard[node] = time.monotonic()
+        if node in self._frozen:
+            self._frozen.discard(node)
+            self._choose()
+
+    def _choose(self) -> None:
+        """Have tasks that start from now on run on other nodes than those that are avoided."""
+        others = sorted(self._avoided | self._frozen)
+        self._work = self._enter.options(label_selector={NODE_LABEL: f"!in({','.join(others)})"} if others else None)
 
     def close(self) -> None:
         """Look at the nodes no more."""
@@ -239,11 +265,16 @@ def _lacking(error: Exception, cause: object) -> str:
 
 
 class NodeWatch:
-    """The live nodes, looked at from a thread of its own: Ray's answer comes late or never once the head is gone."""
+    """The live nodes, looked at from a thread of its own: Ray's answer comes late or never once the head is gone.
+
+    Attributes:
+        nodes: as last seen; ``since``: when each was first seen, on the monotonic clock.
+    """
 
     def __init__(self) -> None:
         self.nodes = nodes()
         self._seen = time.monotonic()
+        self.since = dict.fromkeys((node.id for node in self.nodes), self._seen)
         self._stop = threading.Event()
         threading.Thread(target=self._look, name="fimo-nodes", daemon=True).start()
 
@@ -259,8 +290,10 @@ class NodeWatch:
     def _look(self) -> None:
         while not self._stop.wait(NODES_EVERY_S):
             with contextlib.suppress(Exception):
-                self.nodes = nodes()
+                found = nodes()
                 self._seen = time.monotonic()
+                self.since = {node.id: self.since.get(node.id, self._seen) for node in found}
+                self.nodes = found
 
 
 # -- nodes ----------------------------------------------------------------------------------------------------------
@@ -283,6 +316,13 @@ def nodes() -> list[Node]:
     return [Node(n["NodeID"], n["NodeManagerHostname"], n["Resources"]) for n in alive]
 
 
+def affinity(node: Node) -> Any:
+    """A task of this strategy runs on this node alone."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node.id, soft=False)
+
+
 def on_node(node: Node, function: Callable[..., Any], *arguments: Any, gpus: float = 0, timeout_s: float = 120) -> Any:
     """``function(*arguments)`` in a worker of one node, which must be importable there.
 
@@ -290,10 +330,9 @@ def on_node(node: Node, function: Callable[..., Any], *arguments: Any, gpus: flo
         ClusterError: no answer in time, or the task's error in one line.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     remote: Any = ray.remote
-    place = NodeAffinitySchedulingStrategy(node.id, soft=False)
+    place = affinity(node)
     work = remote(num_cpus=0, num_gpus=gpus, max_calls=0, max_retries=0, scheduling_strategy=place)(function)
     reference = work.remote(*arguments)
     try:

@@ -134,13 +134,23 @@ class _Loop:
         if self.slots >= self.most or now - self.most_at > REMEMBERED_S:
             self.most, self.most_at = self.slots, now
         window = 2 * max(1, self.most)
-        window += sum(self.lateness.is_stuck(flight.task, flight.ran_s(now)) for flight in self.flying.values())
+        stuck = [f.ran_s(now) for f in self.flying.values() if self.lateness.is_stuck(f.task, f.ran_s(now))]
+        window += len(stuck)
+        if stuck and self.pool.doubt(max(stuck)):
+            self._withdraw()
         if (room := window - len(self.flying)) > 0:
             tasks = [self.again.popleft() for _ in range(min(room, len(self.again)))]
             tasks += self.source.take(room - len(tasks))
             for task in tasks:
                 self.flying[self.pool.submit(task)] = _Flight(task)
         return bool(self.flying or self.source.open)
+
+    def _withdraw(self) -> None:
+        """Hand what has not begun over again: it may wait for a node that has frozen, and Ray would let it."""
+        waiting = [handle for handle, flight in self.flying.items() if flight.running is None]
+        for handle in reversed(waiting):
+            self.pool.cancel(handle)
+            self.again.appendleft(self.flying.pop(handle).task)
 
     def running(self) -> list[tuple[Task, float]]:
         """Tasks with their seconds so far: pools start them in the order in which they were handed over."""

@@ -69,6 +69,7 @@ class Receipt:
         cells: in it, 0 for estimates and witnesses; ``diverged``: how many of its runs were not finite.
         seconds: wall time of the task.
         lines: what a person should know of it.
+        node: Ray's id of where it ran; empty in a process of the driver's own.
     """
 
     key: str
@@ -78,6 +79,7 @@ class Receipt:
     seconds: float
     device: str
     lines: tuple[str, ...] = ()
+    node: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,11 @@ from fimo.orchestrator.run.failures import task_id
 from fimo.orchestrator.run.heartbeat import Heartbeat
 from fimo.orchestrator.run.owed import owed_tasks, remaining
 from fimo.orchestrator.run.places import in_process
-from fimo.orchestrator.run.plan import Shard
+from fimo.orchestrator.run.plan import EstimateTask, Shard
+from fimo.orchestrator.run.schedule import SetAside
+from fimo.orchestrator.run.status import sweep_status
+from fimo.orchestrator.run.tasks import ConflictError
+from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import Entry, LocalStore, MemoryStore
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -228,3 +232,19 @@ def test_claims_of_the_dead_are_cleared_away_in_time_and_those_of_the_living_sta
     assert [entry.key for entry in store.list("flowers/claims/")] == [
         keys.claim("flowers", task_id(problem.manifest, alive))
     ]
+
+
+def test_a_task_that_was_set_aside_and_committed_since_counts_against_nobody(problem, beside):
+    """Two drivers with other stacks round otherwise: the second one's rows are refused, and the sweep is whole."""
+    _, store, _ = run_here(make_spec(), beside)
+    sweep, manifest = Sweep(store, "flowers"), problem.manifest
+    error, estimate = ConflictError("other rows"), EstimateTask("grad_dot", "{}", manifest.removals, 0, manifest.evals)
+    whole, extra = Shard(0, manifest.removals), Shard(0, (*manifest.removals, NamedRemoval(99, "none", (3, 1, 4))))
+    for task in (whole, extra, estimate):
+        runs.failures.record(manifest, sweep, SetAside(task, str(error), "Traceback"))
+    [left] = runs.failures.read(sweep, manifest).aside
+    assert left.id == task_id(manifest, extra), "one of its cells is not there"
+    store.delete(keys.failed("flowers", left.id))
+    report, _, _ = run_here(make_spec(), beside, store)
+    assert report.exit_code == 0
+    assert sweep_status(sweep)["exit_code"] == 0

@@ -202,6 +202,7 @@ def test_a_slow_node_is_given_longer_each_time_and_ends(monkeypatch):
     """A deadline that stayed as it is would give up the same task again and again."""
     monkeypatch.setattr(lateness, "LATE_S", 0.05)
     monkeypatch.setattr(lateness, "LATE", 0.0)
+    monkeypatch.setattr(lateness, "LONGEST", 0.0)
     tasks = shards(3)
 
     class Slow(FakePool):
@@ -227,10 +228,10 @@ def test_the_deadline_of_a_kind_of_task_is_drawn_from_its_own_kind():
     dear = EstimateTask("cg", "{}", ONE, 0, 1)
     assert late.limit(dear) is None
     late.finished(shards(1)[0], 30.0)
-    assert late.limit(shards(1)[0]) == 150.0
+    assert late.limit(shards(1)[0]) == 300.0
     assert late.limit(dear) == 1800.0, "no estimate has ended yet"
     late.gave_up(shards(1)[0])
-    assert late.limit(shards(1)[0]) == 300.0
+    assert late.limit(shards(1)[0]) == 600.0
     assert Lateness(7.0).limit(dear) == 7.0
 
 
