@@ -10,6 +10,7 @@ credentials on the cluster come from the cluster's own environment, Ray's token 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import shlex
@@ -25,6 +26,7 @@ from fimo.orchestrator.cluster import staging
 from fimo.orchestrator.cluster.head import JobError, Telling, check_address, connect, remember, remembered
 from fimo.orchestrator.resolve.code import Staged, source_digest
 from fimo.orchestrator.run.connect import SEE_ALL_GPUS
+from fimo.orchestrator.run.heartbeat import drivers
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.spec import Spec
 from fimo.orchestrator.store import open_store
@@ -57,18 +59,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Submission:
-    """What is, or would be, submitted."""
+    """What is, or would be, submitted; ``running``: who computes the sweep already, in words."""
 
     sweep: str
     entrypoint: str
     files: list[Staged]
     job: Job | None
+    running: tuple[str, ...] = ()
 
     def json(self) -> dict[str, Any]:
         """For ``--json``."""
         files = [{"path": f.target, "bytes": f.size, "from": str(f.source)} for f in self.files]
         about = {"sweep": self.sweep, "entrypoint": self.entrypoint, "files": files}
-        return about | ({"job": self.job.id, "address": self.job.address} if self.job is not None else {})
+        if self.job is None:
+            return about
+        return about | {"job": self.job.id, "address": self.job.address, "running": list(self.running)}
 
 
 def submit(
@@ -101,6 +106,7 @@ def submit(
         return Submission(sweep.uri, entrypoint, files, None)
     client = connect(address)
     opened.check()
+    running = _running(sweep, client, address)
     number = f"fimo-{spec.name}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="fimo-job-") as folder:
         staging.write_job(files, Path(folder), job_spec)
@@ -114,7 +120,35 @@ def submit(
     job = Job(number, address, datetime.now(UTC).isoformat(), str(beside), dict(renamed))
     opened.put(keys.job(sweep.name, number), canonical(asdict(job)).encode())
     remember(address)
-    return Submission(sweep.uri, entrypoint, files, job)
+    return Submission(sweep.uri, entrypoint, files, job, running)
+
+
+def _running(sweep: Sweep, client: Any, address: str) -> tuple[str, ...]:
+    """Who computes the sweep now: drivers that are heard of, and jobs of this head that have not ended."""
+    found = [f"a driver on {of.get('host')} (process {of.get('pid')})" for of in drivers(sweep) if not of["silent"]]
+    for job in recorded(sweep):
+        # A job that the head has forgotten has ended.
+        with contextlib.suppress(Exception):
+            if job.address == address and str(client.get_job_status(job.id).value) not in ENDED:
+                found.append(f"job {job.id}")
+    return tuple(found)
+
+
+def latest_state(sweep: Sweep) -> tuple[Job, str | None] | None:
+    """The job that was submitted last, and what its head says of it; None where it cannot be asked.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    jobs = recorded(sweep)
+    if not jobs:
+        return None
+    job, state = jobs[-1], None
+    with contextlib.suppress(FimoError):
+        at = _trusted(job, None)
+        with Telling(at, job.id):
+            state = str(connect(at).get_job_status(job.id).value)
+    return job, state
 
 
 def recorded(sweep: Sweep) -> list[Job]:

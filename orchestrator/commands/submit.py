@@ -60,6 +60,8 @@ def show_submission(submission: Submission, as_json: bool) -> None:
         tell(f"would run: {submission.entrypoint}")
         return
     print_lines([submission.job.id])
+    if submission.running:
+        tell(f"fimo: {' and '.join(submission.running)} computes this sweep already: they share what is left of it")
     for command in ("status --watch", "logs --follow", "cancel", "pull --to DIR"):
         verb, _, options = command.partition(" ")
         tell(f"next: fimo {verb} {submission.sweep} {options}".rstrip())

@@ -1,0 +1,72 @@
+"""Reaching Ray: what is none is refused soon, and an embedded one keeps to itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from fimo.orchestrator.run import connect, sessions
+from fimo.orchestrator.run.connect import ClusterError, cluster
+
+
+def test_what_answers_and_is_no_ray_is_refused_soon(monkeypatch):
+    monkeypatch.setattr(connect, "HEALTH_TIMEOUT_S", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        began = time.monotonic()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ClusterError, match="is not Ray") as refused, cluster(address):
+            pass
+    assert time.monotonic() - began < 15
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_folders_of_sessions_that_have_ended_go_and_those_of_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with sessions.own_folder() as first:
+        (first / "session_1").mkdir()
+        held, told = os.pipe(), os.pipe()
+        other = os.fork()
+        if other == 0:
+            with sessions.own_folder() as mine:
+                os.write(told[1], str(mine).encode())
+                os.read(held[0], 1)
+            os._exit(0)
+        its = Path(os.read(told[0], 1000).decode())
+        with sessions.own_folder() as second:
+            assert first.is_dir()
+            assert its.is_dir()
+        os.write(held[1], b"x")
+        os.waitpid(other, 0)
+    assert first.is_dir(), "the newest is kept for its logs"
+    with sessions.own_folder() as last:
+        assert sorted(last.parent.iterdir()) == [last]
+    assert not second.exists()
+    assert last.is_dir()
+
+
+@pytest.mark.ray
+def test_an_embedded_ray_leaves_another_rays_folder_alone_and_listens_on_loopback(tmp_path, monkeypatch):
+    short = Path(tempfile.mkdtemp(prefix="f-", dir="/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    for name in connect.EMBEDDED:
+        monkeypatch.delenv(name, raising=False)
+    theirs = tmp_path / "ray" / "ray_current_cluster"
+    theirs.parent.mkdir()
+    theirs.write_text("10.0.0.1:6379")
+    with cluster("local"):
+        import ray
+
+        node = ray.nodes()[0]
+        assert node["NodeManagerAddress"] == "127.0.0.1"
+        [own] = (short / f"fimo-ray-{sessions._user()}").iterdir()
+        assert any(path.name.startswith("session_") for path in own.iterdir())
+    assert theirs.read_text() == "10.0.0.1:6379"
+    assert list(theirs.parent.iterdir()) == [theirs]
+    for name in connect.EMBEDDED:
+        os.environ.pop(name, None)
