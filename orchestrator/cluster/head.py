@@ -19,6 +19,8 @@ from fimo.orchestrator.run.connect import knock
 from fimo.orchestrator.store.weather import scrub
 from fimo.workers.errors import FimoError, UsageError
 
+ANSWER_TIMEOUT_S = 10.0
+
 
 class JobError(FimoError):
     """The cluster's job server cannot be reached, refuses, or does not know the job."""
@@ -44,6 +46,7 @@ def connect(address: str) -> Any:
         JobError: one line: unreachable, the token is missing or wrong, another version of Ray.
     """
     _knock(address)
+    _refuse_silent(address)
     import ray
     from ray.job_submission import JobSubmissionClient
 
@@ -74,6 +77,21 @@ def _knock(address: str) -> None:
             f"no Ray head answers at {address} ({reason}): check the address (http://HEAD:8265), that the head runs, "
             "and that its port is forwarded"
         )
+
+
+def _refuse_silent(address: str) -> None:
+    """Ask for something, without the token, with the time-out that Ray's client lacks."""
+    import requests
+
+    try:
+        requests.get(f"{address.rstrip('/')}/api/version", timeout=ANSWER_TIMEOUT_S)
+    except requests.Timeout:
+        raise JobError(
+            f"what answers at {address} is no Ray dashboard, or says nothing for {ANSWER_TIMEOUT_S:.0f} s: give the "
+            "head's, http://HEAD:8265"
+        ) from None
+    except requests.RequestException:
+        return  # Ray's client says why.
 
 
 class Telling:

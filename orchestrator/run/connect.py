@@ -37,7 +37,7 @@ SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 CUDA reads CUDA_VISIBLE_DEVICES once, but Ray may give a reused process another GPU.
 """
 CONNECT_TIMEOUT_S = 10.0
-HEALTH_TIMEOUT_S = 12.0
+HEALTH_TIMEOUT_S = 10.0
 NOT_RAY = "Failed to connect to Ray cluster"
 SHUTDOWN_S = 10.0
 OBJECT_STORE_BYTES = 512 * 2**20
