@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -64,13 +65,20 @@ class Service(BaseHTTPRequestHandler):
         return
 
 
-@pytest.fixture
-def endpoint() -> Iterator[str]:
+@contextmanager
+def metadata_service() -> Iterator[str]:
+    """The service's address; ``Service.notice`` is what it says."""
     Service.notice, Service.asked, Service.uses = None, [], {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    with metadata_service() as address:
+        yield address
 
 
 def watch(folder: Path, endpoint: str, refusals: int = 0) -> subprocess.Popen[str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from fimo.orchestrator.run import placement
-from fimo.orchestrator.run import pool as pool_module
+from fimo.orchestrator.run import placement, pool
 from fimo.orchestrator.run.pool import Node, RayPool
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.spec import Resources, parse
@@ -43,8 +44,8 @@ MIXED = [HEAD, row(8, 2, "A10G", "a"), row(16, 4, "H100", "h"), row(32)]
 def test_only_nodes_of_the_type_count(
     resources: dict[str, object], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "nodes", lambda: MIXED)
-    assert pool_module.slots(Resources(**resources)) == expected
+    monkeypatch.setattr(pool, "nodes", lambda: MIXED)
+    assert pool.slots(Resources(**resources)) == expected
 
 
 def waiting(monkeypatch: pytest.MonkeyPatch, resources: Resources, avoided: set[str]) -> RayPool:
@@ -78,6 +79,26 @@ def test_idle_gpus_are_told_of_and_used_ones_are_not() -> None:
     assert "resources: {gpus: 1}" in line
     assert placement.idle_gpus(MIXED, Resources(gpus=0.5)) is None
     assert placement.idle_gpus([HEAD, row(32)], Resources()) is None
+
+
+def test_a_run_tells_once_however_often_it_looks_and_when_gpus_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers start from zero: at the beginning there is no GPU to be seen. A run may enter its place several times."""
+    said: list[str] = []
+    monkeypatch.setattr(pool, "connected", lambda address, manifest: contextlib.nullcontext())
+    monkeypatch.setattr(pool, "RayPool", lambda sweep, manifest, final_model, see: SimpleNamespace(see=see, close=list))
+    where: Any = pool.on_ray("auto", said.append)
+    for _ in range(2):
+        with where(None, None, None) as opened:
+            opened.see([HEAD], Resources(gpus=1))
+            opened.see(MIXED, Resources(gpus=1))
+            opened.see([HEAD], Resources())
+    assert said == []
+    for _ in range(2):
+        with where(None, None, None) as opened:
+            opened.see(MIXED, Resources())
+            opened.see(MIXED, Resources())
+    assert len(said) == 1
+    assert said[0].startswith("the cluster has 6 GPUs")
 
 
 def test_the_type_is_no_part_of_a_result() -> None:
