@@ -41,7 +41,7 @@ FAILED = "runs/concrete/failed/x.json"
 HEARTBEAT = "runs/" + keys.driver("concrete", "host-1-0123")
 PROBE = f"runs/{PROBE_PREFIX}0123"
 IMPORTED = "runs/" + keys.imported("concrete", "theirs")
-CLAIM = "runs/concrete/claims/dddd_seed-0000000003_0123.json"  # flat, as those rejected
+CLAIM = "runs/" + keys.claim("concrete", "d-seed-0000000003-0123", 1)
 FOREIGN = "other/concrete/parts/x.parquet"
 
 
@@ -57,16 +57,10 @@ def allows(policies: list[str], action: str, key: str | None, *, conditional: bo
         for path in policies
         for statement in json_document(path)["Statement"]
         if any(fnmatch.fnmatchcase(action, pattern) for pattern in listed(statement["Action"]))
-        and _concerns(statement, resource)
+        and any(fnmatch.fnmatchcase(resource, pattern) for pattern in listed(statement["Resource"]))
         and _holds(statement.get("Condition", {}), conditional)
     }
     return "Deny" not in effects and "Allow" in effects
-
-
-def _concerns(statement: dict[str, Any], resource: str) -> bool:
-    key = "NotResource" if "NotResource" in statement else "Resource"
-    named = any(fnmatch.fnmatchcase(resource, pattern) for pattern in listed(statement[key]))
-    return named == (key == "Resource")
 
 
 def _holds(condition: dict[str, Any], conditional: bool) -> bool:
@@ -233,8 +227,7 @@ def test_a_policy_has_iams_shape(path: str) -> None:
     sids = [statement.get("Sid") for statement in policy["Statement"]]
     assert len(set(sids)) == len(sids)
     for statement in policy["Statement"]:
-        assert set(statement) <= {"Sid", "Effect", "Principal", "Action", "Resource", "NotResource", "Condition"}
-        assert ("NotResource" in statement) <= (statement["Effect"] == "Deny")
+        assert set(statement) <= {"Sid", "Effect", "Principal", "Action", "Resource", "Condition"}
         assert statement["Effect"] in ("Allow", "Deny")
         assert ("Principal" in statement) == (path not in IDENTITY_POLICIES)
         assert all(re.fullmatch(r"[a-z0-9]+:[A-Za-z*]+", action) for action in listed(statement["Action"]))
@@ -263,8 +256,7 @@ def test_workers_create_results_and_read_and_nothing_else() -> None:
     for key in (PART, WITNESS, ESTIMATE, REPLICAS, PROOF, SPEC, TABLE, REJECTED, FAILED, HEARTBEAT, PROBE, FOREIGN):
         assert not allows(WORKER, "s3:DeleteObject", key)
         assert not allows([*DRIVER, *WORKER], "s3:DeleteObject", key), "an attached driver policy must not help"
-    for version in (PART, CLAIM):
-        assert not allows([*DRIVER, *WORKER], "s3:DeleteObjectVersion", version)
+    assert not allows([*DRIVER, *WORKER], "s3:DeleteObjectVersion", PART)
     assert allows(WORKER, "s3:GetObject", SPEC)
     assert allows(WORKER, "s3:ListBucket", None)
     assert not allows(WORKER, "s3:GetObject", FOREIGN)
@@ -286,13 +278,15 @@ def test_the_driver_writes_everything_sets_results_aside_and_never_replaces_one(
         assert not allows(DRIVER, action, FOREIGN)
 
 
-def test_a_claim_is_made_taken_over_and_let_go_by_workers_and_drivers() -> None:
-    for who in (WORKER, DRIVER):
-        for policies in (who, [*who, "aws/bucket-policy.json"]):
-            assert allows(policies, "s3:PutObject", CLAIM)
-            assert allows(policies, "s3:PutObject", CLAIM, conditional=False)
-            assert allows(policies, "s3:DeleteObject", CLAIM)
-            assert allows(policies, "s3:GetObject", CLAIM)
+def test_drivers_alone_make_and_withdraw_claims() -> None:
+    for policies in (DRIVER, [*DRIVER, "aws/bucket-policy.json"]):
+        for conditional in (True, False):
+            assert allows(policies, "s3:PutObject", CLAIM, conditional=conditional)
+        assert allows(policies, "s3:DeleteObject", CLAIM)
+        assert allows(policies, "s3:GetObject", CLAIM)
+    assert allows(WORKER, "s3:GetObject", CLAIM)
+    assert not allows(WORKER, "s3:PutObject", CLAIM)
+    assert not allows(WORKER, "s3:DeleteObject", CLAIM)
 
 
 def test_the_bucket_policy_refuses_unconditional_writes_of_results_from_anyone() -> None:
