@@ -42,7 +42,7 @@ def fits(node: Placed, resources: Resources) -> bool:
 
 def in_words(resources: Resources) -> str:
     """What a task asks for."""
-    kind = "" if resources.accelerator is None else f" of type {resources.accelerator}"
+    kind = "" if resources.accelerator is None else f" ({resources.accelerator})"
     return f"{resources.cpus:g} CPUs and {resources.gpus:g} GPUs{kind}"
 
 

@@ -307,7 +307,13 @@ def test_the_autoscaler_ends_its_own_nodes_and_passes_one_role() -> None:
     assert statements["GiveWorkersTheirRole"]["Resource"] == "arn:aws:iam::111122223333:role/fimo-worker"
     start = statements["StartWorkersOfThisCluster"]["Condition"]["StringEquals"]
     types = yaml.safe_load(filled("aws/cluster.yaml"))["available_node_types"]
-    assert start["ec2:InstanceType"] == types["gpu-spot"]["node_config"]["InstanceType"]
+    for worker in (types["gpu-spot"], types["gpu-on-demand"]):
+        assert start["ec2:InstanceType"] == worker["node_config"]["InstanceType"]
+        (group,) = worker["node_config"]["SecurityGroupIds"]
+        allowed = statements["StartWorkersFromThese"]["Resource"]
+        assert [arn for arn in allowed if ":security-group/" in arn] == [
+            f"arn:aws:ec2:us-east-1:111122223333:security-group/{group}"
+        ]
 
 
 def test_s3_accepts_the_lifecycle_rules() -> None:

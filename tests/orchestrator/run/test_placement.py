@@ -61,7 +61,7 @@ def test_a_type_that_the_cluster_lacks_is_waited_for_by_name(monkeypatch: pytest
     assert waiting(monkeypatch, Resources(gpus=1, accelerator="H100"), {"h"}).slots() == 0
     lacking = waiting(monkeypatch, Resources(gpus=1, accelerator="L4"), set()).waits()
     assert lacking is not None
-    assert "1 GPUs of type L4" in lacking
+    assert "1 GPUs (L4)" in lacking
     assert "A10G, H100" in lacking
 
 
