@@ -47,7 +47,8 @@ state() { kubectl -n fimo get rayjob "$1" -o "jsonpath={.status.jobDeploymentSta
 workers() { kubectl -n fimo get pods -l "ray.io/node-type=worker" --field-selector=status.phase=Running -o name; }
 # Parts that the store holds of the sweep in this prefix; 0 before it begins.
 parts() {
-    in_store fimo status "s3://fimo/$1/kind" --json 2> /dev/null |
+    # `fimo status` exits with 3 while the sweep is not complete.
+    { in_store fimo status "s3://fimo/$1/kind" --json 2> /dev/null || true; } |
         "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["parts"])' 2> /dev/null || echo 0
 }
 

@@ -84,3 +84,67 @@ def test_without_the_programs_it_is_skipped_with_a_line(tmp_path: Path) -> None:
         ["/bin/bash", str(KIND / "test.sh")], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "test-kind: skipped, no Docker engine answers\n")
+
+
+KUBECTL = """#!{python}
+import io, json, pathlib, sys, tarfile
+folder, words = pathlib.Path({folder!r}), sys.argv[1:]
+line = " ".join(words)
+with open(folder / "calls", "a") as file:
+    file.write(line + "\\n")
+def count(name):
+    path = folder / name
+    n = int(path.read_text()) + 1 if path.exists() else 1
+    path.write_text(str(n))
+    return n
+if "get rayjob" in line and "jsonpath" in line:
+    print("Running" if count("looks") % 4 else "Complete", end="")
+elif "fimo status" in line:
+    undisturbed = "/whole/" in line
+    print(json.dumps({{"parts": 30 if undisturbed else min(30, 2 * count("status"))}}))
+    sys.exit(0 if undisturbed else 3)
+elif "get pods" in line and "-o name" in line:
+    print("pod/one\\npod/two")
+elif "fimo pull" in line:
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as tar:
+        for number in range(9):
+            other = number == 5 and "disturbed" in line and (folder / "broken").exists()
+            data = b"another table" if other else b"a table"
+            entry = tarfile.TarInfo(f"table-{{number}}.parquet")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+        data = line.encode()
+        entry = tarfile.TarInfo("costs.parquet")
+        entry.size = len(data)
+        tar.addfile(entry, io.BytesIO(data))
+    sys.stdout.buffer.write(raw.getvalue())
+elif line == "apply -f -":
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["equal", "another table"])
+def test_its_course_on_a_cluster_that_is_played(tmp_path: Path, broken: bool) -> None:
+    """The script's own logic: it deletes two pods midway, cleans up, and fails if a table differs."""
+    (tmp_path / "kubectl").write_text(KUBECTL.format(python=sys.executable, folder=str(tmp_path)))
+    for name in ("docker", "kind", "helm", "sleep"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\n')
+    for name in ("kubectl", "docker", "kind", "helm", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    if broken:
+        (tmp_path / "broken").touch()
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        ["/bin/bash", str(KIND / "test.sh")], env=variables, capture_output=True, text=True, check=False, timeout=120
+    )
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert (done.returncode == 0) is not broken, done.stderr
+    assert ("9 tables equal byte for byte" in done.stdout) is not broken
+    deleted = [line for line in calls if line.startswith("-n fimo delete pod/")]
+    assert deleted == [
+        "-n fimo delete pod/one --wait=false",
+        "-n fimo delete pod/two --grace-period=0 --force",
+    ]
+    assert [line for line in calls if line.startswith("kind ")][-1] == "kind delete cluster --name fimo-test"
+    assert not list(tmp_path.glob("tmp.*")), "its files are gone"
