@@ -98,10 +98,10 @@ def count(name):
     path.write_text(str(n))
     return n
 if "get rayjob" in line and "jsonpath" in line:
-    print("Running" if count("looks") % 4 else "Complete", end="")
+    print("Running" if count("looks") % 2 else "Complete", end="")
 elif "fimo status" in line:
     undisturbed = "/whole/" in line
-    print(json.dumps({{"parts": 30 if undisturbed else min(30, 2 * count("status"))}}))
+    print(json.dumps({{"parts": 30 if undisturbed else min(30, 4 * count("status"))}}))
     sys.exit(0 if undisturbed else 3)
 elif "get pods" in line and "-o name" in line:
     print("pod/one\\npod/two")
