@@ -116,12 +116,13 @@ def test_a_type_that_is_no_label_is_refused_in_one_line() -> None:
 
 
 CLUSTER = """
-import time
+import sys, time
 import ray
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-for label in ("A10G", "H100"):
-    cluster.add_node(num_cpus=1, num_gpus=0, labels={"ray.io/accelerator-type": label})
+def node_of(label):
+    return {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 10**8, "labels": {"ray.io/accelerator-type": label}}
+cluster = Cluster(initialize_head=True, head_node_args={**node_of("A10G"), "include_dashboard": False})
+cluster.add_node(**node_of("H100"))
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 from fimo.orchestrator.run import placement, pool
 from fimo.orchestrator.spec.spec import Resources
@@ -136,6 +137,7 @@ print("kept", *sorted({where[n] for n in ray.get([kept.remote() for _ in range(6
 print("free", *sorted({where[n] for n in ray.get([free.remote() for _ in range(4)])}))
 lacking = ray.remote(num_cpus=1, label_selector=placement.selector(Resources(accelerator="L4")))(node)
 print("lacking", len(ray.wait([lacking.remote()], timeout=1)[0]))
+sys.stdout.flush()
 ray.shutdown()
 cluster.shutdown()
 """
@@ -143,7 +145,7 @@ cluster.shutdown()
 
 @pytest.mark.ray
 def test_tasks_run_on_nodes_of_the_type_alone() -> None:
-    """Three raylets with labels: Ray's own scheduler, with the options that the pool gives it."""
+    """Two raylets with labels: Ray's own scheduler, with the options that the pool gives it."""
     done = subprocess.run(
         [sys.executable, "-c", CLUSTER],
         env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
