@@ -6,7 +6,7 @@ STORE ?= runs
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install data demo quick test test-slow coverage lint types bench clean
+.PHONY: install data demo quick test test-slow test-kind coverage lint types bench clean
 
 install: $(VENV)/.installed
 
@@ -56,6 +56,10 @@ test: lint types data
 
 test-slow: install data
 	$(BIN)/python -m pytest -m slow
+
+# On a Kubernetes of containers; skipped where Docker, kind, kubectl or helm is missing.
+test-kind: install
+	PYTHON=$(BIN)/python deploy/kind/test.sh
 
 # Apart from `make test`: it takes four tenths longer.
 coverage: install

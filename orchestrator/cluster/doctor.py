@@ -1,7 +1,8 @@
 """``fimo doctor``: what would fail later, found now. One line a check: ok, or what fails and the mend.
 
-Store: credentials, writing, conditional writes, clock. Ray: reachable, the same versions on every node, GPUs that
-Ray counts and torch sees, and one tiny shard trained twice with the same bits on each device type.
+Store: credentials, writing, conditional writes, clock. Ray: reachable, the same versions here and on every node, GPUs
+that Ray counts and torch sees, and one tiny shard trained twice with the same bits on each device type. Where workers
+start from zero, it asks for one and lets it go.
 
 Not here: whether a workload is sound (`fimo plan` loads it) and whether results are right (`fimo verify`).
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -36,6 +37,9 @@ from fimo.workers.workload import Workload
 
 CLOCK_S = 60.0
 """A clock that is off by more makes `fimo status` lie; by 15 minutes, S3 refuses every request."""
+NODE_S = 300.0
+"""What an autoscaler is given to start a node: a machine, its disk, and an image of several GB."""
+SAME_EVERYWHERE = "install the cluster's version here, or give the cluster an image of this one"
 MARK = '{\n  "checks"'
 """How the output of `fimo doctor --json` begins, to find it in a job's log."""
 
@@ -57,16 +61,19 @@ class Check:
         return asdict(self)
 
 
-def examine(store: str | None, address: str | None) -> list[Check]:
+def examine(store: str | None, address: str | None, say: Callable[[str], None] = lambda line: None) -> list[Check]:
     """Every check, in order. A dashboard's address has them run as a job on the cluster itself.
+
+    Args:
+        say: told in one line what is waited for.
 
     Raises:
         UsageError: a malformed store or address.
     """
     checks = [] if store is None else list(store_checks(open_store(store)))
     if address is not None and address.startswith(("http://", "https://")):
-        return checks + list(_as_job(store, address))
-    return checks + list(ray_checks(address))
+        return checks + list(_as_job(store, address, say))
+    return checks + list(ray_checks(address, say))
 
 
 # -- the store ------------------------------------------------------------------------------------------------------
@@ -117,16 +124,35 @@ def _clock(store: Store, key: str, before: datetime, after: datetime) -> Check:
 # -- Ray ------------------------------------------------------------------------------------------------------------
 
 
-def ray_checks(address: str | None) -> Iterator[Check]:
+def ray_checks(address: str | None, say: Callable[[str], None] = lambda line: None) -> Iterator[Check]:
     """Ray from a driver here: an embedded one, or the one at ``address``. Failures are checks, never raised."""
     where = "an embedded Ray" if address is None else f"Ray at {address}"
     try:
         with connect.cluster(address):
             nodes = pool.nodes()
             yield Check("ray", True, f"{where} answers, {len(nodes)} node{'s' if len(nodes) != 1 else ''}")
-            yield from _node_checks(nodes)
+            if address is None or any(node.takes_tasks for node in nodes):
+                yield from _node_checks(nodes)
+            else:
+                yield from _with_a_node(say)
     except FimoError as error:
         yield Check("ray", False, str(error))
+
+
+def _with_a_node(say: Callable[[str], None]) -> Iterator[Check]:
+    """The checks of a cluster whose workers start from zero: on a node that is started for them."""
+    say(f"no node takes tasks yet: asked Ray's autoscaler for one, and wait up to {NODE_S:.0f} s")
+    with pool.asking_for_a_node(NODE_S) as seconds:
+        if seconds is None:
+            yield Check(
+                "workers",
+                False,
+                f"no node takes tasks, and none came within {NODE_S:.0f} s of asking Ray's autoscaler: add a worker "
+                "node, or see what it says (`ray status` on the head)",
+            )
+        else:
+            yield Check("workers", True, f"none was there; the autoscaler started one in {seconds:.0f} s")
+        yield from _node_checks(pool.nodes())
 
 
 def _node_checks(nodes: list[pool.Node]) -> Iterator[Check]:
@@ -143,10 +169,8 @@ def _node_checks(nodes: list[pool.Node]) -> Iterator[Check]:
         yield _versions(node, ours, theirs["versions"])
         if counted or theirs["gpus"]:
             yield _gpus(node, counted, theirs)
-        if node.resources.get("CPU", 0) or counted:
+        if node.takes_tasks:
             devices.setdefault(theirs["device"], (node, min(counted, 1.0)))
-    if not devices:
-        yield Check("resources", False, "no node has CPUs or GPUs for tasks: add a worker node (or wait for one)")
     for name, (node, gpus) in sorted(devices.items()):
         yield _determinism(name, node, gpus)
 
@@ -166,7 +190,8 @@ def _gpus(node: pool.Node, counted: float, theirs: Mapping[str, Any]) -> Check:
         return Check(name, False, f"Ray counts {counted:g}, torch sees none: install CUDA builds and a driver")
     if seen > counted:
         return Check(name, False, f"torch sees {seen}, Ray counts {counted:g}: start the node with --num-gpus={seen}")
-    return Check(name, True, f"{counted:g} × {theirs['device']}")
+    kind = f", accelerator: {node.accelerator}" if node.accelerator else ""
+    return Check(name, True, f"{counted:g} × {theirs['device']}; a spec asks for them: resources: {{gpus: 1{kind}}}")
 
 
 def _determinism(name: str, node: pool.Node, gpus: float) -> Check:
@@ -216,17 +241,41 @@ def _loss(outputs: Tensor, batch: Batch) -> Tensor:
     return (outputs - target) ** 2
 
 
-def _as_job(store: str | None, address: str) -> Iterator[Check]:
+def same_as_here(theirs: Mapping[str, str] | None) -> Check:
+    """What decides whether a job of this machine runs there as here: fimo, Ray, and Python but for its patch."""
+    ours, name = versions(), "this machine"
+    if theirs is None:
+        return Check(name, False, f"fimo {ours.get('fimo')} here, another on the cluster: {SAME_EVERYWHERE}")
+    differ = [
+        f"{package} {ours.get(package, 'none')} here, {theirs.get(package, 'none')} on the cluster"
+        for package in ("fimo", "ray", "python")
+        if _minor(package, ours) != _minor(package, theirs)
+    ]
+    if differ:
+        return Check(name, False, f"{'; '.join(differ)}: {SAME_EVERYWHERE}")
+    told = ", ".join(f"{package} {ours.get(package)}" for package in ("fimo", "ray", "python"))
+    return Check(name, True, f"{told}, as on the cluster")
+
+
+def _minor(package: str, of: Mapping[str, str]) -> str:
+    version = of.get(package, "")
+    return version.rpartition(".")[0] if package == "python" else version
+
+
+def _as_job(store: str | None, address: str, say: Callable[[str], None]) -> Iterator[Check]:
     """The same checks run on the cluster by a job of this command, with the cluster's own credentials."""
+    say(f"the checks run on the cluster; if its workers start from zero, they wait up to {NODE_S:.0f} s for one")
     words = ["fimo", "doctor", "--address", "auto", "--json", *(["--store", store] if store else [])]
     try:
-        text = jobs.run_and_wait(address, words, "fimo-doctor")
+        text = jobs.run_and_wait(address, words, "fimo-doctor", timeout_s=600 + NODE_S)
         yield Check("head", True, f"{address} answers and runs jobs")
         values = json.JSONDecoder().raw_decode(text[text.rindex(MARK) :])[0]
-        checks = [Check(f"cluster: {c['name']}", bool(c["ok"]), str(c["detail"])) for c in values["checks"]]
+        theirs = values.get("versions")
+        checks = [same_as_here({str(k): str(v) for k, v in theirs.items()} if theirs is not None else None)]
+        checks += [Check(f"cluster: {c['name']}", bool(c["ok"]), str(c["detail"])) for c in values["checks"]]
     except FimoError as error:
         yield Check("head", False, str(error))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         last = next((line for line in reversed(text.splitlines()) if line.strip()), "nothing")
         yield Check("cluster", False, f"fimo does not run there (is it installed in the image?); it said: {last[:200]}")
     else:

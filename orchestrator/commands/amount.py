@@ -39,7 +39,7 @@ def amount(
 
     opened, stop = open_sweep(sweep), stop_on_signal()
     with ProgressReport(talk) as progress:
-        found = how_much(opened, on_ray(address), progress.listener, train, stop)
+        found = how_much(opened, on_ray(address, progress.say), progress.listener, train, stop)
     values = amounts_json(found)
     if as_json:
         print_json(values)

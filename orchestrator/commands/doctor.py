@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fimo.orchestrator.commands import places
-from fimo.orchestrator.commands.app import JsonOption, app, exit_with, print_json, print_lines
+from fimo.orchestrator.commands.app import JsonOption, app, exit_with, print_json, print_lines, tell
 
 
 @app.command()
@@ -26,11 +26,13 @@ def doctor(
 ) -> None:
     """What would fail later, found now."""
     from fimo.orchestrator.cluster.doctor import examine
+    from fimo.orchestrator.run.provenance import versions
 
-    checks = examine(store, address)
+    checks = examine(store, address, tell)
     ok = all(check.ok for check in checks)
     if as_json:
-        print_json({"checks": [check.json() for check in checks], "ok": ok, "exit_code": 0 if ok else 1})
+        told = {"checks": [check.json() for check in checks], "ok": ok, "versions": versions()}
+        print_json(told | {"exit_code": 0 if ok else 1})
     else:
         print_lines(check.line() for check in checks)
     exit_with(0 if ok else 1)

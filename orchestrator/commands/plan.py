@@ -171,6 +171,7 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
         "bytes": planned.part_bytes,
         "removal_mode": spec.further_training.removal_mode,
         "removal_weight": spec.further_training.removal_weight,
+        "idle_gpus": torch.cuda.device_count() if torch.cuda.is_available() and not spec.resources.gpus else 0,
         "estimators": list(labels(manifest.estimators).values()),
         "left_out": dict(manifest.left_out),
         "coverage": estimators.coverage(resolved.model(torch.device("cpu"))) if kronecker else 1.0,

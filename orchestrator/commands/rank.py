@@ -59,7 +59,8 @@ def rank(
     named, places = read_estimator(estimator), read_places(evals)
     resolved, stop = resolve_again(opened), stop_on_signal()
     with ProgressReport(talk) as progress:
-        ranked = rank_all(resolved, opened, on_ray(address), progress.listener, places, named, top, step, cells, stop)
+        where = on_ray(address, progress.say)
+        ranked = rank_all(resolved, opened, where, progress.listener, places, named, top, step, cells, stop)
     key, names = keys.table(opened.name, "ranking"), names_of(resolved.workload, resolved.manifest.train)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ranking.parquet"

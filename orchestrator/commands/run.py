@@ -72,7 +72,8 @@ def run_resolved(
 
     stop = stop_on_signal()
     with ProgressReport(talk, cells=shards) as progress:
-        report = driver.run(resolved, store, progress.listener, stop, on_ray(address), retry_failed, shards, replace)
+        where = on_ray(address, progress.say)
+        report = driver.run(resolved, store, progress.listener, stop, where, retry_failed, shards, replace)
     if as_json:
         print_json(report_json(report))
     else:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fimo.orchestrator.report.show import duration, label, labels, size, spread
+from fimo.orchestrator.run.placement import idle_line
 from fimo.orchestrator.spec.spec import Seeds
 
 
@@ -27,6 +28,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         *(f"{name} is left out of the default estimators: {why}" for name, why in plan["left_out"].items()),
         *([f"EK-FAC's factors cover {plan['coverage']:.0%} of the trainable scalars"] if plan["coverage"] < 1 else []),
         *(["one removal: its effects are measured, and no score, which compares removals"] * (plan["removals"] == 1)),
+        *([idle_line(plan["idle_gpus"], "this machine")] if plan["idle_gpus"] else []),
         f"digest {plan['digest'][:32]}",
     ]
     lines += unused_lines(plan["unused"])

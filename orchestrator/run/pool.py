@@ -13,12 +13,13 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fimo.orchestrator.resolve.code import code_files, write_files
+from fimo.orchestrator.run import placement
 from fimo.orchestrator.run.connect import ClusterError, cluster
 from fimo.orchestrator.run.entry import enter
 from fimo.orchestrator.run.places import Failed, Lost, Result
@@ -36,22 +37,32 @@ HEAD_GONE_S, DOUBT_S = 20.0, 5.0
 
 After 60 Ray ends the process itself.
 """
-NODE_LABEL = "ray.io/node-id"
 CANNOT_IMPORT = "failed to import on the worker"
 """What Ray says of a node on which fimo is not installed."""
 
 
 def on_ray(
-    address: str | None,
+    address: str | None, say: Callable[[str], None] = lambda line: None
 ) -> Callable[[Sweep, Manifest, bytes | None], contextlib.AbstractContextManager[RayPool]]:
     """Tasks on an embedded Ray, or on the one at ``address``, whose nodes get the workload's code.
 
     Entering the place raises ClusterError if Ray cannot be reached, and UsageError if the embedded one is too small.
+    ``say`` is told once if GPUs are there and none is asked for.
     """
+    told: list[str] = []
+    where = "this machine" if address in (None, "local") else "the cluster"
+
+    def tell_once(seen: Sequence[Node], resources: Resources) -> None:
+        if not told and (line := placement.idle_gpus(seen, resources, where)) is not None:
+            told.append(line)
+            say(line)
 
     @contextlib.contextmanager
     def pool(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[RayPool]:
-        with connected(address, manifest), contextlib.closing(RayPool(sweep, manifest, final_model)) as opened:
+        with (
+            connected(address, manifest),
+            contextlib.closing(RayPool(sweep, manifest, final_model, tell_once)) as opened,
+        ):
             yield opened
 
     return pool
@@ -71,8 +82,8 @@ def connected(address: str | None, manifest: Manifest) -> Iterator[int]:
             if here < 1:
                 # On a cluster a node may still come; here none will.
                 raise UsageError(
-                    f"resources ask for {resources.cpus:g} CPUs and {resources.gpus:g} GPUs a task, more than this "
-                    "machine has: ask for less, or use `fimo submit`"
+                    f"resources ask for {placement.in_words(resources)} a task, more than this machine has: ask for "
+                    "less, or use `fimo submit`"
                 )
             yield here
         return
@@ -84,7 +95,7 @@ def connected(address: str | None, manifest: Manifest) -> Iterator[int]:
 
 def slots(resources: Resources) -> int:
     """How many tasks the connected Ray can run at once, by what it has now; 0 while it has no node for them."""
-    return sum(slots_of(resources, node.resources) for node in nodes())
+    return sum(slots_of(resources, node.resources) for node in nodes() if placement.fits(node, resources))
 
 
 def slots_of(resources: Resources, node: Mapping[str, float]) -> int:
@@ -123,14 +134,27 @@ def gpu_number() -> int:
 class RayPool:
     """Tasks as plain Ray tasks; data and θᶠ travel once a node, as objects of Ray's store."""
 
-    def __init__(self, sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        manifest: Manifest,
+        final_model: bytes | None,
+        see: Callable[[Sequence[Node], Resources], None] = lambda nodes, resources: None,
+    ) -> None:
+        """``see`` is shown the nodes now and again: they come and go."""
         import ray
 
-        self._ray = ray
+        self._ray, self._see = ray, see
         self._resources = resources = manifest.spec.resources
         # Bind max_calls here: otherwise Ray gives each GPU task a new process (0.8 s against 1 ms).
         # Leave retries to the schedule, which tells a worker's death from a task's own error.
-        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_calls=0, max_retries=0)
+        remote = ray.remote(
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            max_calls=0,
+            max_retries=0,
+            label_selector=placement.selector(resources),
+        )
         self._enter = self._work = remote(enter)
         # Every task unpickles these, and carries removals of its own: the sweep's whole list stays here.
         self._shared = ray.put(pickle.dumps((_work, sweep, dataclasses.replace(manifest, removals=()))))
@@ -186,19 +210,24 @@ class RayPool:
 
     def slots(self) -> int:
         """How many tasks the cluster can run at once; see ``slots``."""
-        alive = [node for node in self._watch.nodes if node.id not in self._avoided | self._frozen]
-        return sum(slots_of(self._resources, node.resources) for node in alive)
+        self._see(self._watch.nodes, self._resources)
+        away = self._avoided | self._frozen
+        able = [n for n in self._watch.nodes if n.id not in away and placement.fits(n, self._resources)]
+        return sum(slots_of(self._resources, node.resources) for node in able)
 
     def waits(self) -> str | None:
         """What the cluster lacks for a task."""
         if self.slots():
             return None
-        asked = in_words(self._resources)
+        asked = placement.in_words(self._resources)
         workers = [n for n in self._watch.nodes if n.resources.get("CPU", 0) or n.resources.get("GPU", 0)]
         if self._avoided and any(node.id in self._avoided for node in workers):
             return f"another node: no task can begin on {', '.join(n.name for n in workers if n.id in self._avoided)}"
         if not workers:
             return f"a node: the cluster has none yet that takes tasks (a task asks for {asked})"
+        if not any(placement.fits(node, self._resources) for node in workers):
+            there = placement.types(workers) or "nodes without a known GPU"
+            return f"a node with {asked} for a task: the cluster has {there}"
         most = {kind: max(n.resources.get(kind, 0) for n in workers) for kind in ("CPU", "GPU")}
         return (
             f"a node with {asked} for a task: the cluster's largest of {len(workers)} have {most['CPU']:g} CPUs and "
@@ -226,7 +255,8 @@ class RayPool:
     def doubt(self, seconds: float) -> bool:
         """Avoid the nodes that have returned nothing for so long while others have, until they do."""
         since = time.monotonic() - seconds
-        able = [node for node in self._watch.nodes if slots_of(self._resources, node.resources)]
+        fit = [node for node in self._watch.nodes if placement.fits(node, self._resources)]
+        able = [node for node in fit if slots_of(self._resources, node.resources)]
         frozen = {n.id for n in able if max(self._heard.get(n.id, 0.0), self._watch.since[n.id]) < since}
         if len(frozen) == len(able) or frozen <= self._frozen:
             return False
@@ -242,17 +272,12 @@ class RayPool:
 
     def _choose(self) -> None:
         """Have tasks that start from now on run on other nodes than those that are avoided."""
-        others = sorted(self._avoided | self._frozen)
-        self._work = self._enter.options(label_selector={NODE_LABEL: f"!in({','.join(others)})"} if others else None)
+        labels = placement.selector(self._resources, self._avoided | self._frozen)
+        self._work = self._enter.options(label_selector=labels or None)
 
     def close(self) -> None:
         """Look at the nodes no more."""
         self._watch.stop()
-
-
-def in_words(resources: Resources) -> str:
-    """What a task asks for."""
-    return f"{resources.cpus:g} CPUs and {resources.gpus:g} GPUs"
 
 
 def _lacking(error: Exception, cause: object) -> str:
@@ -301,11 +326,17 @@ class NodeWatch:
 
 @dataclass(frozen=True)
 class Node:
-    """A live node of the connected cluster: Ray's id, its host name, and what Ray counts there."""
+    """A live node of the connected cluster: Ray's id, its host name, what Ray counts there, its type of GPU or ""."""
 
     id: str
     name: str
     resources: Mapping[str, float]
+    accelerator: str = ""
+
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether Ray counts CPUs or GPUs there."""
+        return bool(self.resources.get("CPU", 0) or self.resources.get("GPU", 0))
 
 
 def nodes() -> list[Node]:
@@ -313,7 +344,30 @@ def nodes() -> list[Node]:
     import ray
 
     alive = [n for n in ray.nodes() if n["Alive"]]
-    return [Node(n["NodeID"], n["NodeManagerHostname"], n["Resources"]) for n in alive]
+    return [
+        Node(n["NodeID"], n["NodeManagerHostname"], n["Resources"], n.get("Labels", {}).get(placement.LABEL, ""))
+        for n in alive
+    ]
+
+
+@contextlib.contextmanager
+def asking_for_a_node(timeout_s: float) -> Iterator[float | None]:
+    """Have the autoscaler start a node that takes tasks, and keep it for the body; it may go when the body ends.
+
+    Gives the seconds until one was there, None if none came in time (or nothing in the cluster starts nodes).
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    began, came = time.monotonic(), False
+    request_resources(bundles=[{"CPU": 1}])
+    try:
+        while not came and time.monotonic() - began < timeout_s:
+            time.sleep(min(1.0, timeout_s))
+            came = any(node.takes_tasks for node in nodes())
+        yield time.monotonic() - began if came else None
+    finally:
+        # It stands until another request replaces it.
+        request_resources(bundles=[])
 
 
 def affinity(node: Node) -> Any:

@@ -145,6 +145,11 @@ class Resources(Section):
     cpus: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="What Ray reserves for a task, and torch's threads."
     )
+    accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")] | None = Field(
+        default=None,
+        description="The one type of GPU that tasks run on, as Ray calls it (`A10G`, `H100`): its node label "
+        "`ray.io/accelerator-type`. Tasks wait while no node has it. Without it: any.",
+    )
     replicas: Count | Literal["auto"] = Field(
         default="auto", description="Cells trained together. `auto`: measured once per device type."
     )

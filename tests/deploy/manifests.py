@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 
 VALUES = {
+    "ACCELERATOR": "A10G",
     "ACCOUNT": "111122223333",
     "ADMIN_CIDR": "192.0.2.7/32",
     "AMI": "ami-0123456789abcdef0",
@@ -20,9 +21,11 @@ VALUES = {
     "DRIVER_ROLE_ARN": "arn:aws:iam::111122223333:role/fimo-driver",
     "HEAD_PROFILE_ARN": "arn:aws:iam::111122223333:instance-profile/fimo-driver",
     "IMAGE": "registry.example/fimo:0.1.0-gpu",
+    "KMS_KEY_ARN": "arn:aws:kms:us-east-1:111122223333:key/1234abcd",
     "PREFIX": "runs",
     "REGION": "us-east-1",
     "REGISTRY": "registry.example",
+    "SECURITY_GROUP": "sg-0123456789abcdef0",
     "STORE": "s3://my-bucket/runs",
     "WORKER_PROFILE_ARN": "arn:aws:iam::111122223333:instance-profile/fimo-worker",
     "WORKER_ROLE_ARN": "arn:aws:iam::111122223333:role/fimo-worker",

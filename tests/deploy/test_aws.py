@@ -5,20 +5,27 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import boto3
 import botocore.validate
 import pytest
 import yaml
+from ray.autoscaler._private.aws.config import bootstrap_aws
+from ray.autoscaler._private.loader import load_function_or_class
+from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilityRecord, NodeAvailabilitySummary
+from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store.base import PROBE_PREFIX
 from fimo.orchestrator.sweep import keys
-from tests.deploy.manifests import DEPLOY, filled, json_document
+from tests.deploy.manifests import DEPLOY, VALUES, filled, json_document
 
 IDENTITY_POLICIES = ["aws/iam-policy.json", "aws/iam-policy-driver.json", "aws/iam-policy-autoscaler.json"]
+IDENTITY_POLICIES += ["aws/iam-policy-kms.json"]
 POLICIES = [*IDENTITY_POLICIES, "aws/bucket-policy.json", "aws/trust-ec2.json"]
 
 REMOVALS = (NamedRemoval(0, "0", (1,)), NamedRemoval(1, "1", (2,)))
@@ -33,6 +40,8 @@ REJECTED = "runs/concrete/rejected/parts_dddd_seed-0000000003_0123.parquet"  # f
 FAILED = "runs/concrete/failed/x.json"
 HEARTBEAT = "runs/" + keys.driver("concrete", "host-1-0123")
 PROBE = f"runs/{PROBE_PREFIX}0123"
+IMPORTED = "runs/" + keys.imported("concrete", "theirs")
+CLAIM = "runs/" + keys.claim("concrete", "d-seed-0000000003-0123", 1)
 FOREIGN = "other/concrete/parts/x.parquet"
 
 
@@ -79,23 +88,135 @@ def test_ray_accepts_the_cluster_file() -> None:
         validate_config({**config, "replcias": 1})
 
 
-def test_the_cluster_is_closed_on_demand_at_the_head_and_spot_elsewhere() -> None:
+def test_the_cluster_is_closed_and_on_demand_at_the_head() -> None:
     config = yaml.safe_load(filled("aws/cluster.yaml"))
     types = config["available_node_types"]
-    head, worker = types["head"], types["gpu-spot"]
+    head = types["head"]
     assert head["resources"] == {"CPU": 0, "GPU": 0}
     assert "InstanceMarketOptions" not in head["node_config"]
-    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert worker["min_workers"] == 0
-    # Without a profile Ray makes a role with full access to EC2 and S3.
-    assert head["node_config"]["IamInstanceProfile"] != worker["node_config"]["IamInstanceProfile"]
+    for worker in (types["gpu-spot"], types["gpu-on-demand"]):
+        assert worker["min_workers"] == 0
+        # Without a profile Ray makes a role with full access to EC2 and S3.
+        assert head["node_config"]["IamInstanceProfile"] != worker["node_config"]["IamInstanceProfile"]
+    assert types["gpu-spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert all(t["node_config"]["MetadataOptions"]["HttpTokens"] == "required" for t in types.values())
-    (rule,) = config["provider"]["security_group"]["IpPermissions"]
-    assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
-    assert rule["IpRanges"] == [{"CidrIp": "192.0.2.7/32"}]
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     assert config["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+
+
+def test_spot_and_on_demand_are_the_same_nodes_but_for_the_price() -> None:
+    types = yaml.safe_load(filled("aws/cluster.yaml"))["available_node_types"]
+    spot, full = types["gpu-spot"], types["gpu-on-demand"]
+    market = spot["node_config"].pop("InstanceMarketOptions")
+    assert market == {"MarketType": "spot"}
+    assert spot == full
+
+
+class Aws:
+    """EC2 and IAM as ``ray up`` meets them: one VPC with a subnet, no keys, the README's security group or none."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.groups = [
+            {"GroupId": VALUES["SECURITY_GROUP"], "VpcId": "vpc-1", "GroupName": "fimo", "IpPermissions": []}
+        ]
+
+    def answer(self, operation: str, request: dict[str, Any]) -> dict[str, Any]:
+        self.calls.append((operation, request))
+        subnet = {"SubnetId": "subnet-1", "VpcId": "vpc-1", "State": "available", "MapPublicIpOnLaunch": True}
+        match operation:
+            case "DescribeKeyPairs":
+                return {"KeyPairs": []}
+            case "CreateKeyPair":
+                return {"KeyName": request["KeyName"], "KeyMaterial": "a key"}
+            case "DescribeSubnets":
+                return {"Subnets": [subnet | {"AvailabilityZone": "us-east-1a"}]}
+            case "DescribeSecurityGroups":
+                wanted = [v for f in request.get("Filters", []) if f["Name"] == "group-id" for v in f["Values"]]
+                found = [g for g in self.groups if g["GroupId"] in wanted]
+                return {"SecurityGroups": found if wanted else self.groups[1:]}
+            case "CreateSecurityGroup":
+                self.groups.append(
+                    {"GroupId": "sg-ray", "VpcId": "vpc-1", "GroupName": request["GroupName"], "IpPermissions": []}
+                )
+                return {"GroupId": "sg-ray"}
+            case "AuthorizeSecurityGroupIngress":
+                return {"Return": True}
+        raise AssertionError(f"ray up asks AWS for {operation}")
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Aws:
+    stub = Aws()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setattr("botocore.client.BaseClient._make_api_call", stub.answer)
+    return stub
+
+
+def test_what_ray_resolves_has_no_door_that_ray_opened(aws: Aws) -> None:
+    resolved = bootstrap_aws(prepare_config(yaml.safe_load(filled("aws/cluster.yaml"))))
+    for node_type in resolved["available_node_types"].values():
+        assert node_type["node_config"]["SecurityGroupIds"] == [VALUES["SECURITY_GROUP"]]
+        assert node_type["node_config"]["SubnetIds"] == ["subnet-1"]
+    asked = {operation for operation, _ in aws.calls}
+    assert asked == {"DescribeKeyPairs", "CreateKeyPair", "DescribeSubnets", "DescribeSecurityGroups"}
+
+
+def test_without_the_group_ray_opens_ssh_to_the_world(aws: Aws) -> None:
+    """What the group is for, and that the stub would show it: rules of one's own do not replace Ray's."""
+    config = yaml.safe_load(filled("aws/cluster.yaml"))
+    for node_type in config["available_node_types"].values():
+        del node_type["node_config"]["SecurityGroupIds"]
+    config["provider"]["security_group"] = {
+        "GroupName": "fimo",
+        "IpPermissions": json_document("aws/security-group.json"),
+    }
+    bootstrap_aws(prepare_config(config))
+    opened = [request["IpPermissions"] for operation, request in aws.calls if operation.startswith("Authorize")]
+    assert [22, "0.0.0.0/0"] in [
+        [rule.get("FromPort"), place["CidrIp"]]
+        for rules in opened
+        for rule in rules
+        for place in rule.get("IpRanges", [])
+    ]
+
+
+def test_the_security_group_lets_in_ssh_from_one_address_and_its_own_nodes() -> None:
+    client = boto3.session.Session().client("ec2", region_name="us-east-1")
+    shape = client.meta.service_model.operation_model("AuthorizeSecurityGroupIngress").input_shape
+    rules: Any = json_document("aws/security-group.json")
+    report = botocore.validate.ParamValidator().validate({"GroupId": "sg-1", "IpPermissions": rules}, shape)
+    assert not report.has_errors(), report.generate_report()
+    ssh, nodes = rules
+    assert (ssh["FromPort"], ssh["ToPort"], ssh["IpProtocol"]) == (22, 22, "tcp")
+    assert [place["CidrIp"] for place in ssh["IpRanges"]] == [VALUES["ADMIN_CIDR"]]
+    assert [pair["GroupId"] for pair in nodes["UserIdGroupPairs"]] == [VALUES["SECURITY_GROUP"]]
+    assert "IpRanges" not in nodes
+
+
+@pytest.mark.parametrize(
+    ("refused", "expected"),
+    [((), {"gpu-spot": 3}), (("gpu-spot",), {"gpu-on-demand": 3}), (("gpu-spot", "gpu-on-demand"), {"gpu-spot": 3})],
+    ids=["spot is there", "spot is refused", "both are refused"],
+)
+def test_the_autoscaler_asks_for_spot_until_aws_refuses_it(
+    monkeypatch: pytest.MonkeyPatch, refused: tuple[str, ...], expected: dict[str, int]
+) -> None:
+    """Ray's own planning of nodes over the cluster file, with the score that the head is started with."""
+    config = prepare_config(yaml.safe_load(filled("aws/cluster.yaml")))
+    (start,) = [line for line in config["head_start_ray_commands"] if "--head" in line]
+    (named,) = re.findall(r"RAY_AUTOSCALER_UTILIZATION_SCORER=(\S+) ray start", start)
+    monkeypatch.syspath_prepend(str(DEPLOY / "aws"))
+    seen = NodeAvailabilitySummary({name: NodeAvailabilityRecord(name, False, 0.0, None) for name in refused})
+    scorer = partial(load_function_or_class(named), node_availability_summary=seen)
+    types = config["available_node_types"]
+    added, left = get_nodes_for(types, {"head": 1}, "head", config["max_workers"], [{"CPU": 1, "GPU": 1}] * 3, scorer)
+    assert (dict(added), left) == (expected, [])
+    added, _ = get_nodes_for(types, {"head": 1}, "head", config["max_workers"], [{"GPU": 1}] * 30, scorer)
+    assert sum(added.values()) == config["max_workers"] == 8
 
 
 @pytest.mark.parametrize("path", POLICIES)
@@ -135,6 +256,7 @@ def test_workers_create_results_and_read_and_nothing_else() -> None:
     for key in (PART, WITNESS, ESTIMATE, REPLICAS, PROOF, SPEC, TABLE, REJECTED, FAILED, HEARTBEAT, PROBE, FOREIGN):
         assert not allows(WORKER, "s3:DeleteObject", key)
         assert not allows([*DRIVER, *WORKER], "s3:DeleteObject", key), "an attached driver policy must not help"
+    assert not allows([*DRIVER, *WORKER], "s3:DeleteObjectVersion", PART)
     assert allows(WORKER, "s3:GetObject", SPEC)
     assert allows(WORKER, "s3:ListBucket", None)
     assert not allows(WORKER, "s3:GetObject", FOREIGN)
@@ -148,12 +270,23 @@ def test_the_driver_writes_everything_sets_results_aside_and_never_replaces_one(
         assert not allows(DRIVER, "s3:PutObject", key, conditional=False)
     for key in (SPEC, TABLE, REJECTED, FAILED, HEARTBEAT):
         assert allows(DRIVER, "s3:PutObject", key, conditional=False)
-    for key in (PART, WITNESS, ESTIMATE, FAILED, HEARTBEAT, PROBE):
+    for key in (PART, WITNESS, ESTIMATE, IMPORTED, FAILED, HEARTBEAT, PROBE):
         assert allows(DRIVER, "s3:DeleteObject", key)
     for key in (SPEC, TABLE, REJECTED):
         assert not allows(DRIVER, "s3:DeleteObject", key)
     for action in ("s3:GetObject", "s3:PutObject", "s3:DeleteObject"):
         assert not allows(DRIVER, action, FOREIGN)
+
+
+def test_drivers_alone_make_and_withdraw_claims() -> None:
+    for policies in (DRIVER, [*DRIVER, "aws/bucket-policy.json"]):
+        for conditional in (True, False):
+            assert allows(policies, "s3:PutObject", CLAIM, conditional=conditional)
+        assert allows(policies, "s3:DeleteObject", CLAIM)
+        assert allows(policies, "s3:GetObject", CLAIM)
+    assert allows(WORKER, "s3:GetObject", CLAIM)
+    assert not allows(WORKER, "s3:PutObject", CLAIM)
+    assert not allows(WORKER, "s3:DeleteObject", CLAIM)
 
 
 def test_the_bucket_policy_refuses_unconditional_writes_of_results_from_anyone() -> None:
@@ -174,7 +307,13 @@ def test_the_autoscaler_ends_its_own_nodes_and_passes_one_role() -> None:
     assert statements["GiveWorkersTheirRole"]["Resource"] == "arn:aws:iam::111122223333:role/fimo-worker"
     start = statements["StartWorkersOfThisCluster"]["Condition"]["StringEquals"]
     types = yaml.safe_load(filled("aws/cluster.yaml"))["available_node_types"]
-    assert start["ec2:InstanceType"] == types["gpu-spot"]["node_config"]["InstanceType"]
+    for worker in (types["gpu-spot"], types["gpu-on-demand"]):
+        assert start["ec2:InstanceType"] == worker["node_config"]["InstanceType"]
+        (group,) = worker["node_config"]["SecurityGroupIds"]
+        allowed = statements["StartWorkersFromThese"]["Resource"]
+        assert [arn for arn in allowed if ":security-group/" in arn] == [
+            f"arn:aws:ec2:us-east-1:111122223333:security-group/{group}"
+        ]
 
 
 def test_s3_accepts_the_lifecycle_rules() -> None:

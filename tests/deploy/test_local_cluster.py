@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from fimo.orchestrator.store import open_store
 from fimo.workers.errors import StoreError
 from tests.deploy.manifests import DEPLOY
+from tests.deploy.test_spot_watch import Service, metadata_service
 from tests.support.seaweed import set_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.s3]
@@ -119,6 +122,67 @@ def test_a_worker_node_is_killed_and_another_comes(folder: Path) -> None:
     assert cluster(folder, "add").returncode == 0
     done = submit(folder)
     assert "CPUs: 1.0" in done.stdout, done.stdout + done.stderr
+
+
+def alive_nodes(folder: Path) -> set[str]:
+    """By Ray's ids, as the head counts them."""
+    values = environment(folder)
+    request = urllib.request.Request(values["FIMO_ADDRESS"] + "/nodes?view=summary")
+    request.add_header("Authorization", f"Bearer {(folder / 'token').read_text()}")
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        nodes = [node["raylet"] for node in json.loads(answer.read())["data"]["summary"]]
+    return {node["nodeId"] for node in nodes if node.get("state") == "ALIVE"}
+
+
+SLOW_JOB = """
+import sys, time
+import ray
+ray.init(address="auto", logging_level="ERROR")
+@ray.remote(num_cpus=1, max_retries=0)
+def work(path):
+    with open(path, "w") as file:
+        file.write(ray.get_runtime_context().get_node_id())
+    time.sleep(8)
+    return "finished"
+print(ray.get(work.remote(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("how", ["as a pod", "as a spot instance"])
+def test_a_node_that_is_told_finishes_its_task_and_goes(folder: Path, tmp_path: Path, how: str) -> None:
+    """Ray's own drain: of `ray start --block` on SIGTERM, and after AWS's notice by spot_watch.py."""
+    began, values = tmp_path / "began", environment(folder)
+    ray = str(Path(sys.executable).parent / "ray")
+    entrypoint = [sys.executable, "-c", f"exec({SLOW_JOB!r})", str(began)]
+    variables = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(folder), **values}
+    job = subprocess.Popen(
+        [ray, "job", "submit", "--address", values["FIMO_ADDRESS"], "--", *entrypoint],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=variables,
+    )
+    deadline = time.monotonic() + 60
+    while not (began.exists() and began.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    state = json.loads((folder / "state.json").read_text())
+    leader = [entry["pid"] for entry in state["processes"] if entry["name"].startswith("worker-")][-1]
+    if how == "as a pod":
+        os.kill(leader, signal.SIGTERM)
+    else:
+        with metadata_service() as endpoint:
+            Service.notice = json.dumps({"time": (datetime.now(UTC) + timedelta(seconds=60)).isoformat()})
+            variables |= {"AWS_EC2_METADATA_SERVICE_ENDPOINT": endpoint, "RAY_ADDRESS": state["gcs"]}
+            watch = [sys.executable, str(DEPLOY / "aws" / "spot_watch.py"), "--node-id", began.read_text()]
+            subprocess.run([*watch, "--lock", str(tmp_path / "lock")], env=variables, check=True)
+    output, _ = job.communicate(timeout=90)
+    assert job.returncode == 0, output
+    assert "finished" in output
+    deadline = time.monotonic() + 30
+    while began.read_text() in alive_nodes(folder) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert began.read_text() not in alive_nodes(folder), "a drained node goes"
+    assert cluster(folder, "add").returncode == 0
 
 
 def test_a_second_up_is_refused_and_down_ends_what_was_started_and_nothing_else(folder: Path) -> None:

@@ -78,7 +78,7 @@ def test_logs_is_one_object_with_the_job_and_its_text(
 
 @pytest.mark.parametrize("good", [True, False])
 def test_the_doctor_s_object_has_its_exit_code(good: bool, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda store, address: [doctor.Check("one", good, "said")])
+    monkeypatch.setattr(doctor, "examine", lambda store, address, say: [doctor.Check("one", good, "said")])
     done = shell("doctor", "--json")
     assert json.loads(done.out)["exit_code"] == done.code == (0 if good else 1)
 
