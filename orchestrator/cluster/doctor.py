@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from fimo.orchestrator.cluster import jobs
 from fimo.orchestrator.resolve.identity import tensors_digest
-from fimo.orchestrator.run import connect, pool
+from fimo.orchestrator.run import connect
+from fimo.orchestrator.run import nodes as cluster_nodes
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.store import Store, open_store
 from fimo.orchestrator.store.base import PROBE_PREFIX
@@ -129,7 +130,7 @@ def ray_checks(address: str | None, say: Callable[[str], None] = lambda line: No
     where = "an embedded Ray" if address is None else f"Ray at {address}"
     try:
         with connect.cluster(address):
-            nodes = pool.nodes()
+            nodes = cluster_nodes.nodes()
             yield Check("ray", True, f"{where} answers, {len(nodes)} node{'s' if len(nodes) != 1 else ''}")
             if address is None or any(node.takes_tasks for node in nodes):
                 yield from _node_checks(nodes)
@@ -142,7 +143,7 @@ def ray_checks(address: str | None, say: Callable[[str], None] = lambda line: No
 def _with_a_node(say: Callable[[str], None]) -> Iterator[Check]:
     """The checks of a cluster whose workers start from zero: on a node that is started for them."""
     say(f"no node takes tasks yet: asked Ray's autoscaler for one, and wait up to {NODE_S:.0f} s")
-    with pool.asking_for_a_node(NODE_S) as seconds:
+    with cluster_nodes.asking_for_a_node(NODE_S) as seconds:
         if seconds is None:
             yield Check(
                 "workers",
@@ -152,16 +153,16 @@ def _with_a_node(say: Callable[[str], None]) -> Iterator[Check]:
             )
         else:
             yield Check("workers", True, f"none was there; the autoscaler started one in {seconds:.0f} s")
-        yield from _node_checks(pool.nodes())
+        yield from _node_checks(cluster_nodes.nodes())
 
 
-def _node_checks(nodes: list[pool.Node]) -> Iterator[Check]:
+def _node_checks(nodes: list[cluster_nodes.Node]) -> Iterator[Check]:
     ours = versions()
-    devices: dict[str, tuple[pool.Node, float]] = {}
+    devices: dict[str, tuple[cluster_nodes.Node, float]] = {}
     for node in nodes:
         counted = float(node.resources.get("GPU", 0))
         try:
-            theirs = pool.on_node(node, probe, gpus=min(counted, 1.0))
+            theirs = cluster_nodes.on_node(node, probe, gpus=min(counted, 1.0))
         except FimoError as error:
             mend = "install the same fimo, Ray and Python there, or look at the node's logs"
             yield Check(f"node {node.name}", False, f"{error}; {mend}")
@@ -175,7 +176,7 @@ def _node_checks(nodes: list[pool.Node]) -> Iterator[Check]:
         yield _determinism(name, node, gpus)
 
 
-def _versions(node: pool.Node, ours: Mapping[str, str], theirs: Mapping[str, str]) -> Check:
+def _versions(node: cluster_nodes.Node, ours: Mapping[str, str], theirs: Mapping[str, str]) -> Check:
     name = f"versions on {node.name}"
     differ = [f"{k} {theirs.get(k, 'none')} (driver: {ours.get(k, 'none')})" for k in sorted({*ours, *theirs})]
     differ = [text for k, text in zip(sorted({*ours, *theirs}), differ, strict=True) if ours.get(k) != theirs.get(k)]
@@ -184,7 +185,7 @@ def _versions(node: pool.Node, ours: Mapping[str, str], theirs: Mapping[str, str
     return Check(name, True, ", ".join(f"{k} {v}" for k, v in ours.items()))
 
 
-def _gpus(node: pool.Node, counted: float, theirs: Mapping[str, Any]) -> Check:
+def _gpus(node: cluster_nodes.Node, counted: float, theirs: Mapping[str, Any]) -> Check:
     name, seen = f"GPUs on {node.name}", theirs["gpus"]
     if counted and not seen:
         return Check(name, False, f"Ray counts {counted:g}, torch sees none: install CUDA builds and a driver")
@@ -194,10 +195,10 @@ def _gpus(node: pool.Node, counted: float, theirs: Mapping[str, Any]) -> Check:
     return Check(name, True, f"{counted:g} × {theirs['device']}; a spec asks for them: resources: {{gpus: 1{kind}}}")
 
 
-def _determinism(name: str, node: pool.Node, gpus: float) -> Check:
+def _determinism(name: str, node: cluster_nodes.Node, gpus: float) -> Check:
     try:
         # Two tasks: if they land in two processes, those are compared too.
-        digests = [d for _ in range(2) for d in pool.on_node(node, tiny_shard_twice, gpus=gpus)]
+        digests = [d for _ in range(2) for d in cluster_nodes.on_node(node, tiny_shard_twice, gpus=gpus)]
     except FimoError as error:
         return Check(f"determinism on {name}", False, f"{error}; no shard can be trained there")
     if len(set(digests)) > 1:

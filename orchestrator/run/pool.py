@@ -11,17 +11,16 @@ import os
 import pickle
 import re
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fimo.orchestrator.resolve.code import code_files, write_files
 from fimo.orchestrator.run import placement
-from fimo.orchestrator.run.connect import ClusterError, cluster
+from fimo.orchestrator.run.connect import cluster
 from fimo.orchestrator.run.entry import enter
+from fimo.orchestrator.run.nodes import Node, NodeWatch, slots, slots_of
 from fimo.orchestrator.run.places import Failed, Lost, Result
 from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.tasks import Receipt, UnableError, is_prepared, run_task
@@ -31,7 +30,6 @@ from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import UsageError
 
 UNABLE_S = 2.0
-NODES_EVERY_S = 1.0
 HEAD_GONE_S, DOUBT_S = 20.0, 5.0
 """Seconds without an answer after which the head counts as gone, and how long it is doubted.
 
@@ -91,19 +89,6 @@ def connected(address: str | None, manifest: Manifest) -> Iterator[int]:
         write_files(code_files(manifest.spec.workload, Path(manifest.beside)), Path(folder))
         with cluster(address, Path(folder)):
             yield slots(resources)
-
-
-def slots(resources: Resources) -> int:
-    """How many tasks the connected Ray can run at once, by what it has now; 0 while it has no node for them."""
-    return sum(slots_of(resources, node.resources) for node in nodes() if placement.fits(node, resources))
-
-
-def slots_of(resources: Resources, node: Mapping[str, float]) -> int:
-    """How many tasks a node with these resources can run at once."""
-    cpus = node.get("CPU", 0) / resources.cpus
-    gpus = node.get("GPU", 0) / resources.gpus if resources.gpus else cpus
-    # What is divided in binary may come out a hair under a whole number.
-    return int(min(cpus, gpus) + 1e-9)
 
 
 def _work(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Task) -> Receipt:
@@ -287,113 +272,3 @@ def _lacking(error: Exception, cause: object) -> str:
     missing = re.search(r"(ModuleNotFoundError|ImportError): (.*)", str(error))
     line = f"{missing[1]}: {missing[2]}" if missing else f"{type(cause).__name__}: {cause}"
     return f"{node} cannot begin a task: {line}; install the same packages on every node"
-
-
-class NodeWatch:
-    """The live nodes, looked at from a thread of its own: Ray's answer comes late or never once the head is gone.
-
-    Attributes:
-        nodes: as last seen; ``since``: when each was first seen, on the monotonic clock.
-    """
-
-    def __init__(self) -> None:
-        self.nodes = nodes()
-        self._seen = time.monotonic()
-        self.since = dict.fromkeys((node.id for node in self.nodes), self._seen)
-        self._stop = threading.Event()
-        threading.Thread(target=self._look, name="fimo-nodes", daemon=True).start()
-
-    @property
-    def silent_s(self) -> float:
-        """Seconds since the head answered."""
-        return time.monotonic() - self._seen
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._stop.set()
-
-    def _look(self) -> None:
-        while not self._stop.wait(NODES_EVERY_S):
-            with contextlib.suppress(Exception):
-                found = nodes()
-                self._seen = time.monotonic()
-                self.since = {node.id: self.since.get(node.id, self._seen) for node in found}
-                self.nodes = found
-
-
-# -- nodes ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Node:
-    """A live node of the connected cluster: Ray's id, its host name, what Ray counts there, its type of GPU or ""."""
-
-    id: str
-    name: str
-    resources: Mapping[str, float]
-    accelerator: str = ""
-
-    @property
-    def takes_tasks(self) -> bool:
-        """Whether Ray counts CPUs or GPUs there."""
-        return bool(self.resources.get("CPU", 0) or self.resources.get("GPU", 0))
-
-
-def nodes() -> list[Node]:
-    """The live nodes of the connected cluster."""
-    import ray
-
-    alive = [n for n in ray.nodes() if n["Alive"]]
-    return [
-        Node(n["NodeID"], n["NodeManagerHostname"], n["Resources"], n.get("Labels", {}).get(placement.LABEL, ""))
-        for n in alive
-    ]
-
-
-@contextlib.contextmanager
-def asking_for_a_node(timeout_s: float) -> Iterator[float | None]:
-    """Have the autoscaler start a node that takes tasks, and keep it for the body; it may go when the body ends.
-
-    Gives the seconds until one was there, None if none came in time (or nothing in the cluster starts nodes).
-    """
-    from ray.autoscaler.sdk import request_resources
-
-    began, came = time.monotonic(), False
-    request_resources(bundles=[{"CPU": 1}])
-    try:
-        while not came and time.monotonic() - began < timeout_s:
-            time.sleep(min(1.0, timeout_s))
-            came = any(node.takes_tasks for node in nodes())
-        yield time.monotonic() - began if came else None
-    finally:
-        # It stands until another request replaces it.
-        request_resources(bundles=[])
-
-
-def affinity(node: Node) -> Any:
-    """A task of this strategy runs on this node alone."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(node.id, soft=False)
-
-
-def on_node(node: Node, function: Callable[..., Any], *arguments: Any, gpus: float = 0, timeout_s: float = 120) -> Any:
-    """``function(*arguments)`` in a worker of one node, which must be importable there.
-
-    Raises:
-        ClusterError: no answer in time, or the task's error in one line.
-    """
-    import ray
-
-    remote: Any = ray.remote
-    place = affinity(node)
-    work = remote(num_cpus=0, num_gpus=gpus, max_calls=0, max_retries=0, scheduling_strategy=place)(function)
-    reference = work.remote(*arguments)
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except Exception as error:
-        with contextlib.suppress(Exception):
-            ray.cancel(reference, force=True)
-        cause = getattr(error, "cause", None) or error
-        line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise ClusterError(f"node {node.name}: {type(cause).__name__}: {line}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fimo.orchestrator.cluster import doctor
-from fimo.orchestrator.run.pool import Node
+from fimo.orchestrator.run.nodes import Node
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.store import Entry, LocalStore, MemoryStore, Store, open_store
 from fimo.workers.errors import StoreError
@@ -134,8 +134,8 @@ class Cluster:
         monkeypatch.setattr(doctor, "NODE_S", 0.2)
         monkeypatch.setattr("ray.autoscaler.sdk.request_resources", self.request)
         monkeypatch.setattr(doctor.connect, "cluster", lambda address: contextlib.nullcontext())
-        monkeypatch.setattr(doctor.pool, "nodes", self.nodes)
-        monkeypatch.setattr(doctor.pool, "on_node", self.on_node)
+        monkeypatch.setattr(doctor.cluster_nodes, "nodes", self.nodes)
+        monkeypatch.setattr(doctor.cluster_nodes, "on_node", self.on_node)
 
     def request(self, bundles: list[dict[str, float]]) -> None:
         self.asked.append(bundles)

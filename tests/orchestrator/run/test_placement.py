@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from fimo.orchestrator.run import placement, pool
-from fimo.orchestrator.run.pool import Node, RayPool
+from fimo.orchestrator.run import nodes, placement, pool
+from fimo.orchestrator.run.nodes import Node
+from fimo.orchestrator.run.pool import RayPool
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.spec import Resources, parse
 from fimo.workers.errors import UsageError
@@ -44,8 +45,8 @@ MIXED = [HEAD, row(8, 2, "A10G", "a"), row(16, 4, "H100", "h"), row(32)]
 def test_only_nodes_of_the_type_count(
     resources: dict[str, object], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "nodes", lambda: MIXED)
-    assert pool.slots(Resources(**resources)) == expected
+    monkeypatch.setattr(nodes, "nodes", lambda: MIXED)
+    assert nodes.slots(Resources(**resources)) == expected
 
 
 def waiting(monkeypatch: pytest.MonkeyPatch, resources: Resources, avoided: set[str]) -> RayPool:
