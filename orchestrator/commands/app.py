@@ -45,6 +45,16 @@ RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try tasks aga
 ReplaceOption = Annotated[
     bool, typer.Option("--replace", help="Take the place of a sweep of this name that differs; its parts stay.")
 ]
+CodeOption = Annotated[
+    Path,
+    typer.Option("--code", metavar="DIR", help="Where the workload's module and the sweep's files lie; default: here."),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Take an installed workload, and files outside that folder, where the stored sweep names them."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 HeadOption = Annotated[
     str, typer.Option("--address", metavar="URL", help="The head's dashboard, http://HEAD:8265.", envvar="FIMO_ADDRESS")

@@ -37,7 +37,7 @@ class SecondLoad:
 
     def __init__(self, spec: Spec, beside: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(beside), str(time.time())],
+            [sys.executable, "-P", "-m", __name__, str(beside), str(time.time())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

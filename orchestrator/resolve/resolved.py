@@ -6,6 +6,7 @@ error, never a number.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from fimo import estimators
-from fimo.orchestrator.resolve import identity
+from fimo.orchestrator.resolve import UPLOADED, identity
+from fimo.orchestrator.resolve.at_hand import HERE, Own, own_folder
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.resolve.columns import read_column
 from fimo.orchestrator.resolve.differences import UNSTABLE, in_words, since, what_differs
 from fimo.orchestrator.spec.canonical import canonical
-from fimo.orchestrator.spec.removals import NamedRemoval, number_removals
+from fimo.orchestrator.spec.removals import NamedRemoval, check_removals, number_removals
 from fimo.orchestrator.spec.shipped import SHIPPED
 from fimo.orchestrator.spec.spec import Spec
 from fimo.orchestrator.spec.training import FurtherTraining
@@ -100,11 +102,12 @@ class Resolved:
         return start_from(self.model(device), *self.examples(device), settings, engine)
 
 
-def resolve(spec: Spec, beside: Path) -> Resolved:
+def resolve(spec: Spec, beside: Path, known: Sequence[NamedRemoval] | None = None) -> Resolved:
     """Load the workload and resolve removals, estimators and digests.
 
     Args:
         beside: the folder of the spec, in which the workload's module and the files that it names are looked for.
+        known: the removals of a spec that names a file of them, which is then not read.
 
     Raises:
         UsageError, WorkloadError: in one line, before anything is written.
@@ -113,9 +116,12 @@ def resolve(spec: Spec, beside: Path) -> Resolved:
     workload, state = load(spec, beside, read_final(spec, beside))
     plain, evals = Examples(workload.train, workload.collate), count_evals(spec, workload)
     train = len(plain)
-    removals = number_removals(
-        spec.removals, train, lambda name: read_beside(name, beside), lambda name: read_column(plain, name)
-    )
+    if spec.removals.file is not None and known is not None:
+        removals = check_removals(known, train)
+    else:
+        removals = number_removals(
+            spec.removals, train, lambda name: read_beside(name, beside), lambda name: read_column(plain, name)
+        )
     cpu = torch.device("cpu")
     model, examples = _model(spec, workload, state, cpu), _examples(workload, spec, evals, cpu)
     spec = _settled(spec, model, examples[0])
@@ -179,9 +185,10 @@ def resolve_like(manifest: Manifest, final_model: bytes | None) -> Resolved:
     Raises:
         UsageError, WorkloadError: in one line; WorkloadError if code or data here are not the driver's.
     """
-    # If the driver's folder is not on this machine, Ray has put the code into the working directory.
-    beside = Path(manifest.beside) if Path(manifest.beside).is_dir() else Path.cwd()
-    workload, state = load(manifest.spec, beside, final_model)
+    driver, here = Path(manifest.beside), Path.cwd()
+    # Code that came with the job wins over a folder that this machine has under the same path; data may lie there.
+    beside = here if UPLOADED in os.environ or not driver.is_dir() else driver
+    workload, state = load(manifest.spec, beside, final_model, driver)
     ours = digests(manifest.spec, beside, workload, state, count_evals(manifest.spec, workload))
     if (ours.result, ours.estimate) != (manifest.digest, manifest.estimate_digest):
         other = what_differs(dict(manifest.about), ours.about)
@@ -191,23 +198,17 @@ def resolve_like(manifest: Manifest, final_model: bytes | None) -> Resolved:
     return Resolved(manifest, workload, state)
 
 
-def resolve_again(sweep: Sweep) -> Resolved:
-    """Resolve the spec of a sweep in its store, if its code is here.
+def resolve_again(sweep: Sweep, own: Own = HERE) -> Resolved:
+    """Resolve the spec of a sweep in its store, with the user's own code; of a file of removals it knows what it said.
 
     Raises:
-        UsageError: the workload's code is not where the spec was, or code or data are not what they were.
+        UsageError: the workload's code is not here, code or data are not what they were, or the sweep names files of
+            which the user has not said that they may be read.
     """
     manifest = sweep.read_manifest()
-    for beside in (Path(manifest.beside), Path.cwd()):
-        # Held against the recorded digest before anything of it is imported: a store must not choose what code runs.
-        if beside.is_dir() and source_digest(manifest.spec.workload, beside) == manifest.source:
-            found = resolve(manifest.spec, beside)
-            _refuse_changed(manifest, found.manifest, sweep.uri)
-            return found
-    raise UsageError(
-        f"the code of workload {manifest.spec.workload} is neither in {manifest.beside} nor here as it was when the "
-        "sweep was started; go to its folder, or start the spec again with `fimo run`"
-    )
+    found = resolve(manifest.spec, own_folder(manifest, own, sweep.store.uri), manifest.removals)
+    _refuse_changed(manifest, found.manifest, sweep.uri)
+    return found
 
 
 def _refuse_changed(was: Manifest, now: Manifest, uri: str) -> None:
@@ -251,11 +252,13 @@ def read_beside(name: str, beside: Path) -> bytes:
         raise UsageError(f"'{name}' cannot be read: {error.strerror or error}") from error
 
 
-def load(spec: Spec, beside: Path, final_model: bytes | None) -> tuple[Workload, dict[str, Tensor] | None]:
-    """The workload and θᶠ, checked to fit each other and the contract."""
+def load(
+    spec: Spec, beside: Path, final_model: bytes | None, elsewhere: Path | None = None
+) -> tuple[Workload, dict[str, Tensor] | None]:
+    """The workload and θᶠ, checked to fit each other and the contract; files may lie ``elsewhere`` too, code not."""
     # First the code is read, so that what is not Python is told before any of it runs.
     source_digest(spec.workload, beside)
-    workload = load_workload(spec.workload, spec.workload_args, beside)
+    workload = load_workload(spec.workload, spec.workload_args, beside, elsewhere)
     state = None
     if final_model is not None:
         state = read_final_model(final_model, str(spec.final_model))

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fimo.orchestrator.resolve.at_hand import Own
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_again
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.store import NotFound
@@ -72,18 +73,21 @@ class Rerun:
         return (self.identical or (not self.exact and self.difference <= 1)) and self.definition <= 1
 
 
-def train_again(sweep: Sweep, manifest: Manifest, cells: Sequence[tuple[Listed, int]], floor: Array) -> list[Rerun]:
+def train_again(
+    sweep: Sweep, manifest: Manifest, cells: Sequence[tuple[Listed, int]], floor: Array, own: Own
+) -> list[Rerun]:
     """Train cells again on this machine.
 
     Args:
         cells: (part, row of it) of each.
         floor: the noise floor of differences of deltas by step, float64 (T,).
+        own: where the user has the sweep's code.
 
     Raises:
         UsageError: the workload's code or data are not here, or not what they were.
         StoreError, BadPartError: a part cannot be read.
     """
-    resolved = resolve_again(sweep)
+    resolved = resolve_again(sweep, own)
     if resolved.manifest.digest != manifest.digest:
         raise UsageError("the workload's data or final model are not what they were when the sweep was run")
     device, starts = pick_device(manifest.spec.resources.gpus), list[Start]()

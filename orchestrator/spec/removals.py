@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,11 @@ def number_removals(spec: RemovalsSection, n: int, read: Read, column: Column) -
         twice = next(i for i in spec.indices if spec.indices.count(i) > 1)
         raise UsageError(f"removals.indices names training example {twice} twice: name it once")
     return [_checked(number, name, indices, n) for number, (name, indices) in enumerate(named)]
+
+
+def check_removals(removals: Sequence[NamedRemoval], n: int) -> list[NamedRemoval]:
+    """Numbered removals as they are, against ``n`` training examples; raises UsageError."""
+    return [_checked(number, removal.name, list(removal.indices), n) for number, removal in enumerate(removals)]
 
 
 def _checked(number: int, name: str, indices: list[int], n: int) -> NamedRemoval:

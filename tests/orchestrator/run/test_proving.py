@@ -121,13 +121,13 @@ def test_verify_finds_what_the_engine_gets_wrong_every_time(beside, monkeypatch)
     """The same wrong bits come out of a rerun by the engine; only the definition tells."""
     wrong_in_a_stack(monkeypatch, lane=0)
     _, store, _ = run_here(make_spec(resources={"proof": False}), beside)
-    verified = verification.verify(Sweep(store, "flowers"), rerun=3)
+    verified = verification.verify(Sweep(store, "flowers"), rerun=3, own=Own(beside))
     assert verified.exit_code == 1
     assert [(r.identical, r.ok, r.definition > 1) for r in verified.reruns] == 3 * [(True, False, True)]
     monkeypatch.undo()
     tasks._engines.clear()
     _, sound, _ = run_here(make_spec(), beside)
-    verified = verification.verify(Sweep(sound, "flowers"), rerun=3)
+    verified = verification.verify(Sweep(sound, "flowers"), rerun=3, own=Own(beside))
     assert verified.exit_code == 0
     assert all(r.definition < 0.5 for r in verified.reruns)
 
@@ -137,7 +137,8 @@ def test_the_mode_is_settled_by_the_model_and_part_of_the_digest(beside):
     spec = make_spec()
     spec = spec.model_copy(update={"further_training": spec.further_training.model_copy(update={"removal_mode": None})})
     assert section
-    from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.resolve.at_hand import Own
+from fimo.orchestrator.resolve.resolved import resolve
 
     settled = resolve(spec, beside).manifest
     named = resolve(make_spec(further_training={"removal_mode": "reweight"}), beside).manifest
@@ -148,7 +149,8 @@ def test_the_mode_is_settled_by_the_model_and_part_of_the_digest(beside):
 def test_a_float64_final_model_has_a_digest_of_its_own(beside, tmp_path):
     from safetensors.torch import save_file
 
-    from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.resolve.at_hand import Own
+from fimo.orchestrator.resolve.resolved import resolve
 
     state = resolve(make_spec(), beside).model(torch.device("cpu")).module.state_dict()
     digests = set()
