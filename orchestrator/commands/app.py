@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fimo.orchestrator.commands import places
+from fimo.orchestrator.commands.console import make_console
 
 app = typer.Typer(
     name="fimo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
 # In a file or a pipe, tables are not folded to a terminal's 80 columns.
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
-talk = Console(stderr=True)
+out = make_console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+talk = make_console(stderr=True)
 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The sweep's spec, a YAML file.")]
 SWEEP_HELP = "STORE/NAME, or NAME alone in the store FIMO_STORE."

@@ -6,6 +6,7 @@ called here, so no reader has checks of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from fimo.orchestrator.spec.canonical import canonical, is_sealed, sealed
 from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.store import NotFound, Store, open_store, split_sweep
+from fimo.orchestrator.store import LocalStore, NotFound, Store, open_store, split_sweep
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block
 from fimo.orchestrator.sweep.manifest import Manifest, from_json
@@ -64,7 +65,8 @@ class Sweep:
             values = self._json(key)
         except NotFound as error:
             raise UsageError(
-                f"no sweep '{self.name}' in {self.store.uri}; `fimo run` or `fimo submit` starts one"
+                f"no sweep '{self.name}' in {self.store.uri}{_no_store(self.store)}; `fimo run` or `fimo submit` "
+                "starts one"
             ) from error
         mend = "`fimo run SPEC --replace` writes it anew, and takes the parts that are there"
         try:
@@ -205,6 +207,18 @@ class Sweep:
         """Move a bad object to ``rejected/``, so that it is computed again; raises StoreError."""
         self.store.put(keys.rejected(self.name, key), self.store.get(key))
         self.store.delete(key)
+
+
+def _no_store(store: Store) -> str:
+    """Of a folder that is none, or holds no sweep at all: that it is the store that is mistyped."""
+    if not isinstance(store, LocalStore):
+        return ""
+    if not store.root.is_dir():
+        return ", which does not exist (is the store mistyped?)"
+    with contextlib.suppress(OSError):
+        if not any((inner / "sweep.json").is_file() for inner in store.root.iterdir()):
+            return ", which holds no sweep (is the store mistyped?)"
+    return ""
 
 
 def _of_the_sweep(part: Part, key: str, manifest: Manifest) -> Part:

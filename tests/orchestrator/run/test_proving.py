@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fimo.orchestrator.report.status import status_lines
+from fimo.orchestrator.resolve.at_hand import Own
 from fimo.orchestrator.run import proving, tasks, verification
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import MemoryStore
@@ -137,8 +138,7 @@ def test_the_mode_is_settled_by_the_model_and_part_of_the_digest(beside):
     spec = make_spec()
     spec = spec.model_copy(update={"further_training": spec.further_training.model_copy(update={"removal_mode": None})})
     assert section
-    from fimo.orchestrator.resolve.at_hand import Own
-from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.resolve.resolved import resolve
 
     settled = resolve(spec, beside).manifest
     named = resolve(make_spec(further_training={"removal_mode": "reweight"}), beside).manifest
@@ -149,8 +149,7 @@ from fimo.orchestrator.resolve.resolved import resolve
 def test_a_float64_final_model_has_a_digest_of_its_own(beside, tmp_path):
     from safetensors.torch import save_file
 
-    from fimo.orchestrator.resolve.at_hand import Own
-from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.resolve.resolved import resolve
 
     state = resolve(make_spec(), beside).model(torch.device("cpu")).module.state_dict()
     digests = set()
