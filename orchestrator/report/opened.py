@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fimo.orchestrator.report.gallery import Gallery, Render
 from fimo.orchestrator.report.report import Source, Written, write_report
 from fimo.orchestrator.resolve.at_hand import HERE, Own, at_hand
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.gather import current_tables
+from fimo.orchestrator.spec.parquet import read_parquet
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep, open_sweep
@@ -94,7 +93,7 @@ def _gallery(manifest: Manifest, own: Own, store: str, render: Render | None, sa
 def _ranking(opened: Sweep, manifest: Manifest) -> pa.Table | None:
     """``ranking.parquet`` of ``fimo rank``, if there is one and it is of this sweep as it is."""
     try:
-        table = pq.read_table(io.BytesIO(opened.store.get(keys.table(opened.name, "ranking"))), use_threads=False)
+        table = read_parquet(opened.store.get(keys.table(opened.name, "ranking")))
         about = json.loads((table.schema.metadata or {})[schemas.METADATA_KEY])
         seeds = manifest.spec.canonical()["seeds"]
         same = (about["digest"], about["spec"]["seeds"]) == (manifest.digest, seeds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +23,14 @@ from fimo.orchestrator.resolve.at_hand import HERE, Own, own_folder
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.resolve.columns import read_column
 from fimo.orchestrator.resolve.differences import UNSTABLE, in_words, since, what_differs
+from fimo.orchestrator.spec import limits
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.removals import NamedRemoval, check_removals, number_removals
 from fimo.orchestrator.spec.shipped import SHIPPED
 from fimo.orchestrator.spec.spec import Spec
 from fimo.orchestrator.spec.training import FurtherTraining
 from fimo.orchestrator.store import open_store
-from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.manifest import Manifest, check_sweep
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.batches import steps_recorded
 from fimo.workers.contract import check_contract, names_of
@@ -40,6 +42,10 @@ from fimo.workers.functional import FunctionalModel
 from fimo.workers.stacking import probe
 from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.workload import Workload, load_workload
+
+
+MOST_BYTES = 2**36
+"""Of a file that a spec names."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +119,20 @@ def resolve(spec: Spec, beside: Path, known: Sequence[NamedRemoval] | None = Non
         UsageError, WorkloadError: in one line, before anything is written.
     """
     given, unsuited = [e for entry in spec.estimators or () for e in estimators.parse(entry)], list[tuple[str, str]]()
-    workload, state = load(spec, beside, read_final(spec, beside))
+    workload, state = load_here(spec, beside)
     plain, evals = Examples(workload.train, workload.collate), count_evals(spec, workload)
     train = len(plain)
+    limits.check_recorded(train, spec.further_training.settings())
     if spec.removals.file is not None and known is not None:
         removals = check_removals(known, train)
     else:
         removals = number_removals(
-            spec.removals, train, lambda name: read_beside(name, beside), lambda name: read_column(plain, name)
+            spec.removals,
+            train,
+            lambda name: read_beside(name, beside, limits.MOST_LISTED),
+            lambda name: read_column(plain, name),
         )
+    check_sweep(spec, len(removals), evals, len(steps_recorded(train, spec.further_training.settings())))
     cpu = torch.device("cpu")
     model, examples = _model(spec, workload, state, cpu), _examples(workload, spec, evals, cpu)
     spec = _settled(spec, model, examples[0])
@@ -221,12 +232,26 @@ def _refuse_changed(was: Manifest, now: Manifest, uri: str) -> None:
         )
 
 
-def read_final(spec: Spec, beside: Path) -> bytes | None:
-    """The bytes of θᶠ's file; None if the spec names none. Raises UsageError."""
+def load_here(spec: Spec, beside: Path) -> tuple[Workload, dict[str, Tensor] | None]:
+    """``load`` of a spec whose files are here; its final model is read if it can be this model's.
+
+    Raises:
+        UsageError, WorkloadError: as ``load`` and ``read_final``.
+    """
+    # First the code is read, so that what is not Python is told before any of it runs.
+    source_digest(spec.workload, beside)
+    workload = load_workload(spec.workload, spec.workload_args, beside)
+    # Twice what float64 takes, and room for names.
+    most = 16 * sum(t.numel() for t in workload.model.state_dict().values()) + 2**24
+    return _fitting(spec, workload, read_final(spec, beside, most))
+
+
+def read_final(spec: Spec, beside: Path, most: int = MOST_BYTES) -> bytes | None:
+    """The bytes of θᶠ's file, at most ``most`` of them; None if the spec names none. Raises UsageError."""
     if spec.final_model is None:
         return None
     try:
-        return read_beside(spec.final_model, beside)
+        return read_beside(spec.final_model, beside, most)
     except UsageError as error:
         if spec.workload not in SHIPPED.values():
             raise
@@ -234,11 +259,11 @@ def read_final(spec: Spec, beside: Path) -> bytes | None:
         raise UsageError(f"{error}; the workload's recipe trains it: python -m {module} --help") from error
 
 
-def read_beside(name: str, beside: Path) -> bytes:
+def read_beside(name: str, beside: Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a file that a spec names: a path beside the spec, or an object of a store.
 
     Raises:
-        UsageError: there is none, or it cannot be read.
+        UsageError: there is none, it cannot be read, is no file (a device has no end), or has more than ``most`` bytes.
     """
     if "://" in name:
         folder, _, key = name.rpartition("/")
@@ -247,18 +272,28 @@ def read_beside(name: str, beside: Path) -> bytes:
         except StoreError as error:
             raise UsageError(f"'{name}' cannot be read: {error}") from error
     try:
-        return (beside / Path(name).expanduser()).read_bytes()
-    except OSError as error:
-        raise UsageError(f"'{name}' cannot be read: {error.strerror or error}") from error
+        path = beside / Path(name).expanduser()
+        # A pipe without a writer would hold an ordinary open for ever.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise UsageError(f"'{name}' cannot be read: it is no regular file")
+            if about.st_size > most:
+                raise UsageError(f"'{name}' has {about.st_size:,} bytes, more than the {most:,} that can be meant")
+            return file.read()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"'{name}' cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def load(
     spec: Spec, beside: Path, final_model: bytes | None, elsewhere: Path | None = None
 ) -> tuple[Workload, dict[str, Tensor] | None]:
     """The workload and θᶠ, checked to fit each other and the contract; files may lie ``elsewhere`` too, code not."""
-    # First the code is read, so that what is not Python is told before any of it runs.
     source_digest(spec.workload, beside)
-    workload = load_workload(spec.workload, spec.workload_args, beside, elsewhere)
+    return _fitting(spec, load_workload(spec.workload, spec.workload_args, beside, elsewhere), final_model)
+
+
+def _fitting(spec: Spec, workload: Workload, final_model: bytes | None) -> tuple[Workload, dict[str, Tensor] | None]:
     state = None
     if final_model is not None:
         state = read_final_model(final_model, str(spec.final_model))

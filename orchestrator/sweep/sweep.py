@@ -20,7 +20,7 @@ from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block
 from fimo.orchestrator.sweep.manifest import Manifest, from_json
 from fimo.orchestrator.sweep.parts import BadPartError, Part, decode_part
-from fimo.workers.errors import StoreError, UsageError
+from fimo.workers.errors import StoreError, UsageError, plain
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,13 @@ class Sweep:
             ) from error
         mend = "`fimo run SPEC --replace` writes it anew, and takes the parts that are there"
         try:
+            if not is_sealed(values):
+                raise StoreError(f"{self.store.uri}/{key} is not as it was written; {mend}")
             manifest = from_json(values)
-            whole = is_sealed(values)
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise StoreError(f"{self.store.uri}/{key} is not fimo's; move it away and run the spec again") from error
-        if not whole:
-            raise StoreError(f"{self.store.uri}/{key} is not as it was written; {mend}")
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+            raise StoreError(f"{self.store.uri}/{key} is not a manifest of fimo ({_why(error)}); {mend}") from error
+        except UsageError as error:
+            raise StoreError(f"{self.store.uri}/{key} is not a manifest of this fimo: {_why(error)}") from error
         if manifest.spec.name != self.name:
             raise StoreError(f"{self.store.uri}/{key} is of the sweep '{manifest.spec.name}', copied here; {mend}")
         return manifest
@@ -149,7 +150,7 @@ class Sweep:
             BadPartError: torn, foreign, altered, not what its key says, or of other steps or evaluation examples.
             NotFound: there is none.
         """
-        part = decode_part(self.store.get(key), key)
+        part = decode_part(self.store.get(key), key, len(manifest.steps), manifest.evals)
         if part.digest != manifest.digest or (part.seed, keys.set_hash(part.removals)) != keys.read_part_key(key):
             raise BadPartError(f"part {key}: it belongs under another key")
         return _of_the_sweep(part, key, manifest)
@@ -164,7 +165,7 @@ class Sweep:
     def read_witness(self, seed: int, manifest: Manifest) -> Part:
         """Read and verify a seed's witnesses; errors as ``read_part``."""
         key = keys.witness(self.name, manifest.digest, seed)
-        part = decode_part(self.store.get(key), key)
+        part = decode_part(self.store.get(key), key, len(manifest.steps), manifest.evals)
         if (part.digest, part.seed) != (keys.witness_digest(manifest.digest), seed):
             raise BadPartError(f"witness {key}: it belongs under another key")
         return _of_the_sweep(part, key, manifest)
@@ -207,6 +208,12 @@ class Sweep:
         """Move a bad object to ``rejected/``, so that it is computed again; raises StoreError."""
         self.store.put(keys.rejected(self.name, key), self.store.get(key))
         self.store.delete(key)
+
+
+def _why(error: BaseException) -> str:
+    """What is wrong with a record, in a few words without control characters."""
+    line = " ".join(plain(str(error)).split())[:160]
+    return f"it lacks {line}" if isinstance(error, KeyError) else line or type(error).__name__
 
 
 def _no_store(store: Store) -> str:
