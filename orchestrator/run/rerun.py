@@ -11,7 +11,6 @@ removal weight.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from fimo.orchestrator.resolve.at_hand import Own
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_again
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.store import NotFound
-from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
@@ -173,9 +172,10 @@ def _asked_replicas(sweep: Sweep, manifest: Manifest, device: str) -> int | None
     if asked != "auto":
         return asked
     try:
-        return int(json.loads(sweep.store.get(keys.replicas(sweep.name, manifest.digest, device)))["replicas"])
-    except (NotFound, ValueError, KeyError, TypeError, RecursionError):
+        found = records.read(records.StackSize, sweep.store.get(keys.replicas(sweep.name, manifest.digest, device)))
+    except NotFound:
         return None
+    return None if found is None else found[0].replicas
 
 
 @contextmanager

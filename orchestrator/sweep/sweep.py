@@ -16,7 +16,7 @@ from typing import Any
 from fimo.orchestrator.spec.canonical import canonical, is_sealed, sealed
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import LocalStore, NotFound, Store, open_store, split_sweep
-from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block
 from fimo.orchestrator.sweep.manifest import Manifest, from_json
 from fimo.orchestrator.sweep.parts import BadPartError, Part, decode_part
@@ -111,7 +111,7 @@ class Sweep:
             rows = self._json(key)
             try:
                 removals = [NamedRemoval(int(n), str(label), tuple(map(int, indices))) for n, label, indices in rows]
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise StoreError(f"{self.store.uri}/{key} is not a set of removals") from error
             if keys.set_hash(removals) != name:
                 raise StoreError(f"{self.store.uri}/{key} does not hold the set it is named for")
@@ -196,12 +196,9 @@ class Sweep:
         """The verdicts on the engine, one for each device type; a record that is not one is passed over."""
         verdicts = []
         for entry in self.store.list(keys.proof(self.name, digest)):
-            try:
-                values = json.loads(self.store.get(entry.key))
-            except (NotFound, ValueError, RecursionError):
-                continue
-            if isinstance(values, dict) and isinstance(values.get("device"), str):
-                verdicts.append(values)
+            with contextlib.suppress(NotFound):
+                if (found := records.read(records.Verdict, self.store.get(entry.key))) is not None:
+                    verdicts.append(found[1])
         return verdicts
 
     def reject(self, key: str) -> None:
