@@ -47,6 +47,12 @@ def plain(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
+def of_labels(error: BaseException) -> str:
+    """Of a loss that finds a class that the model has not: that it is this; empty for any other error."""
+    out = isinstance(error, IndexError | RuntimeError) and "Target" in str(error) and "out of bounds" in str(error)
+    return "a label is of no class that the model's outputs have (classes count from 0)" if out else ""
+
+
 def in_a_line(error: BaseException) -> str:
     """The kind of an error that is not ours, and the first line of what it says."""
     first = (str(error).strip().splitlines() or [""])[0]

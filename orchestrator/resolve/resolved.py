@@ -43,7 +43,6 @@ from fimo.workers.stacking import probe
 from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.workload import Workload, load_workload
 
-
 MOST_BYTES = 2**36
 """Of a file that a spec names."""
 

@@ -42,6 +42,13 @@ class Running(_Record):
     seconds: Number
 
 
+class Waits(_Record):
+    """What a driver waits for."""
+
+    what: Text = Field(alias="for")
+    seconds: Number
+
+
 class Said(_Record):
     """What a running driver says of itself."""
 
@@ -49,6 +56,7 @@ class Said(_Record):
     done: Whole
     left: dict[str, Whole]
     running: list[Running]
+    waits: Waits | None = None
     host: Text = ""
     pid: Whole = 0
     cells_per_second: Number | None = None

@@ -19,7 +19,7 @@ from fimo.orchestrator.cluster.jobs import Job
 from fimo.orchestrator.resolve.at_hand import HERE, at_hand
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.run import pool
-from fimo.orchestrator.run.schedule import in_process
+from fimo.orchestrator.run.places import in_process
 from fimo.orchestrator.spec.canonical import canonical, sealed
 from fimo.orchestrator.store import LocalStore, open_store
 from fimo.orchestrator.sweep.sweep import Sweep
