@@ -58,22 +58,21 @@ def own_folder(manifest: Manifest, own: Own, store: str) -> Path:
     spec, folder = manifest.spec, own.folder
     mend = f"`cd` to the folder of its code, or name it by --code DIR (it was {_shown(manifest.beside)})"
     _, function, path = find_module(spec.workload, folder)
-    if spec.workload not in SHIPPED.values():
-        if path is None and not own.trust:
-            raise UsageError(
-                f"workload {_shown(spec.workload)} is not in {folder}: {mend}; if it is an installed one that you "
-                "know, add --trust, or run its spec again"
-            )
-        if path is not None and (function.startswith("_") or not _is_of_fimo(spec.workload, folder)):
-            raise UsageError(
-                f"{_shown(spec.workload)} in {folder} is no workload: a public function of a module that takes "
-                "Workload from fimo is one"
-            )
+    if spec.workload not in SHIPPED.values() and path is None and not own.trust:
+        raise UsageError(
+            f"workload {_shown(spec.workload)} is not in {folder}: {mend}; if it is an installed one that you know, "
+            "add --trust, or run its spec again"
+        )
     if source_digest(spec.workload, folder) != manifest.source:
         where = "this fimo" if path is None else folder
         raise UsageError(
             f"the code of workload {_shown(spec.workload)} in {where} is not as it was when the sweep was started: "
             f"{mend}, or start the spec again with `fimo run`"
+        )
+    if path is not None and (function.startswith("_") or not _is_of_fimo(spec.workload, folder)):
+        raise UsageError(
+            f"{_shown(spec.workload)} in {folder} is no workload: a public function of a module that takes "
+            "Workload from fimo is one"
         )
     if not own.trust:
         _refuse_strange_files(spec, folder, store)
