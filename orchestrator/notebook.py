@@ -188,11 +188,12 @@ class OpenSweep:
             render: shows an example in place of the workload's own ``render``.
         """
         from fimo.orchestrator.report.opened import report_on
+        from fimo.orchestrator.resolve.at_hand import Own
 
         def say(line: str) -> None:
             warnings.warn(line.removeprefix("fimo: "), stacklevel=3)
 
-        written, _ = report_on(self.uri, Path(to), evals, step, code=Path(code), render=render, say=say)
+        written, _ = report_on(self.uri, Path(to), evals, step, own=Own(Path(code)), render=render, say=say)
         return written.page
 
     def controlled(self, by: str = "mirrored") -> pa.Table:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fimo.workers.errors import DivergedError, UsageError, WorkloadError, in_a_line
+from fimo.workers.errors import DivergedError, UsageError, WorkloadError, in_a_line, of_labels
 from fimo.workers.examples import Batch, Examples, kind_of, leaves_of
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.workload import Workload
@@ -182,6 +182,8 @@ def _call(what: str, function: Callable[[Batch], Any], batch: Batch, kind: str, 
         if isinstance(error, TypeError) and isinstance(batch, list | tuple):
             held = f"{type(batch).__name__} of {len(batch)}"
             mend = f"; the batch is a {held}: use batch[0], …, or give a collate that makes a dict"
+        elif said := of_labels(error):
+            mend = f"; {said}"
         raise WorkloadError(
             f"the workload's {what} fails on a batch of {kind} examples: {in_a_line(error)}{_place(error)}{mend}"
         ) from error

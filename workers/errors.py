@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Control characters but line breaks and tabs, and what turns the direction of text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class FimoError(Exception):
@@ -38,7 +42,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{folded[close[0]]}'?)" if close else f" (known: {', '.join(names)})"
 
 
+def plain(text: str) -> str:
+    """Text of somebody else's without the characters that move a terminal's cursor, colour it or turn its text."""
+    return _CONTROL.sub("", text)
+
+
+def of_labels(error: BaseException) -> str:
+    """Of a loss that finds a class that the model has not: that it is this; empty for any other error."""
+    out = isinstance(error, IndexError | RuntimeError) and "Target" in str(error) and "out of bounds" in str(error)
+    return "a label is of no class that the model's outputs have (classes count from 0)" if out else ""
+
+
 def in_a_line(error: BaseException) -> str:
     """The kind of an error that is not ours, and the first line of what it says."""
     first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
+    return plain(f"{type(error).__name__}: {first}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.workers.draws import Draw, Draws
-from fimo.workers.errors import UsageError, WorkloadError
+from fimo.workers.errors import UsageError, WorkloadError, in_a_line, of_labels
 from fimo.workers.examples import Batch, Examples, shapes, to
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
@@ -66,9 +66,8 @@ def observe(model: FunctionalModel, train: Examples, settings: FurtherTraining) 
             with Draws() as draws:
                 losses, mutable, random = _look(model, batch)
         except Exception as error:
-            line = (str(error).strip().splitlines() or [""])[0]
             raise WorkloadError(
-                f"the forward fails in {settings.mode} mode on a batch: {type(error).__name__}: {line}"
+                f"{of_labels(error) or f'the forward fails in {settings.mode} mode on a batch'}: {in_a_line(error)}"
             ) from error
         counts = _counts(model)
         again = _look(model, batch)[0]

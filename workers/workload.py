@@ -6,24 +6,26 @@ else that fimo reads (specs, parts, tables, final models) is data alone.
 
 from __future__ import annotations
 
+import ast
 import importlib
-import importlib.util
 import inspect
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.abc import InspectLoader
+from dataclasses import dataclass, fields
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from fimo.workers.errors import FimoError, UsageError, WorkloadError, nearest
+from fimo.workers.errors import FimoError, UsageError, WorkloadError, in_a_line, nearest
 from fimo.workers.examples import Batch, Dataset
 
-_IMPORTS = re.compile(r"^\s*from fimo(\.workers\.workload)? import .*\bWorkload\b", re.MULTILINE)
+SHIPPED = "fimo.workers.workloads."
+"""Modules of fimo that a spec may name start so."""
+_OURS = ("fimo", "fimo.workers.workload")
+"""Modules that ``Workload`` is imported from."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,52 @@ def find_module(reference: str, beside: Path) -> tuple[str, str, Path | None]:
         UsageError: the reference is not of the form ``module:function``.
     """
     module, separator, function = reference.partition(":")
-    if not separator or not module or not function.isidentifier():
+    names = module.split(".")
+    if not separator or not all(name.isidentifier() for name in (*names, function)):
         raise UsageError(f"workload '{reference}' is not of the form module:function")
-    stem = beside.joinpath(*module.split("."))
-    for path in (stem.with_suffix(".py"), stem / "__init__.py"):
-        if path.is_file():
-            return module, function, path
-    return module, function, None
+    if any(name.startswith("__") for name in (*names, function)):
+        raise UsageError(f"workload '{reference}' names what is Python's own: name a function that makes a Workload")
+    return module, function, file_beside(module, beside)
+
+
+def file_beside(module: str, beside: Path) -> Path | None:
+    """A module's file in a folder, if it is there; fimo's own modules are never looked for there."""
+    names = module.split(".")
+    if names[0] == "fimo":
+        return None
+    stem = beside.joinpath(*names)
+    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+
+
+def find_installed(module: str) -> ModuleSpec | None:
+    """An installed module, found without running any of it nor of the packages that it is in; None if there is none."""
+    found, locations = None, None
+    names = module.split(".")
+    for depth in range(1, len(names) + 1):
+        if depth > 1 and locations is None:
+            return None
+        found = _look_for(".".join(names[:depth]), locations)
+        if found is None:
+            return None
+        locations = found.submodule_search_locations
+    return found
+
+
+def _look_for(name: str, locations: Any) -> ModuleSpec | None:
+    for finder in sys.meta_path:
+        try:
+            found = finder.find_spec(name, locations)
+        except (ImportError, AttributeError, ValueError):
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def _import(module: str, path: Path | None, beside: Path) -> ModuleType:
     if path is not None:
+        if module.partition(".")[0] in sys.stdlib_module_names:
+            raise UsageError(f"'{path.name}' has the name of a module of Python's own, which it would hide: rename it")
         loaded = sys.modules.get(module)
         if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() != path.resolve():
             del sys.modules[module]
@@ -92,11 +129,13 @@ def _import(module: str, path: Path | None, beside: Path) -> ModuleType:
     return importlib.import_module(module)
 
 
-def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) -> Workload:
+def load_workload(
+    reference: str, arguments: Mapping[str, Any], beside: Path, elsewhere: Path | None = None
+) -> Workload:
     """Import ``module:function``, from ``beside`` if the module is there, and call the function.
 
     An argument that the function annotates as ``Path`` is given as one: of the file in ``beside`` if there is one, else
-    as it stands, which is relative to the working directory.
+    in ``elsewhere``, else as it stands, which is relative to the working directory.
 
     Raises:
         UsageError: no such module or function, or arguments that it does not take.
@@ -104,15 +143,17 @@ def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) ->
     """
     module, function, path = find_module(reference, beside)
     if path is None:
-        _refuse_foreign(module)
+        _refuse_foreign(module, function)
     try:
         loaded = _import(module, path, beside)
+    except UsageError:
+        raise
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(error.name + ".")):
             raise UsageError(f"workload module '{module}' not found beside the spec or installed") from error
         raise WorkloadError(f"workload module '{module}' needs '{error.name}', which is not installed") from error
     except Exception as error:
-        raise WorkloadError(f"workload module '{module}' failed to import: {_line(error)}") from error
+        raise WorkloadError(f"workload module '{module}' failed to import: {in_a_line(error)}") from error
     make = getattr(loaded, function, None)
     if not callable(make):
         names = [n for n, v in vars(loaded).items() if callable(v) and not n.startswith("_")]
@@ -123,11 +164,11 @@ def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) ->
         )
     _refuse_arguments(reference, make, arguments)
     try:
-        workload = make(**_with_paths(make, arguments, beside))
+        workload = make(**_with_paths(make, arguments, [beside, *([elsewhere] if elsewhere else [])]))
     except FimoError:
         raise  # It is one line already.
     except Exception as error:
-        raise WorkloadError(f"workload {reference} failed: {_line(error)}") from error
+        raise WorkloadError(f"workload {reference} failed: {in_a_line(error)}{_meant(error)}") from error
     if not isinstance(workload, Workload):
         raise WorkloadError(
             f"workload {reference} returned {type(workload).__name__}, not a fimo.workers.workload.Workload"
@@ -135,25 +176,54 @@ def load_workload(reference: str, arguments: Mapping[str, Any], beside: Path) ->
     return workload
 
 
-def _refuse_foreign(module: str) -> None:
-    """An installed module must be one of workloads: a spec from a stranger must not call ``subprocess:run``."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
+def _refuse_foreign(module: str, function: str) -> None:
+    """An installed function must say that it makes a workload: a spec from a stranger must not call ``subprocess:run``.
+
+    The module is read and not run: to import one runs what stands in it.
+    """
+    wrong = f"'{module}:{function}' is installed and no workload: a public function is one if it is annotated "
+    wrong += "'-> Workload' in a module that imports Workload from fimo"
+    if module.startswith("fimo.") and not module.startswith(SHIPPED):
+        raise UsageError(f"{wrong}; of fimo's own those that are shipped (docs/workloads.md)")
+    found = find_installed(module)
+    if found is None:
         return  # The import itself tells what is missing.
-    if spec is None:
-        return
-    source = spec.loader.get_source(module) if isinstance(spec.loader, InspectLoader) else None
-    if source is None or not _IMPORTS.search(source):
-        raise UsageError(
-            f"module '{module}' is installed but no module of workloads: it does not import Workload from fimo"
-        )
+    try:
+        tree = ast.parse(Path(found.origin or "").read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        raise UsageError(wrong) from error
+    made = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    if not _imports_workload(tree) or not made or function.startswith("_") or not _says_so(made[-1]):
+        raise UsageError(wrong)
+
+
+def _imports_workload(tree: ast.Module) -> bool:
+    return any(
+        (isinstance(node, ast.ImportFrom) and node.module in _OURS and any(n.name == "Workload" for n in node.names))
+        or (isinstance(node, ast.Import) and any(n.name in _OURS for n in node.names))
+        for node in ast.walk(tree)
+    )
+
+
+def _says_so(function: ast.FunctionDef) -> bool:
+    returns = function.returns
+    said = returns.value if isinstance(returns, ast.Constant) else ast.unparse(returns) if returns is not None else ""
+    return str(said).rpartition(".")[2] == "Workload"
+
+
+def _meant(error: BaseException) -> str:
+    """Of a field of ``Workload`` that is misspelt: the one that is meant."""
+    said = str(error)
+    if not isinstance(error, TypeError) or "Workload.__init__() got an unexpected keyword argument" not in said:
+        return ""
+    return nearest(said.rsplit("'", 2)[-2], [field.name for field in fields(Workload)])
 
 
 def _makes_workloads(make: Callable[..., Any], name: str) -> bool:
     """Whether a function of an installed module says that it makes a workload: a spec must not call any other."""
     returns = getattr(make, "__annotations__", {}).get("return")
-    return not name.startswith("_") and returns in (Workload, "Workload", "fimo.Workload")
+    said = returns.rpartition(".")[2] == "Workload" if isinstance(returns, str) else returns is Workload
+    return said and not name.startswith("_")
 
 
 def _refuse_arguments(reference: str, make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -167,8 +237,8 @@ def _refuse_arguments(reference: str, make: Callable[..., Any], arguments: Mappi
         raise UsageError(f"workload_args do not fit {reference}{signature}: {error}") from error
 
 
-def _with_paths(make: Callable[..., Any], arguments: Mapping[str, Any], beside: Path) -> dict[str, Any]:
-    """The arguments with those that ``make`` annotates as ``Path`` found beside the spec."""
+def _with_paths(make: Callable[..., Any], arguments: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
+    """The arguments with those that ``make`` annotates as ``Path`` found in the first of the folders that has them."""
     annotated = {
         name
         for name, kind in getattr(make, "__annotations__", {}).items()
@@ -178,10 +248,5 @@ def _with_paths(make: Callable[..., Any], arguments: Mapping[str, Any], beside: 
     for name in annotated & set(arguments):
         if isinstance(arguments[name], str | Path):
             own = Path(arguments[name]).expanduser()
-            found[name] = beside / own if (beside / own).exists() else own
+            found[name] = next((folder / own for folder in folders if (folder / own).exists()), own)
     return found
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

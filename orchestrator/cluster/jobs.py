@@ -24,7 +24,9 @@ from typing import Any
 
 from fimo.orchestrator.cluster import staging
 from fimo.orchestrator.cluster.head import JobError, Telling, check_address, connect, remember, remembered
-from fimo.orchestrator.resolve.code import Staged, source_digest
+from fimo.orchestrator.resolve import UPLOADED
+from fimo.orchestrator.resolve.at_hand import Own, is_inside, own_folder
+from fimo.orchestrator.resolve.code import Staged
 from fimo.orchestrator.run.connect import SEE_ALL_GPUS
 from fimo.orchestrator.run.heartbeat import drivers
 from fimo.orchestrator.spec.canonical import canonical
@@ -33,7 +35,7 @@ from fimo.orchestrator.store import open_store
 from fimo.orchestrator.store.weather import scrub
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.sweep import Sweep, open_sweep
-from fimo.workers.errors import FimoError, StoreError, UsageError
+from fimo.workers.errors import FimoError, StoreError, UsageError, plain
 
 STOP_TIMEOUT_S = 60.0
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
@@ -114,7 +116,7 @@ def submit(
             client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=number,
-                runtime_env={"working_dir": folder, "env_vars": SEE_ALL_GPUS},
+                runtime_env={"working_dir": folder, "env_vars": SEE_ALL_GPUS | {UPLOADED: "1"}},
                 metadata={"sweep": sweep.uri},
             )
     job = Job(number, address, datetime.now(UTC).isoformat(), str(beside), dict(renamed))
@@ -270,39 +272,24 @@ def run_and_wait(address: str, words: Sequence[str], name: str, timeout_s: float
         return str(client.get_job_logs(number))
 
 
-def resubmit(uri: str, address: str, retry_failed: bool) -> Submission:
-    """Submit a sweep again from its store and the workload's code here.
-
-    The code is the user's own: of this folder, or of the one that it was last submitted from, and only if its digest
-    is the manifest's.
+def resubmit(uri: str, address: str, retry_failed: bool, own: Own) -> Submission:
+    """Submit a sweep again from its store and the user's own code, if its digest is the manifest's.
 
     Raises:
-        UsageError: it is in neither, or a file that the spec names is not.
+        UsageError: the code is not here, or a file that the spec names is not.
     """
     sweep = open_sweep(uri)
     manifest = sweep.read_manifest()
     jobs = recorded(sweep)
-    latest = jobs[-1] if jobs else None
-    # A job's folder is known from the store alone: take code from it only if its digest is the manifest's.
-    folders = [Path.cwd(), Path(manifest.beside), *([Path(latest.beside)] if latest else [])]
-    for beside in folders:
-        if beside.is_dir() and source_digest(manifest.spec.workload, beside) == manifest.source:
-            spec = _as_written(manifest.spec, latest.renamed if latest else {})
-            return submit(spec, beside, sweep.store.uri, address, retry_failed)
-    raise UsageError(
-        f"the code of workload {manifest.spec.workload} is not here as it was when the sweep was started; go to the "
-        "folder of its spec, or `fimo submit` the spec again"
-    )
+    beside = own_folder(manifest, own, sweep.store.uri)
+    spec = _as_written(manifest.spec, jobs[-1].renamed if jobs else {}, own, sweep.store.uri)
+    return submit(spec, beside, sweep.store.uri, address, retry_failed)
 
 
-def _as_written(spec: Spec, renamed: dict[str, str]) -> Spec:
+def _as_written(spec: Spec, renamed: dict[str, str], own: Own, store: str) -> Spec:
     """The spec with the file names that the user wrote; refuses a name that stands in the store's records alone."""
     for name in (spec.final_model, spec.removals.file):
-        if name is not None and "://" not in name and (name in renamed or not _plain(name)):
-            file = scrub(renamed.get(name, name))
+        if name is not None and (name in renamed or not (own.trust or is_inside(name, store))):
+            file = plain(scrub(renamed.get(name, name)))
             raise UsageError(f"the sweep needs your file {file}: `fimo submit` its spec again")
     return spec
-
-
-def _plain(name: str) -> bool:
-    return not Path(name).is_absolute() and ".." not in Path(name).parts and not name.startswith("~")

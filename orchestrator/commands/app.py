@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fimo.orchestrator.commands import places
+from fimo.orchestrator.commands.console import make_console
 
 app = typer.Typer(
     name="fimo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
 # In a file or a pipe, tables are not folded to a terminal's 80 columns.
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
-talk = Console(stderr=True)
+out = make_console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+talk = make_console(stderr=True)
 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The sweep's spec, a YAML file.")]
 SWEEP_HELP = "STORE/NAME, or NAME alone in the store FIMO_STORE."
@@ -44,6 +45,16 @@ RayOption = Annotated[str | None, typer.Option("--address", help="A running Ray;
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Try tasks again that were set aside.")]
 ReplaceOption = Annotated[
     bool, typer.Option("--replace", help="Take the place of a sweep of this name that differs; its parts stay.")
+]
+CodeOption = Annotated[
+    Path,
+    typer.Option("--code", metavar="DIR", help="Where the workload's module and the sweep's files lie; default: here."),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Take an installed workload, and files outside that folder, where the stored sweep names them."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 HeadOption = Annotated[

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fimo.orchestrator.commands.app import (
+    CodeOption,
     JsonOption,
     RayOption,
     SweepArgument,
+    TrustOption,
     app,
     out,
     print_json,
@@ -40,11 +42,14 @@ def rank(
     ] = None,
     to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Write the ranking here too.")] = None,
     address: RayOption = None,
+    code: CodeOption = Path(),
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Every training example ranked for every evaluation example, calibrated and verified by the gold standard."""
     from fimo.orchestrator.report.progress import ProgressReport
     from fimo.orchestrator.report.rank import ranked_json, ranked_lines, tables, top_table
+    from fimo.orchestrator.resolve.at_hand import Own
     from fimo.orchestrator.resolve.resolved import resolve_again
     from fimo.orchestrator.run.pool import on_ray
     from fimo.orchestrator.run.ranking import rank as rank_all
@@ -57,7 +62,7 @@ def rank(
 
     opened = open_sweep(sweep)
     named, places = read_estimator(estimator), read_places(evals)
-    resolved, stop = resolve_again(opened), stop_on_signal()
+    resolved, stop = resolve_again(opened, Own(code, trust)), stop_on_signal()
     with ProgressReport(talk) as progress:
         where = on_ray(address, progress.say)
         ranked = rank_all(resolved, opened, where, progress.listener, places, named, top, step, cells, stop)

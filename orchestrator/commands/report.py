@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from fimo.orchestrator.commands.app import (
+    CodeOption,
     JsonOption,
     SweepArgument,
+    TrustOption,
     app,
     exit_with,
     print_json,
@@ -28,9 +30,8 @@ def report(
     ] = None,
     step: Annotated[int | None, typer.Option("--step", help="The amount; default: the last.")] = None,
     count: Annotated[int, typer.Option("--top", min=1, help="Training examples of each sign.")] = 5,
-    code: Annotated[
-        Path, typer.Option("--code", metavar="DIR", help="Where the workload's module lies; default: here.")
-    ] = Path(),
+    code: CodeOption = Path(),
+    trust: TrustOption = False,
     render: Annotated[
         str | None,
         typer.Option(
@@ -41,9 +42,10 @@ def report(
 ) -> None:
     """Write one self-contained page, and its figures as PDF and PNG: what matters, how sure, which estimator."""
     from fimo.orchestrator.report.opened import report_on
+    from fimo.orchestrator.resolve.at_hand import Own
 
     with talk.status("reading the sweep") as status:
-        written, complete = report_on(sweep, to, evals, step, count, code, render, tell, status.update)
+        written, complete = report_on(sweep, to, evals, step, count, Own(code, trust), render, tell, status.update)
     for line in written.lines:
         tell(f"fimo: {line}")
     if not complete:

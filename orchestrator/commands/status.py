@@ -79,7 +79,7 @@ def _watch(sweep: Sweep) -> dict[str, Any]:
 
     from fimo.orchestrator.report.status import status_lines
     from fimo.orchestrator.run.status import sweep_status
-    from fimo.workers.errors import StoreError, UsageError
+    from fimo.workers.errors import StoreError, UsageError, plain
 
     values: dict[str, Any] | None = None
     asked_at = time.monotonic()
@@ -92,7 +92,7 @@ def _watch(sweep: Sweep) -> dict[str, Any]:
                 lines = [f"{error}; trying again"]
             except UsageError:
                 lines = [_submitted(sweep)]
-            live.update(Text("\n".join(lines)), refresh=True)
+            live.update(Text(plain("\n".join(lines))), refresh=True)
             if values is not None and values["complete"]:
                 return values
             running = values is not None and any(not driver["silent"] for driver in values["drivers"])

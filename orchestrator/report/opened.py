@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fimo.orchestrator.report.gallery import Gallery, Render
 from fimo.orchestrator.report.report import Source, Written, write_report
-from fimo.orchestrator.resolve.at_hand import at_hand
+from fimo.orchestrator.resolve.at_hand import HERE, Own, at_hand
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.gather import current_tables
+from fimo.orchestrator.spec.parquet import read_parquet
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep, open_sweep
@@ -32,7 +31,7 @@ def report_on(
     evals: Sequence[int] | None = None,
     step: int | None = None,
     count: int = 5,
-    code: Path = Path(),
+    own: Own = HERE,
     render: str | Render | None = None,
     say: Say = lambda line: None,
     progress: Say = lambda line: None,
@@ -42,7 +41,7 @@ def report_on(
     Args:
         uri: STORE/NAME.
         evals, step, count: as ``write_report``.
-        code: the folder of the workload's module, and of ``render``'s.
+        own: where the user has the sweep's code, and the module of ``render``.
         render: ``module:function``, or a function: shows an example in place of the workload's own ``render``.
         say: told what a reader should know; ``progress``: what is being done.
 
@@ -54,7 +53,7 @@ def report_on(
     """
     opened = open_sweep(uri)
     manifest = opened.read_manifest()
-    function = _function(render, code.resolve()) if isinstance(render, str) else render
+    function = _function(render, own.folder) if isinstance(render, str) else render
     tables, complete, warnings = _tables(opened, manifest, progress)
     source = Source(
         uri=opened.uri,
@@ -64,7 +63,7 @@ def report_on(
         warnings=warnings,
         proofs=opened.proofs(manifest.digest),
         ranking=_ranking(opened, manifest),
-        gallery=_gallery(manifest, code.resolve(), function, say),
+        gallery=_gallery(manifest, own, opened.store.uri, function, say),
         left_out=failures.read(opened, manifest).left_out,
     )
     if source.ranking is None and any(opened.store.list(keys.table(opened.name, "ranking"))):
@@ -83,18 +82,18 @@ def _tables(opened: Sweep, manifest: Manifest, progress: Say) -> tuple[dict[str,
     return tables, complete, list(dict.fromkeys(lines))
 
 
-def _gallery(manifest: Manifest, code: Path, render: Render | None, say: Say) -> Gallery | None:
+def _gallery(manifest: Manifest, own: Own, store: str, render: Render | None, say: Say) -> Gallery | None:
     try:
-        return Gallery(at_hand(manifest, code), render)
+        return Gallery(at_hand(manifest, own, store), render)
     except WorkloadError as error:
-        say(f"fimo: the examples are named, not shown: {error}; --code DIR names the folder of the workload's module")
+        say(f"fimo: the examples are named, not shown: {error}")
         return None
 
 
 def _ranking(opened: Sweep, manifest: Manifest) -> pa.Table | None:
     """``ranking.parquet`` of ``fimo rank``, if there is one and it is of this sweep as it is."""
     try:
-        table = pq.read_table(io.BytesIO(opened.store.get(keys.table(opened.name, "ranking"))), use_threads=False)
+        table = read_parquet(opened.store.get(keys.table(opened.name, "ranking")))
         about = json.loads((table.schema.metadata or {})[schemas.METADATA_KEY])
         seeds = manifest.spec.canonical()["seeds"]
         same = (about["digest"], about["spec"]["seeds"]) == (manifest.digest, seeds)

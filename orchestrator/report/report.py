@@ -271,7 +271,8 @@ def provenance(source: Source) -> Iterable[tuple[str, str]]:
     spent = sum(r["device_seconds"] or 0.0 for r in costs if r["what"] != "estimator")
     yield "device-seconds of further training", f"{spent:,.1f}"
     for proof in source.proofs:
-        software = dict(dict(proof.get("about") or {}).get("software") or {})
+        about = proof.get("about")
+        software = about.get("software") if isinstance(about, Mapping) else None
         yield "engine", proof_line(proof)
-        if software:
+        if isinstance(software, Mapping):
             yield "software", ", ".join(f"{name} {version}" for name, version in software.items())

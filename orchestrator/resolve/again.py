@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from fimo.orchestrator.resolve.differences import UNSTABLE, in_words, what_differs
-from fimo.orchestrator.resolve.resolved import Digests, count_evals, digests, load, read_final
+from fimo.orchestrator.resolve.resolved import Digests, count_evals, digests, load_here
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.spec import Spec, parse
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -37,7 +37,7 @@ class SecondLoad:
 
     def __init__(self, spec: Spec, beside: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(beside), str(time.time())],
+            [sys.executable, "-P", "-m", __name__, str(beside), str(time.time())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -77,7 +77,7 @@ class SecondLoad:
 
 
 def _digests(spec: Spec, beside: Path) -> Digests:
-    workload, state = load(spec, beside, read_final(spec, beside))
+    workload, state = load_here(spec, beside)
     return digests(spec, beside, workload, state, count_evals(spec, workload))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from fimo.orchestrator.spec.canonical import digest
 from fimo.workers import workloads
 from fimo.workers.errors import UsageError
-from fimo.workers.workload import find_module
+from fimo.workers.workload import file_beside, find_installed, find_module
 
 _SHIPPED = f"{workloads.__name__}."
 
@@ -48,6 +47,9 @@ def local_modules(reference: str, beside: Path) -> dict[str, Path]:
     """
     module, _, path = find_module(reference, beside)
     modules: dict[str, Path] = {}
+    if module.startswith(_SHIPPED):
+        # What lies beside the spec is no part of a shipped workload.
+        beside = beside / "nothing"
     if path is None:
         path = _installed(module)
     else:
@@ -58,11 +60,8 @@ def local_modules(reference: str, beside: Path) -> dict[str, Path]:
 
 
 def _installed(module: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
+    found = find_installed(module)
+    return Path(found.origin) if found is not None and found.origin and found.origin.endswith(".py") else None
 
 
 def _shipped(module: str) -> Path | None:
@@ -97,7 +96,7 @@ def _collect_packages(module: str, beside: Path, modules: dict[str, Path]) -> No
 
 def _collect_local(module: str, beside: Path, modules: dict[str, Path]) -> None:
     if module and module not in modules:
-        _, _, local = find_module(f"{module}:x", beside)
+        local = file_beside(module, beside)
         if local is None and module.startswith(_SHIPPED):
             local = _shipped(module)
         if local is not None:

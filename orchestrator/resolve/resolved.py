@@ -6,7 +6,9 @@ error, never a number.
 
 from __future__ import annotations
 
+import os
 import platform
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +18,19 @@ import torch
 from torch import Tensor
 
 from fimo import estimators
-from fimo.orchestrator.resolve import identity
+from fimo.orchestrator.resolve import UPLOADED, identity
+from fimo.orchestrator.resolve.at_hand import HERE, Own, own_folder
 from fimo.orchestrator.resolve.code import source_digest
 from fimo.orchestrator.resolve.columns import read_column
 from fimo.orchestrator.resolve.differences import UNSTABLE, in_words, since, what_differs
+from fimo.orchestrator.spec import limits
 from fimo.orchestrator.spec.canonical import canonical
-from fimo.orchestrator.spec.removals import NamedRemoval, number_removals
+from fimo.orchestrator.spec.removals import NamedRemoval, check_removals, number_removals
 from fimo.orchestrator.spec.shipped import SHIPPED
 from fimo.orchestrator.spec.spec import Spec
 from fimo.orchestrator.spec.training import FurtherTraining
 from fimo.orchestrator.store import open_store
-from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.manifest import Manifest, check_sweep
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.batches import steps_recorded
 from fimo.workers.contract import check_contract, names_of
@@ -38,6 +42,9 @@ from fimo.workers.functional import FunctionalModel
 from fimo.workers.stacking import probe
 from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.workload import Workload, load_workload
+
+MOST_BYTES = 2**36
+"""Of a file that a spec names."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +107,31 @@ class Resolved:
         return start_from(self.model(device), *self.examples(device), settings, engine)
 
 
-def resolve(spec: Spec, beside: Path) -> Resolved:
+def resolve(spec: Spec, beside: Path, known: Sequence[NamedRemoval] | None = None) -> Resolved:
     """Load the workload and resolve removals, estimators and digests.
 
     Args:
         beside: the folder of the spec, in which the workload's module and the files that it names are looked for.
+        known: the removals of a spec that names a file of them, which is then not read.
 
     Raises:
         UsageError, WorkloadError: in one line, before anything is written.
     """
     given, unsuited = [e for entry in spec.estimators or () for e in estimators.parse(entry)], list[tuple[str, str]]()
-    workload, state = load(spec, beside, read_final(spec, beside))
+    workload, state = load_here(spec, beside)
     plain, evals = Examples(workload.train, workload.collate), count_evals(spec, workload)
     train = len(plain)
-    removals = number_removals(
-        spec.removals, train, lambda name: read_beside(name, beside), lambda name: read_column(plain, name)
-    )
+    limits.check_recorded(train, spec.further_training.settings())
+    if spec.removals.file is not None and known is not None:
+        removals = check_removals(known, train)
+    else:
+        removals = number_removals(
+            spec.removals,
+            train,
+            lambda name: read_beside(name, beside, limits.MOST_LISTED),
+            lambda name: read_column(plain, name),
+        )
+    check_sweep(spec, len(removals), evals, len(steps_recorded(train, spec.further_training.settings())))
     cpu = torch.device("cpu")
     model, examples = _model(spec, workload, state, cpu), _examples(workload, spec, evals, cpu)
     spec = _settled(spec, model, examples[0])
@@ -179,9 +195,10 @@ def resolve_like(manifest: Manifest, final_model: bytes | None) -> Resolved:
     Raises:
         UsageError, WorkloadError: in one line; WorkloadError if code or data here are not the driver's.
     """
-    # If the driver's folder is not on this machine, Ray has put the code into the working directory.
-    beside = Path(manifest.beside) if Path(manifest.beside).is_dir() else Path.cwd()
-    workload, state = load(manifest.spec, beside, final_model)
+    driver, here = Path(manifest.beside), Path.cwd()
+    # Code that came with the job wins over a folder that this machine has under the same path; data may lie there.
+    beside = here if UPLOADED in os.environ or not driver.is_dir() else driver
+    workload, state = load(manifest.spec, beside, final_model, driver)
     ours = digests(manifest.spec, beside, workload, state, count_evals(manifest.spec, workload))
     if (ours.result, ours.estimate) != (manifest.digest, manifest.estimate_digest):
         other = what_differs(dict(manifest.about), ours.about)
@@ -191,23 +208,17 @@ def resolve_like(manifest: Manifest, final_model: bytes | None) -> Resolved:
     return Resolved(manifest, workload, state)
 
 
-def resolve_again(sweep: Sweep) -> Resolved:
-    """Resolve the spec of a sweep in its store, if its code is here.
+def resolve_again(sweep: Sweep, own: Own = HERE) -> Resolved:
+    """Resolve the spec of a sweep in its store, with the user's own code; of a file of removals it knows what it said.
 
     Raises:
-        UsageError: the workload's code is not where the spec was, or code or data are not what they were.
+        UsageError: the workload's code is not here, code or data are not what they were, or the sweep names files of
+            which the user has not said that they may be read.
     """
     manifest = sweep.read_manifest()
-    for beside in (Path(manifest.beside), Path.cwd()):
-        # Held against the recorded digest before anything of it is imported: a store must not choose what code runs.
-        if beside.is_dir() and source_digest(manifest.spec.workload, beside) == manifest.source:
-            found = resolve(manifest.spec, beside)
-            _refuse_changed(manifest, found.manifest, sweep.uri)
-            return found
-    raise UsageError(
-        f"the code of workload {manifest.spec.workload} is neither in {manifest.beside} nor here as it was when the "
-        "sweep was started; go to its folder, or start the spec again with `fimo run`"
-    )
+    found = resolve(manifest.spec, own_folder(manifest, own, sweep.store.uri), manifest.removals)
+    _refuse_changed(manifest, found.manifest, sweep.uri)
+    return found
 
 
 def _refuse_changed(was: Manifest, now: Manifest, uri: str) -> None:
@@ -220,12 +231,26 @@ def _refuse_changed(was: Manifest, now: Manifest, uri: str) -> None:
         )
 
 
-def read_final(spec: Spec, beside: Path) -> bytes | None:
-    """The bytes of θᶠ's file; None if the spec names none. Raises UsageError."""
+def load_here(spec: Spec, beside: Path) -> tuple[Workload, dict[str, Tensor] | None]:
+    """``load`` of a spec whose files are here; its final model is read if it can be this model's.
+
+    Raises:
+        UsageError, WorkloadError: as ``load`` and ``read_final``.
+    """
+    # First the code is read, so that what is not Python is told before any of it runs.
+    source_digest(spec.workload, beside)
+    workload = load_workload(spec.workload, spec.workload_args, beside)
+    # Twice what float64 takes, and room for names.
+    most = 16 * sum(t.numel() for t in workload.model.state_dict().values()) + 2**24
+    return _fitting(spec, workload, read_final(spec, beside, most))
+
+
+def read_final(spec: Spec, beside: Path, most: int = MOST_BYTES) -> bytes | None:
+    """The bytes of θᶠ's file, at most ``most`` of them; None if the spec names none. Raises UsageError."""
     if spec.final_model is None:
         return None
     try:
-        return read_beside(spec.final_model, beside)
+        return read_beside(spec.final_model, beside, most)
     except UsageError as error:
         if spec.workload not in SHIPPED.values():
             raise
@@ -233,11 +258,11 @@ def read_final(spec: Spec, beside: Path) -> bytes | None:
         raise UsageError(f"{error}; the workload's recipe trains it: python -m {module} --help") from error
 
 
-def read_beside(name: str, beside: Path) -> bytes:
+def read_beside(name: str, beside: Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a file that a spec names: a path beside the spec, or an object of a store.
 
     Raises:
-        UsageError: there is none, or it cannot be read.
+        UsageError: there is none, it cannot be read, is no file (a device has no end), or has more than ``most`` bytes.
     """
     if "://" in name:
         folder, _, key = name.rpartition("/")
@@ -246,16 +271,28 @@ def read_beside(name: str, beside: Path) -> bytes:
         except StoreError as error:
             raise UsageError(f"'{name}' cannot be read: {error}") from error
     try:
-        return (beside / Path(name).expanduser()).read_bytes()
-    except OSError as error:
-        raise UsageError(f"'{name}' cannot be read: {error.strerror or error}") from error
+        path = beside / Path(name).expanduser()
+        # A pipe without a writer would hold an ordinary open for ever.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise UsageError(f"'{name}' cannot be read: it is no regular file")
+            if about.st_size > most:
+                raise UsageError(f"'{name}' has {about.st_size:,} bytes, more than the {most:,} that can be meant")
+            return file.read()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"'{name}' cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def load(spec: Spec, beside: Path, final_model: bytes | None) -> tuple[Workload, dict[str, Tensor] | None]:
-    """The workload and θᶠ, checked to fit each other and the contract."""
-    # First the code is read, so that what is not Python is told before any of it runs.
+def load(
+    spec: Spec, beside: Path, final_model: bytes | None, elsewhere: Path | None = None
+) -> tuple[Workload, dict[str, Tensor] | None]:
+    """The workload and θᶠ, checked to fit each other and the contract; files may lie ``elsewhere`` too, code not."""
     source_digest(spec.workload, beside)
-    workload = load_workload(spec.workload, spec.workload_args, beside)
+    return _fitting(spec, load_workload(spec.workload, spec.workload_args, beside, elsewhere), final_model)
+
+
+def _fitting(spec: Spec, workload: Workload, final_model: bytes | None) -> tuple[Workload, dict[str, Tensor] | None]:
     state = None
     if final_model is not None:
         state = read_final_model(final_model, str(spec.final_model))

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from fimo.orchestrator.resolve.at_hand import HERE, Own
 from fimo.orchestrator.resolve.resolved import resolve_again
 from fimo.orchestrator.run.blocks import Named
 from fimo.orchestrator.run.driver import Listener, Where
@@ -72,11 +73,13 @@ def how_much(
     listener: Listener,
     train: bool = True,
     should_stop: Callable[[], str | None] = lambda: None,
+    own: Own = HERE,
 ) -> Amounts:
     """Look at a finished or partial sweep's amounts, and recommend.
 
     Args:
         train: train a few cells at other removal weights; False = metasmoothness and linearity stay unknown.
+        own: where the user has the sweep's code.
 
     Raises:
         UsageError: there is no such sweep, no cell of it, or its code is not here.
@@ -86,7 +89,7 @@ def how_much(
     listed = listed_parts(sweep, manifest)
     if not listed:
         raise UsageError(f"{sweep.uri} has no cell yet: `fimo resume {sweep.uri}` trains them")
-    resolved = resolve_again(sweep) if train else None
+    resolved = resolve_again(sweep, own) if train else None
     tables, _ = current_tables(sweep, manifest, listener.say)
     steps = thinned(manifest.steps)
     finite = finite_steps(tables["attribution"], steps)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fimo.orchestrator.resolve import UPLOADED
 from fimo.orchestrator.run import sessions
 from fimo.workers.errors import FimoError, UsageError
 
@@ -77,8 +78,10 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
     else:
         options |= {"address": address}
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-            environment = {"env_vars": SEE_ALL_GPUS}
-            options["runtime_env"] = environment | ({"working_dir": str(code)} if code is not None else {})
+            environment: dict[str, Any] = {"env_vars": SEE_ALL_GPUS}
+            if code is not None:
+                environment = {"env_vars": SEE_ALL_GPUS | {UPLOADED: "1"}, "working_dir": str(code)}
+            options["runtime_env"] = environment
     # Put the caller's handlers back afterwards: Ray's own handler of SIGTERM aborts, and the caller decides how to end.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

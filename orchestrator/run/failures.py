@@ -8,7 +8,6 @@ out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +22,8 @@ from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.store.base import is_key
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.records import GivenUp
+from fimo.orchestrator.sweep.records import read as read_record
 from fimo.orchestrator.sweep.sweep import Sweep
 
 OUT_OF_MEMORY = ("out of memory", "outofmemoryerror", "memoryerror", "can't allocate memory")
@@ -124,29 +125,26 @@ def read(sweep: Sweep, manifest: Manifest) -> Failures:
     for name, body in _records(sweep):
         if not name.startswith(manifest.digest[:16]):
             continue
-        try:
-            line, final = f"{body['task']}: {body['error']}", body["final"] is True
-            if "witness" in body:
-                # One for what it costs holds for the count that it was asked for under.
-                if body["witness"] in manifest.spec.seeds and body["asked"] == manifest.spec.resources.witnesses:
-                    witnesses[int(body["witness"])] = str(body["error"])
+        if body is None:
+            aside.append(Failure(name, "its record cannot be read"))
+            continue
+        if body.witness is not None:
+            # One for what it costs holds for the count that it was asked for under.
+            if body.witness in manifest.spec.seeds and body.asked == manifest.spec.resources.witnesses:
+                witnesses[body.witness] = body.error
+            continue
+        if committed.has(body):
+            continue
+        if body.seed is not None:
+            wanted = body.seed in manifest.spec.seeds
+        else:
+            estimator = (str(body.estimator), str(body.params))
+            wanted = estimator in manifest.estimators and _still_dear(body.budget, manifest)
+            if wanted and manifest.spec.estimators is None:
+                left_out[estimator] = body.error.removeprefix("estimator ").removeprefix(f"{estimator[0]}: ")
                 continue
-            if committed.has(body):
-                continue
-            if "seed" in body:
-                wanted = body["seed"] in manifest.spec.seeds
-            else:
-                estimator = (str(body["estimator"]), str(body["params"]))
-                wanted = estimator in manifest.estimators and _still_dear(body.get("budget"), manifest)
-                if wanted and manifest.spec.estimators is None:
-                    left_out[estimator] = (
-                        str(body["error"]).removeprefix("estimator ").removeprefix(f"{estimator[0]}: ")
-                    )
-                    continue
-        except (KeyError, TypeError):
-            line, final, wanted = "its record cannot be read", False, True
         if wanted:
-            aside.append(Failure(name, line, final))
+            aside.append(Failure(name, f"{body.task}: {body.error}", body.final))
     return Failures(tuple(aside), left_out, witnesses)
 
 
@@ -160,12 +158,11 @@ class _Committed:
     def _cells(self) -> Mapping[int, set[tuple[int, ...]]]:
         return self._sweep.done(self._manifest, self._sweep.list_parts(self._manifest.digest))
 
-    def has(self, body: Mapping[str, Any]) -> bool:
-        """Whether all cells of a shard, or the block of an estimator, are there; raises TypeError, KeyError."""
-        if "removals" in body:
-            return {tuple(indices) for indices in body["removals"]} <= self._cells.get(body["seed"], set())
-        block = body.get("block")
-        return isinstance(block, str) and is_key(block) and any(self._sweep.store.list(block))
+    def has(self, body: GivenUp) -> bool:
+        """Whether all cells of a shard, or the block of an estimator, are there."""
+        if body.removals is not None and body.seed is not None:
+            return {tuple(indices) for indices in body.removals} <= self._cells.get(body.seed, set())
+        return body.block is not None and is_key(body.block) and any(self._sweep.store.list(body.block))
 
 
 def _still_dear(budget: object, manifest: Manifest) -> bool:
@@ -175,14 +172,17 @@ def _still_dear(budget: object, manifest: Manifest) -> bool:
     return manifest.spec.estimators is None and budget == manifest.spec.resources.estimator_budget_s
 
 
-def _records(sweep: Sweep) -> Iterator[tuple[str, Any]]:
-    """(task id, record) of every record; None for one that is not JSON."""
+def _records(sweep: Sweep) -> Iterator[tuple[str, GivenUp | None]]:
+    """(task id, record) of every record; None for one that is none."""
     for entry in sweep.store.list(keys.failed(sweep.name)):
         try:
-            body = json.loads(sweep.store.get(entry.key))
-        except (ValueError, NotFound, RecursionError):
-            body = None
-        yield entry.key.rsplit("/", 1)[-1].removesuffix(".json"), body
+            found = read_record(GivenUp, sweep.store.get(entry.key))
+        except NotFound:
+            found = None
+        body = None if found is None else found[0]
+        about = None if body is None else [body.seed, body.witness, body.estimator]
+        named = about is not None and sum(of is not None for of in about) == 1
+        yield entry.key.rsplit("/", 1)[-1].removesuffix(".json"), body if named else None
 
 
 def forget(sweep: Sweep) -> None:

@@ -7,7 +7,6 @@ when the driver ends in good order; one that was killed leaves it, and its age s
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import secrets
@@ -21,7 +20,7 @@ from typing import Any
 
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.spec.canonical import canonical
-from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import FimoError
 
@@ -30,8 +29,6 @@ SILENT_S = 30.0
 """Without a beat for so long a driver has most likely ended."""
 KEPT_S = 3.0
 """Seconds for which what was read of other drivers is not read again."""
-SAID = {"left": dict, "running": list, "done": int, "cells": int}
-"""What an object must hold to be a driver's."""
 FORGOTTEN = timedelta(hours=1)
 """After which a new driver clears away what another one left."""
 
@@ -159,10 +156,10 @@ def drivers(sweep: Sweep) -> list[dict[str, Any]]:
     found = []
     for entry in sweep.store.list(keys.driver(sweep.name)):
         try:
-            values = json.loads(sweep.store.get(entry.key))
-        except (FimoError, ValueError, RecursionError):
+            said = records.read(records.Said, sweep.store.get(entry.key))
+        except FimoError:
             continue
-        if isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in SAID.items()):
+        if said is not None:
             age = max(0.0, (datetime.now(UTC) - entry.modified).total_seconds())
-            found.append({**values, "age_s": age, "silent": age > SILENT_S})
+            found.append({**said[1], "age_s": age, "silent": age > SILENT_S})
     return sorted(found, key=lambda values: float(values["age_s"]))

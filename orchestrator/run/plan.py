@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fimo.orchestrator.spec.limits import FEWEST, MOST_NUMBERS
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.workers.batches import steps_recorded
@@ -16,7 +17,7 @@ from fimo.workers.settings import FurtherTraining
 
 SHARD_WORK = 4e12
 """Trained scalars × steps that one part may hold before its shard is cut smaller: about an hour and a half of BERT."""
-SMALLEST, LARGEST = 8, 100
+SMALLEST, LARGEST = FEWEST, 100
 CHEAP_WITNESSES = 2e10
 """Scalars × examples trained that a seed's witnesses may take whatever their share: seconds."""
 PER_SEED, MOVED, MOST_WITNESSES, WITNESS_SHARE = 4, 6, 16, 0.05
@@ -124,7 +125,10 @@ def shard_size(scalars: int, steps: int) -> int:
 def size_of_shards(manifest: Manifest) -> int:
     """Removals in one part: as the spec says, or by the cost of a cell."""
     asked = manifest.spec.resources.shard
-    return shard_size(manifest.scalars, manifest.steps[-1]) if asked == "auto" else asked
+    if asked != "auto":
+        return asked
+    fit = MOST_NUMBERS // (len(manifest.steps) * manifest.evals) - 2
+    return max(1, min(fit, shard_size(manifest.scalars, manifest.steps[-1])))
 
 
 def make_plan(

@@ -7,7 +7,6 @@ or of what is to be proven (stack size, sizes of shards, groups). The verdict ho
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -20,11 +19,12 @@ from fimo.orchestrator.run.plan import size_of_shards
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.spec.canonical import canonical, digest
 from fimo.orchestrator.store import MemoryStore, NotFound
-from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.batches import Removal
 from fimo.workers.device import device_name
+from fimo.workers.errors import StoreError
 from fimo.workers.proof import UnprovenError, prove
 from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.start import Engine, Start
@@ -80,12 +80,12 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
     }
     key = keys.proof(sweep.name, manifest.digest, device, digest(about)[:16])
     with contextlib.suppress(NotFound):
-        return _taken(json.loads(sweep.store.get(key)), key, start)
+        return _taken(_verdict(sweep, key), key, start)
     verdict = _prove(sweep, resolved, start, every, shards)
     body = canonical({"device": device, "about": about, **verdict}).encode()
     # The first to have proven decides for everybody.
     if not sweep.store.create(key, body):
-        return _taken(json.loads(sweep.store.get(key)), key, start)
+        return _taken(_verdict(sweep, key), key, start)
     taken = _taken(verdict, key, start)
     return replace(taken, lines=tuple(f"{line}: given up on {device}" for line in verdict["lines"]))
 
@@ -133,6 +133,15 @@ def _prove(
     return {**verdict.json(), "replicas": replicas if verdict.engine.stack else 1}
 
 
+def _verdict(sweep: Sweep, key: str) -> dict[str, Any]:
+    found = records.read(records.Verdict, sweep.store.get(key))
+    if found is None or (found[0].refused is None and not found[0].engine.keys() >= set(ENGINE)):
+        raise StoreError(
+            f"{sweep.store.uri}/{key} is no verdict on the engine: remove it, and the engine is proven anew"
+        )
+    return found[1]
+
+
 def _taken(verdict: Mapping[str, Any], key: str, start: Start) -> Proven:
     if "refused" in verdict:
         raise UnprovenError(str(verdict["refused"]))
@@ -160,8 +169,9 @@ def _replicas(sweep: Sweep, resolved: Resolved, start: Start) -> int:
         return asked
     key = keys.replicas(sweep.name, resolved.manifest.digest, device_name(start.model.device))
     for _ in range(2):
-        with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
-            return max(1, int(json.loads(sweep.store.get(key))["replicas"]))
+        with contextlib.suppress(NotFound):
+            if (found := records.read(records.StackSize, sweep.store.get(key))) is not None:
+                return found[0].replicas
         # A shard's removals and its baseline are the most that can be trained together.
         size, seconds = measure_stack_size(start, size_of_shards(resolved.manifest) + 1)
         body = {"replicas": size, "seconds_per_replica_step": {str(k): v for k, v in seconds.items()}}

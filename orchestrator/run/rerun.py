@@ -11,7 +11,6 @@ removal weight.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fimo.orchestrator.resolve.at_hand import Own
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_again
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.store import NotFound
-from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
@@ -72,18 +72,21 @@ class Rerun:
         return (self.identical or (not self.exact and self.difference <= 1)) and self.definition <= 1
 
 
-def train_again(sweep: Sweep, manifest: Manifest, cells: Sequence[tuple[Listed, int]], floor: Array) -> list[Rerun]:
+def train_again(
+    sweep: Sweep, manifest: Manifest, cells: Sequence[tuple[Listed, int]], floor: Array, own: Own
+) -> list[Rerun]:
     """Train cells again on this machine.
 
     Args:
         cells: (part, row of it) of each.
         floor: the noise floor of differences of deltas by step, float64 (T,).
+        own: where the user has the sweep's code.
 
     Raises:
         UsageError: the workload's code or data are not here, or not what they were.
         StoreError, BadPartError: a part cannot be read.
     """
-    resolved = resolve_again(sweep)
+    resolved = resolve_again(sweep, own)
     if resolved.manifest.digest != manifest.digest:
         raise UsageError("the workload's data or final model are not what they were when the sweep was run")
     device, starts = pick_device(manifest.spec.resources.gpus), list[Start]()
@@ -169,9 +172,10 @@ def _asked_replicas(sweep: Sweep, manifest: Manifest, device: str) -> int | None
     if asked != "auto":
         return asked
     try:
-        return int(json.loads(sweep.store.get(keys.replicas(sweep.name, manifest.digest, device)))["replicas"])
-    except (NotFound, ValueError, KeyError, TypeError, RecursionError):
+        found = records.read(records.StackSize, sweep.store.get(keys.replicas(sweep.name, manifest.digest, device)))
+    except NotFound:
         return None
+    return None if found is None else found[0].replicas
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fimo.orchestrator.resolve.at_hand import HERE, Own
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.blocks import assemble, listed_blocks, runs_of, value_digest
 from fimo.orchestrator.run.rerun import Array, Rerun, train_again
@@ -88,11 +89,12 @@ class Verification:
         }
 
 
-def verify(sweep: Sweep, rerun: int = 0, seed: int = 0) -> Verification:
+def verify(sweep: Sweep, rerun: int = 0, seed: int = 0, own: Own = HERE) -> Verification:
     """Read everything; train ``rerun`` random cells again.
 
     Args:
         seed: which cells are chosen.
+        own: where the user has the sweep's code.
 
     Raises:
         UsageError: no such sweep, or the workload's code or data are not what they were.
@@ -107,7 +109,7 @@ def verify(sweep: Sweep, rerun: int = 0, seed: int = 0) -> Verification:
     if rerun:
         cells = [(part, row) for part, rows in good for row in rows]
         chosen = np.random.default_rng(seed).permutation(len(cells))[:rerun]
-        verification.reruns = train_again(sweep, manifest, [cells[i] for i in sorted(chosen)], reading.floor())
+        verification.reruns = train_again(sweep, manifest, [cells[i] for i in sorted(chosen)], reading.floor(), own)
     return verification
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from fimo.orchestrator.spec import limits
+from fimo.orchestrator.spec.parquet import read_parquet
 from fimo.orchestrator.spec.spec import RemovalsSection
 from fimo.orchestrator.spec.yaml import read_yaml
 from fimo.workers.errors import UsageError
@@ -50,6 +51,11 @@ def number_removals(spec: RemovalsSection, n: int, read: Read, column: Column) -
     """
     if spec.every is not None:
         last = n if spec.count is None else spec.every * spec.count
+        if last - spec.every >= n:
+            outside = spec.every * -(-n // spec.every)
+            raise UsageError(
+                f"removals.every {spec.every}, count {spec.count} names training example {outside}; there are {n}"
+            )
         named = [(str(i), [i]) for i in range(0, last, spec.every)]
     elif spec.indices is not None:
         named = [(str(i), [i]) for i in spec.indices]
@@ -69,9 +75,15 @@ def number_removals(spec: RemovalsSection, n: int, read: Read, column: Column) -
     else:
         named = [(str(i), [i]) for i in range(n)]
     if spec.indices is not None and len(set(spec.indices)) < len(spec.indices):
-        twice = next(i for i in spec.indices if spec.indices.count(i) > 1)
+        twice = next(i for i, times in Counter(spec.indices).items() if times > 1)
         raise UsageError(f"removals.indices names training example {twice} twice: name it once")
+    limits.check_removals([len(indices) for _, indices in named])
     return [_checked(number, name, indices, n) for number, (name, indices) in enumerate(named)]
+
+
+def check_removals(removals: Sequence[NamedRemoval], n: int) -> list[NamedRemoval]:
+    """Numbered removals as they are, against ``n`` training examples; raises UsageError."""
+    return [_checked(number, removal.name, list(removal.indices), n) for number, removal in enumerate(removals)]
 
 
 def _checked(number: int, name: str, indices: list[int], n: int) -> NamedRemoval:
@@ -96,6 +108,7 @@ def _random_groups(fraction: float, count: int, seed: int, n: int) -> list[tuple
             f"removals.fraction {fraction:g} of {n} training examples is {size} of them: "
             + ("give a larger fraction" if size < 1 else "a removal must leave some, give a smaller one")
         )
+    limits.check_removals([size * count])
     generator = np.random.default_rng(seed)
     draws = (generator.choice(n, size=size, replace=False) for _ in range(count))
     return [(f"random-{number}", [int(i) for i in draw]) for number, draw in enumerate(draws)]
@@ -165,8 +178,8 @@ def _index(value: object) -> int:
 
 def _from_parquet(name: str, data: bytes) -> list[tuple[str, list[int]]]:
     try:
-        table = pq.read_table(io.BytesIO(data), use_threads=False, columns=["name", "indices"])
-    except (pa.ArrowException, OSError, KeyError) as error:
+        table = read_parquet(data, columns=["name", "indices"])
+    except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         raise UsageError(f"removals from '{name}': not a Parquet file with columns name and indices") from error
     pairs = zip(table["name"].to_pylist(), table["indices"].to_pylist(), strict=True)
     return [_row(name, key, value) for key, value in pairs]

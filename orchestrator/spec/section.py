@@ -13,5 +13,5 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
-Index = Annotated[int, Field(ge=0, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
+Index = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]

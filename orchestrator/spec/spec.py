@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from fimo.orchestrator.spec.limits import MOST_SHARDS, check_depth
 from fimo.orchestrator.spec.search import Search, SearchedTraining
 from fimo.orchestrator.spec.section import Count, Index, Section
 from fimo.orchestrator.spec.shipped import SHIPPED
-from fimo.orchestrator.spec.training import SGD, Adam, AdamW, Evaluate, FurtherTraining, Lora, NonNegative
+from fimo.orchestrator.spec.training import SGD, Adam, AdamW, Evaluate, FurtherTraining, Lora
 from fimo.orchestrator.spec.yaml import MAX_BYTES, read_yaml
 from fimo.workers.errors import UsageError, nearest
 
@@ -125,6 +126,8 @@ class Seeds(Section):
             raise ValueError(f"count must lie between min {self.min} and max {self.max}")
         if max(self.first + self.count, self.after or 0) > 2**31:
             raise ValueError("seeds must stay below 2**31")
+        if (most := max(self.count, self.max if self.until_reliability is not None else 0)) > MOST_SHARDS:
+            raise ValueError(f"{most:,} seeds are more than the {MOST_SHARDS:,} that a sweep can have")
         return self
 
     @property
@@ -139,10 +142,11 @@ class Seeds(Section):
 class Resources(Section):
     """What a task is given; never part of a result's identity."""
 
-    gpus: NonNegative = Field(
-        default=0.0, description="What Ray reserves for a task; a share lets several tasks have one GPU."
+    gpus: Annotated[float, Field(ge=0, le=1024)] = Field(
+        default=0.0,
+        description="What Ray reserves for a task; a share (0.01 at least) lets several tasks have one GPU.",
     )
-    cpus: Annotated[float, Field(gt=0)] = Field(
+    cpus: Annotated[float, Field(ge=0.01, le=65536)] = Field(
         default=1.0, description="What Ray reserves for a task, and torch's threads."
     )
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")] | None = Field(
@@ -175,6 +179,14 @@ class Resources(Section):
         description="Hold a few cells against the plain definition before the first shard. `off`: trust the engine "
         "unproven.",
     )
+
+    @field_validator("gpus")
+    @classmethod
+    def _gpus_as_ray_has_them(cls, value: float) -> float:
+        if 0 < value < 0.01 or (value > 1 and value != int(value)):
+            raise ValueError("give 0, a share from 0.01 on, or a whole number of GPUs")
+        return value
+
     witnesses: Index | Literal["auto"] = Field(
         default="auto",
         description="Cells trained again in float64 to measure the noise floor. `auto`: up to 16, for at most a "
@@ -260,6 +272,7 @@ def parse(values: Any, name: str = "the spec") -> Spec:
     """
     if not isinstance(values, dict):
         raise UsageError(f"{name} must be a mapping of keys (name, workload, removals, …)")
+    check_depth(values, name)
     try:
         return Spec.model_validate(values)
     except ValidationError as error:

@@ -12,7 +12,8 @@ import yaml
 
 from fimo.workers.errors import UsageError
 
-MAX_BYTES = 32 * 1024 * 1024
+MAX_BYTES = 4 * 2**20
+"""What is parsed in some twenty seconds; long lists of removals are read from files of their own."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,10 +25,12 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key '{key}' is given twice")
+        seen = set()
+        for key, _ in node.value:
+            # A key that is a list or a mapping is refused below.
+            if (text := str(key.value)) in seen:
+                raise yaml.YAMLError(f"the key '{text[:60]}' is given twice")
+            seen.add(text)
         return super().construct_mapping(node, deep)
 
 
@@ -46,7 +49,10 @@ def read_yaml(text: str, name: str) -> Any:
         UsageError: not YAML, too large, aliases, repeated keys, or nested beyond reason.
     """
     if len(text) > MAX_BYTES:
-        raise UsageError(f"{name} is larger than {MAX_BYTES // 2**20} MiB; that is no spec")
+        raise UsageError(
+            f"{name} is larger than {MAX_BYTES // 2**20} MiB: long lists of removals go into a file of lines, JSON or "
+            "Parquet, which the spec names"
+        )
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError as error:

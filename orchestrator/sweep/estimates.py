@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, is_sealed, rows_digest, sealed
+from fimo.orchestrator.spec.parquet import TooLargeError, read_parquet
 from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.sweep.parts import METADATA_KEY, BadPartError
+from fimo.orchestrator.sweep.parts import METADATA_KEY, NOT_OURS, BadPartError
 
 SCHEMA = pa.schema(
     [
@@ -28,13 +29,6 @@ SCHEMA = pa.schema(
         pa.field("value", pa.float64(), nullable=False),
     ]
 )
-
-
-_NOT_OURS = (
-    *(pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
-    RecursionError,
-)
-"""What anything at all that somebody wrote may raise as it is read."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ def decode_block(data: bytes, name: str) -> EstimateBlock:
         BadPartError: torn, foreign or altered.
     """
     try:
-        table = pq.read_table(io.BytesIO(data), use_threads=False)
+        table = read_parquet(data)
         table.validate(full=True)
         about = json.loads((table.schema.metadata or {})[METADATA_KEY])
         removals = tuple(NamedRemoval(int(n), str(label), tuple(map(int, i))) for n, label, i in about["removals"])
@@ -126,7 +120,9 @@ def decode_block(data: bytes, name: str) -> EstimateBlock:
         )
         whole = is_sealed(about) and about.get("schema") == SCHEMA_VERSION and _rows(values) == about["rows"]
         named = table.replace_schema_metadata(None).equals(_table(block, values))
-    except _NOT_OURS as error:
+    except TooLargeError as error:
+        raise BadPartError(f"estimates {name}: {error}") from error
+    except NOT_OURS as error:
         raise BadPartError(f"estimates {name}: torn, or not fimo's") from error
     if not whole:
         raise BadPartError(f"estimates {name}: its rows are not those that it was written with")

@@ -6,16 +6,15 @@ a library that counts the other way is negated on import, never afterwards.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fimo import estimators
+from fimo.orchestrator.spec.parquet import read_parquet
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.csv import LONG, from_csv
 from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block, encode_block
@@ -62,8 +61,8 @@ def _read_file(data: bytes, name: str) -> Matrix | pa.Table:
         return from_npy(data, name)
     if data.startswith(PARQUET):
         try:
-            table = pq.read_table(io.BytesIO(data), use_threads=False)
-        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+            table = read_parquet(data)
+        except (pa.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
             raise UsageError(f"'{name}' is not a Parquet file of numbers") from error
     elif name.lower().endswith(".csv"):
         table = from_csv(data, name)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo import estimators
+from fimo.orchestrator.spec import limits
+from fimo.orchestrator.spec.canonical import canonical
+from fimo.orchestrator.spec.removals import NamedRemoval, check_removals
 from fimo.orchestrator.spec.spec import Spec, parse
+from fimo.workers.batches import steps_recorded
 
 
 @dataclass(frozen=True)
@@ -79,33 +85,90 @@ class Manifest:
         }
 
 
+def check_sweep(spec: Spec, removals: int, evals: int, recorded: int) -> None:
+    """Refuse a sweep that is too large to be planned or held; raises UsageError."""
+    asked = spec.resources.shard
+    limits.check_size(removals, spec.seeds.count, None if asked == "auto" else asked, evals, recorded)
+
+
+MOST = 2**62
+"""A number in a manifest, at most."""
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
 def from_json(values: Any) -> Manifest:
-    """A manifest from JSON that anybody may have written.
+    """A manifest from JSON that anybody may have written: one that a run could have written, or an error.
 
     Raises:
-        UsageError: its spec is not one.
+        UsageError: its spec is not one, or asks for more than can be.
         KeyError, TypeError, ValueError: the rest is not a manifest.
     """
-    removals = [NamedRemoval(i, str(n), tuple(map(int, x))) for i, (n, x) in enumerate(values["removals"])]
-    return Manifest(
-        spec=parse(values["spec"], "the stored spec"),
-        beside=str(values["beside"]),
-        source=str(values["source"]),
-        digest=str(values["digest"]),
-        estimate_digest=str(values["estimate_digest"]),
-        train=int(values["train"]),
-        evals=int(values["evals"]),
-        scalars=int(values["scalars"]),
-        steps=tuple(map(int, values["steps"])),
-        removals=tuple(removals),
-        estimators=tuple((str(n), str(p)) for n, p in values["estimators"]),
-        left_out=tuple((str(n), str(why)) for n, why in values["left_out"]),
-        train_digest=str(values.get("train_digest", "")),
-        eval_digests=tuple(map(str, values.get("eval_digests", ()))),
-        about=tuple(sorted((str(part), str(of)) for part, of in dict(values.get("about", {})).items())),
-        names=tuple((int(index), _text(own), _text(label)) for index, own, label in values.get("names", ())),
+    spec = parse(values["spec"], "its spec")
+    settings, train, evals = spec.further_training.settings(), _whole(values["train"], 1), _whole(values["evals"], 1)
+    limits.check_recorded(train, settings)
+    steps = tuple(map(_whole, _list(values["steps"])))
+    listed = _list(values["removals"])
+    check_sweep(spec, len(listed), evals, len(steps))
+    if list(steps) != steps_recorded(train, settings) or steps[-1] > MOST:
+        raise ValueError("its steps are not those of its further training")
+    limits.check_removals([len(_list(indices)) for _, indices in listed])
+    removals = [
+        NamedRemoval(number, _name(name), tuple(map(_whole, indices))) for number, (name, indices) in enumerate(listed)
+    ]
+    manifest = Manifest(
+        spec=spec,
+        beside=_name(values["beside"]),
+        source=_digest(values["source"]),
+        digest=_digest(values["digest"]),
+        estimate_digest=_digest(values["estimate_digest"]),
+        train=train,
+        evals=evals,
+        scalars=_whole(values["scalars"]),
+        steps=steps,
+        removals=tuple(check_removals(removals, train)),
+        estimators=tuple((_name(n), _params(_name(n), p)) for n, p in _list(values["estimators"])),
+        left_out=tuple((_name(n), _name(why)) for n, why in _list(values["left_out"])),
+        train_digest=_name(values.get("train_digest", "")),
+        eval_digests=tuple(map(_name, _list(values.get("eval_digests", [])))),
+        about=tuple(sorted((_name(part), _name(of)) for part, of in dict(values.get("about", {})).items())),
+        names=tuple((_whole(index), _text(own), _text(label)) for index, own, label in _list(values.get("names", []))),
     )
+    if manifest.eval_digests and len(manifest.eval_digests) != evals:
+        raise ValueError("it has not one digest for each evaluation example")
+    return manifest
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+        raise ValueError(f"a number in it is none that can be: {str(value)[:40]}")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text in it is none: {str(value)[:40]}")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list in it is none: {str(value)[:40]}")
+    return value
+
+
+def _digest(value: Any) -> str:
+    if not _DIGEST.fullmatch(_name(value)):
+        raise ValueError("a digest in it is none")
+    return str(value)
+
+
+def _params(estimator: str, params: Any) -> str:
+    """Canonical JSON of the hyper-parameters of an estimator that there is."""
+    values = json.loads(_name(params))
+    if canonical(values) != params or len(estimators.parse({**values, "name": estimator})) != 1:
+        raise ValueError(f"the hyper-parameters of {estimator} in it are none")
+    return str(params)
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+    return None if value is None else _name(value)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, is_sealed, rows_digest, sealed
+from fimo.orchestrator.spec.parquet import TooLargeError, read_about, read_parquet
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.errors import FimoError
 from fimo.workers.shard import BASELINE_ROW, FLOOR_ROW, ShardResult
@@ -33,6 +34,11 @@ SCHEMA = pa.schema(
     ]
 )
 METADATA_KEY = b"fimo"
+NOT_OURS = (
+    *(pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    RecursionError,
+)
+"""What anything at all that somebody wrote may raise as it is read."""
 
 
 class BadPartError(FimoError):
@@ -120,37 +126,42 @@ def encode_part(
     return sink.getvalue(), rows
 
 
-def decode_part(data: bytes, key: str) -> Part:
+def decode_part(data: bytes, key: str, steps: int | None = None, evals: int | None = None) -> Part:
     """Verify and read a part.
+
+    Args:
+        steps, evals: how many the sweep has; a part of others is not decoded. None = whatever it says.
 
     Raises:
         BadPartError: one line saying what is wrong with it: torn, of another schema, rows missing or altered.
     """
-    table = _read(data, key)
-    about = _about(table, key)
+    about = _about(data, key)
     try:
         removals = tuple(NamedRemoval(int(n), str(name), tuple(map(int, idx))) for n, name, idx in about["removals"])
-        steps, m, seed = tuple(map(int, about["steps"])), int(about["evals"]), int(about["seed"])
+        named, m, seed = tuple(map(int, about["steps"])), int(about["evals"]), int(about["seed"])
         expected, result_digest = str(about["rows"]), str(about["digest"])
         scale, provenance = float(about["scale"]), dict(about["provenance"])
         at_final = np.array(about["at_final"], dtype=np.float64) if "at_final" in about else None
-    except (KeyError, TypeError, ValueError) as error:
+    except NOT_OURS as error:
         raise BadPartError(f"part {key}: its metadata is not fimo's") from error
-    shape = (len(removals) + 2, len(steps))
-    if table.num_rows != shape[0] * shape[1]:
+    shape = (len(removals) + 2, len(named))
+    if evals not in (None, m) or steps not in (None, len(named)):
+        raise BadPartError(f"part {key}: its steps or evaluation examples are not the sweep's")
+    table = _read(data, key, shape[0] * shape[1], m)
+    if m < 0 or table.num_rows != shape[0] * shape[1]:
         raise BadPartError(f"part {key}: {table.num_rows} rows instead of {shape[0] * shape[1]}")
     deltas, distances = _values(table, shape, m, key)
     numbers = np.array([*(r.number for r in removals), BASELINE_ROW, FLOOR_ROW], dtype=np.int32)
-    same_rows = np.array_equal(table["removal"].to_numpy(), np.repeat(numbers, len(steps))) and np.array_equal(
-        table["step"].to_numpy(), np.tile(np.array(steps, dtype=np.int32), len(numbers))
+    same_rows = np.array_equal(table["removal"].to_numpy(), np.repeat(numbers, len(named))) and np.array_equal(
+        table["step"].to_numpy(), np.tile(np.array(named, dtype=np.int32), len(numbers))
     )
     if not same_rows or set(table["seed"].to_pylist()) != {seed}:
         raise BadPartError(f"part {key}: its rows are not those that its metadata names")
     if at_final is not None and at_final.shape != (m,):
         raise BadPartError(f"part {key}: g at the final model is not {m} numbers")
-    if _rows(numbers, np.array(steps, dtype=np.int32), deltas, distances, scale, at_final) != expected:
+    if _rows(numbers, np.array(named, dtype=np.int32), deltas, distances, scale, at_final) != expected:
         raise BadPartError(f"part {key}: its rows do not have the digest that it was written with")
-    return Part(result_digest, seed, removals, steps, deltas, distances, expected, provenance, scale, at_final)
+    return Part(result_digest, seed, removals, named, deltas, distances, expected, provenance, scale, at_final)
 
 
 def _rows(
@@ -170,10 +181,13 @@ def _rows(
     return rows_digest(columns if at_final is None else {**columns, "at_final": at_final})
 
 
-def _read(data: bytes, key: str) -> pa.Table:
+def _read(data: bytes, key: str, rows: int, evals: int) -> pa.Table:
     try:
-        table = pq.read_table(io.BytesIO(data), use_threads=False)
+        # Values twice as wide as they are: pages say more than values.
+        table = read_parquet(data, 2 * rows * (8 * evals + 64) + 2**20)
         table.validate(full=True)
+    except TooLargeError as error:
+        raise BadPartError(f"part {key}: {error}") from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise BadPartError(f"part {key}: torn, or not Parquet") from error
     if not table.schema.equals(SCHEMA):
@@ -181,9 +195,13 @@ def _read(data: bytes, key: str) -> pa.Table:
     return table
 
 
-def _about(table: pa.Table, key: str) -> dict[str, Any]:
+def _about(data: bytes, key: str) -> dict[str, Any]:
     try:
-        about = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        held = read_about(data)
+    except NOT_OURS as error:
+        raise BadPartError(f"part {key}: torn, or not Parquet") from error
+    try:
+        about = json.loads(held[METADATA_KEY])
         whole = not isinstance(about, dict) or is_sealed(about)
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise BadPartError(f"part {key}: it carries no metadata of fimo") from error

@@ -6,6 +6,7 @@ called here, so no reader has checks of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from typing import Any
 
 from fimo.orchestrator.spec.canonical import canonical, is_sealed, sealed
 from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.store import NotFound, Store, open_store, split_sweep
-from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.store import LocalStore, NotFound, Store, open_store, split_sweep
+from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block
 from fimo.orchestrator.sweep.manifest import Manifest, from_json
 from fimo.orchestrator.sweep.parts import BadPartError, Part, decode_part
-from fimo.workers.errors import StoreError, UsageError
+from fimo.workers.errors import StoreError, UsageError, plain
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,18 @@ class Sweep:
             values = self._json(key)
         except NotFound as error:
             raise UsageError(
-                f"no sweep '{self.name}' in {self.store.uri}; `fimo run` or `fimo submit` starts one"
+                f"no sweep '{self.name}' in {self.store.uri}{_no_store(self.store)}; `fimo run` or `fimo submit` "
+                "starts one"
             ) from error
         mend = "`fimo run SPEC --replace` writes it anew, and takes the parts that are there"
         try:
+            if not is_sealed(values):
+                raise StoreError(f"{self.store.uri}/{key} is not as it was written; {mend}")
             manifest = from_json(values)
-            whole = is_sealed(values)
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise StoreError(f"{self.store.uri}/{key} is not fimo's; move it away and run the spec again") from error
-        if not whole:
-            raise StoreError(f"{self.store.uri}/{key} is not as it was written; {mend}")
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+            raise StoreError(f"{self.store.uri}/{key} is not a manifest of fimo ({_why(error)}); {mend}") from error
+        except UsageError as error:
+            raise StoreError(f"{self.store.uri}/{key} is not a manifest of this fimo: {_why(error)}") from error
         if manifest.spec.name != self.name:
             raise StoreError(f"{self.store.uri}/{key} is of the sweep '{manifest.spec.name}', copied here; {mend}")
         return manifest
@@ -108,7 +111,7 @@ class Sweep:
             rows = self._json(key)
             try:
                 removals = [NamedRemoval(int(n), str(label), tuple(map(int, indices))) for n, label, indices in rows]
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise StoreError(f"{self.store.uri}/{key} is not a set of removals") from error
             if keys.set_hash(removals) != name:
                 raise StoreError(f"{self.store.uri}/{key} does not hold the set it is named for")
@@ -147,7 +150,7 @@ class Sweep:
             BadPartError: torn, foreign, altered, not what its key says, or of other steps or evaluation examples.
             NotFound: there is none.
         """
-        part = decode_part(self.store.get(key), key)
+        part = decode_part(self.store.get(key), key, len(manifest.steps), manifest.evals)
         if part.digest != manifest.digest or (part.seed, keys.set_hash(part.removals)) != keys.read_part_key(key):
             raise BadPartError(f"part {key}: it belongs under another key")
         return _of_the_sweep(part, key, manifest)
@@ -162,7 +165,7 @@ class Sweep:
     def read_witness(self, seed: int, manifest: Manifest) -> Part:
         """Read and verify a seed's witnesses; errors as ``read_part``."""
         key = keys.witness(self.name, manifest.digest, seed)
-        part = decode_part(self.store.get(key), key)
+        part = decode_part(self.store.get(key), key, len(manifest.steps), manifest.evals)
         if (part.digest, part.seed) != (keys.witness_digest(manifest.digest), seed):
             raise BadPartError(f"witness {key}: it belongs under another key")
         return _of_the_sweep(part, key, manifest)
@@ -193,18 +196,33 @@ class Sweep:
         """The verdicts on the engine, one for each device type; a record that is not one is passed over."""
         verdicts = []
         for entry in self.store.list(keys.proof(self.name, digest)):
-            try:
-                values = json.loads(self.store.get(entry.key))
-            except (NotFound, ValueError, RecursionError):
-                continue
-            if isinstance(values, dict) and isinstance(values.get("device"), str):
-                verdicts.append(values)
+            with contextlib.suppress(NotFound):
+                if (found := records.read(records.Verdict, self.store.get(entry.key))) is not None:
+                    verdicts.append(found[1])
         return verdicts
 
     def reject(self, key: str) -> None:
         """Move a bad object to ``rejected/``, so that it is computed again; raises StoreError."""
         self.store.put(keys.rejected(self.name, key), self.store.get(key))
         self.store.delete(key)
+
+
+def _why(error: BaseException) -> str:
+    """What is wrong with a record, in a few words without control characters."""
+    line = " ".join(plain(str(error)).split())[:160]
+    return f"it lacks {line}" if isinstance(error, KeyError) else line or type(error).__name__
+
+
+def _no_store(store: Store) -> str:
+    """Of a folder that is none, or holds no sweep at all: that it is the store that is mistyped."""
+    if not isinstance(store, LocalStore):
+        return ""
+    if not store.root.is_dir():
+        return ", which does not exist (is the store mistyped?)"
+    with contextlib.suppress(OSError):
+        if not any((inner / "sweep.json").is_file() for inner in store.root.iterdir()):
+            return ", which holds no sweep (is the store mistyped?)"
+    return ""
 
 
 def _of_the_sweep(part: Part, key: str, manifest: Manifest) -> Part:

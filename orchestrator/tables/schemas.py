@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pyarrow import compute
 
 from fimo.orchestrator.spec.canonical import canonical
+from fimo.orchestrator.spec.parquet import read_parquet
 from fimo.workers.errors import StoreError
 
 _INT, _REAL, _TEXT = pa.int32(), pa.float64(), pa.string()
@@ -294,8 +295,8 @@ def decode_table(data: bytes, name: str) -> pa.Table:
         StoreError: the object is not the table that it should be.
     """
     try:
-        value = pq.read_table(io.BytesIO(data), use_threads=False)
-    except (pa.ArrowException, OSError, ValueError) as error:
+        value = read_parquet(data)
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise StoreError(f"table {name} is torn or foreign; run the sweep again to write it anew") from error
     if not value.schema.equals(SCHEMAS[name]):
         raise StoreError(f"table {name} has foreign columns; run the sweep again to write it anew")

@@ -102,3 +102,48 @@ def test_each_mistake_is_one_line(folder: Path, reference, arguments, kind: type
         load_workload(reference, arguments, folder)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+FORGED = """
+open({mark!r}, 'w').close()
+from fimo import Workload
+
+def honest(n=3) -> Workload: ...
+def other(n=3): ...
+def _hidden(n=3) -> Workload: ...
+honest_too = honest
+"""
+
+
+@pytest.mark.parametrize("function", ["other", "_hidden", "honest_too", "Workload", "absent", "__name__"])
+def test_an_installed_module_is_read_before_it_is_imported(tmp_path: Path, monkeypatch, function: str) -> None:
+    """Importing a module runs what stands in it, and its packages': a stranger's spec must not have that done."""
+    mark, package = tmp_path / "imported", tmp_path / "installed" / "forged_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    (package / "forged.py").write_text(FORGED.format(mark=str(mark)))
+    monkeypatch.syspath_prepend(package.parent)
+    for name in ("forged_package", "forged_package.forged"):
+        sys.modules.pop(name, None)
+    with pytest.raises(UsageError):
+        load_workload(f"forged_package.forged:{function}", {}, tmp_path)
+    assert not mark.exists()
+    with pytest.raises(WorkloadError, match="returned NoneType"):
+        load_workload("forged_package.forged:honest", {}, tmp_path)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("name", ["json", "random", "this"])
+def test_a_module_beside_the_spec_does_not_hide_one_of_python_s_own(folder: Path, name: str) -> None:
+    kept = sys.modules.get(name)
+    (folder / f"{name}.py").write_text(MODULE.format(scale=1.0))
+    with pytest.raises(UsageError, match="has the name of a module of Python's own"):
+        load_workload(f"{name}:make", {}, folder)
+    assert sys.modules.get(name) is kept
+
+
+def test_a_misspelt_field_is_named(folder: Path) -> None:
+    text = MODULE.format(scale=1.0).replace("lambda o, b: (o", "losss=lambda o, b: (o")
+    (folder / "misspelt.py").write_text(text)
+    with pytest.raises(WorkloadError, match=r"did you mean 'loss'\?"):
+        load_workload("misspelt:make", {}, folder)

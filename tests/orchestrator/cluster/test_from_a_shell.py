@@ -176,7 +176,7 @@ def test_a_cancelled_sweep_is_resumed_from_the_store_alone(shell: Shell, project
     assert shell("cancel", f"{shell.store}/tiny").stdout == ""
     # From a folder that is not the project's, and without the spec.
     (project / "spec.yaml").unlink()
-    done = shell("resume", f"{shell.store}/tiny", "--address", shell.address)
+    done = shell("resume", f"{shell.store}/tiny", "--address", shell.address, cwd=project)
     assert done.returncode == 0, done.stderr
     wait_until(lambda: len(sweeps.part_keys(store)) > len(before))
     shell("cancel", f"{shell.store}/tiny")

@@ -98,7 +98,7 @@ def test_kill_9_at_a_random_moment_then_resume_gives_the_bytes_of_an_undisturbed
     pulled = fimo("pull", store / "flowers", "--to", tmp_path / "early")
     assert pulled.returncode == (3 if len(committed) < 90 else 0)
     shutil.move(spec, tmp_path / "spec-is-not-needed.yaml")
-    resumed = fimo("resume", store / "flowers", "--json")
+    resumed = fimo("resume", store / "flowers", "--json", "--code", spec.parent)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["complete"]
     assert all(opened.get(key) == data for key, data in committed.items()), "what was committed is not touched"
@@ -160,7 +160,7 @@ def test_resume_runs_no_code_that_is_not_what_the_sweep_was_started_with(spec, t
     run_here(make_spec(), spec.parent, open_store(str(tmp_path / "store")))
     made = tmp_path / "made"
     (spec.parent / "flowers.py").write_text(f"open({str(made)!r}, 'w').write('ran')\n")
-    resumed = fimo("resume", tmp_path / "store" / "flowers", cwd=tmp_path)
+    resumed = fimo("resume", tmp_path / "store" / "flowers", cwd=spec.parent)
     assert resumed.returncode == 2
     assert "as it was when the sweep was started" in resumed.stderr
     assert not made.exists()

@@ -144,7 +144,7 @@ def test_it_runs_no_code_from_a_folder_that_the_store_names(made, tmp_path, quic
     sweep = OpenSweep(Sweep(store, "flowers"))
     with pytest.warns(UserWarning, match=r"named, not shown: workload flowers:flowers is not in .*--code DIR"):
         sweep.report(tmp_path / "out", [0], code=tmp_path)
-    with pytest.warns(UserWarning, match="is not what it was"):
+    with pytest.warns(UserWarning, match="is not as it was"):
         sweep.report(tmp_path / "out", [0], code=module.parent)
     assert not ran.exists()
 

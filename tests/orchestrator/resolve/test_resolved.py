@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from fimo.orchestrator.resolve import code, identity
+from fimo.orchestrator.resolve.at_hand import Own
 from fimo.orchestrator.resolve.resolved import resolve, resolve_again, resolve_like
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.manifest import from_json
@@ -210,12 +211,12 @@ def test_a_sweep_resolves_again_only_with_the_code_that_it_was_started_with(besi
     store = MemoryStore()
     sweep = Sweep(store, "flowers")
     sweep.write_manifest(resolve(make_spec(), beside).manifest)
-    assert resolve_again(sweep).manifest == sweep.read_manifest()
+    assert resolve_again(sweep, Own(beside)).manifest == sweep.read_manifest()
     source = beside / "flowers.py"
     source.write_text(source.read_text() + "\nraise RuntimeError('must not run')\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="as it was when the sweep was started"):
-        resolve_again(sweep)
+        resolve_again(sweep, Own(beside))
 
 
 def test_a_sweep_does_not_go_on_with_other_data(beside, monkeypatch):
@@ -226,12 +227,12 @@ def test_a_sweep_does_not_go_on_with_other_data(beside, monkeypatch):
     (beside / "n.txt").write_text("23")
     sweep = Sweep(MemoryStore(), "flowers")
     sweep.write_manifest(resolve(make_spec(workload="mine:mine"), beside).manifest)
-    assert resolve_again(sweep).manifest == sweep.read_manifest()
+    assert resolve_again(sweep, Own(beside)).manifest == sweep.read_manifest()
     (beside / "n.txt").write_text("24")
     with pytest.raises(
         UsageError, match=r"cannot go on: since it was started the training examples changed\. Put that"
     ):
-        resolve_again(sweep)
+        resolve_again(sweep, Own(beside))
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,12 @@ def store(swept):
     return own
 
 
+@pytest.fixture(autouse=True)
+def _here(beside, monkeypatch):
+    """The user stands where the code is."""
+    monkeypatch.chdir(beside)
+
+
 def look(store, **options):
     heard = Heard()
     return how_much(Sweep(store, "flowers"), in_process, heard.listener(), **options), heard

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fimo.orchestrator.report.status import status_lines
+from fimo.orchestrator.resolve.at_hand import Own
 from fimo.orchestrator.run import proving, tasks, verification
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import MemoryStore
@@ -121,13 +122,13 @@ def test_verify_finds_what_the_engine_gets_wrong_every_time(beside, monkeypatch)
     """The same wrong bits come out of a rerun by the engine; only the definition tells."""
     wrong_in_a_stack(monkeypatch, lane=0)
     _, store, _ = run_here(make_spec(resources={"proof": False}), beside)
-    verified = verification.verify(Sweep(store, "flowers"), rerun=3)
+    verified = verification.verify(Sweep(store, "flowers"), rerun=3, own=Own(beside))
     assert verified.exit_code == 1
     assert [(r.identical, r.ok, r.definition > 1) for r in verified.reruns] == 3 * [(True, False, True)]
     monkeypatch.undo()
     tasks._engines.clear()
     _, sound, _ = run_here(make_spec(), beside)
-    verified = verification.verify(Sweep(sound, "flowers"), rerun=3)
+    verified = verification.verify(Sweep(sound, "flowers"), rerun=3, own=Own(beside))
     assert verified.exit_code == 0
     assert all(r.definition < 0.5 for r in verified.reruns)
 

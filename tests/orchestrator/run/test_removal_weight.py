@@ -10,6 +10,7 @@ import pytest
 from fimo.orchestrator.report.planned import plan_lines
 from fimo.orchestrator.report.scores import score_tables
 from fimo.orchestrator.resolve import identity
+from fimo.orchestrator.resolve.at_hand import Own
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run.comparing import compare_sweeps
 from fimo.orchestrator.run.ranking import measured
@@ -87,7 +88,7 @@ def test_its_cells_train_again_to_the_same_bits_and_a_ranking_knows_the_divided_
     spec, store = swept
     sweep = Sweep(store, "flowers")
     manifest = resolve(spec, beside).manifest
-    found = verify(sweep, rerun=3)
+    found = verify(sweep, rerun=3, own=Own(beside))
     assert [r.ok for r in found.reruns] == [True] * 3
     step = manifest.steps[-1]
     known, _ = measured(sweep, manifest, step, lambda line: None)

@@ -34,6 +34,12 @@ def store(problem: Resolved, tmp_path: Path) -> LocalStore:
     return store
 
 
+@pytest.fixture(autouse=True)
+def _here(problem: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user stands where the code is."""
+    monkeypatch.chdir(problem.manifest.beside)
+
+
 def rewrite(store: LocalStore, key: str, change: float = 0.0, **provenance: Any) -> None:
     """The part again with its own digests in order, one removal's deltas and some provenance changed."""
     part = parts.decode_part(store.get(key), key)

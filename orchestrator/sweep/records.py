@@ -1,0 +1,97 @@
+"""The small JSON records of a sweep, as models: what does not fit is no record, whoever wrote it.
+
+A record decides little, and is shown: one that is none is passed over by whoever lists them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class _Record(BaseModel):
+    """Of exact types, with numbers that are finite; more than it names is kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+
+Number = Annotated[float, Field(ge=0, le=1e18)]
+Whole = Annotated[int, Field(ge=0, le=2**53)]
+Text = Annotated[str, Field(max_length=100_000)]
+
+
+class Verdict(_Record):
+    """How the engine compared with the definition on a device, or why it is refused there."""
+
+    device: Text
+    about: dict[str, Any] = {}
+    refused: Text | None = None
+    path: Text = ""
+    replicas: Annotated[int, Field(ge=1, le=2**31)] = 1
+    precisions: dict[str, dict[str, Number | None]] = {}
+    lines: list[Text] = []
+    engine: dict[str, bool] = {}
+
+
+class Running(_Record):
+    """A task that a driver has going."""
+
+    task: Text
+    seconds: Number
+
+
+class Waits(_Record):
+    """What a driver waits for."""
+
+    what: Text = Field(alias="for")
+    seconds: Number
+
+
+class Said(_Record):
+    """What a running driver says of itself."""
+
+    cells: Whole
+    done: Whole
+    left: dict[str, Whole]
+    running: list[Running]
+    waits: Waits | None = None
+    host: Text = ""
+    pid: Whole = 0
+    cells_per_second: Number | None = None
+    finish_in_s: Number | None = None
+
+
+class StackSize(_Record):
+    """The stack size that was measured on a device type."""
+
+    replicas: Annotated[int, Field(ge=1, le=2**31)]
+
+
+class GivenUp(_Record):
+    """A task that was given up; of a shard it has a seed, of witnesses too, of estimates an estimator."""
+
+    task: Text
+    error: Text
+    final: bool
+    seed: Whole | None = None
+    witness: Whole | None = None
+    asked: Whole | Text | None = None
+    estimator: Text | None = None
+    params: Text | None = None
+    removals: list[list[Whole]] | None = None
+    block: Text | None = None
+    budget: Number | Text | None = None
+
+
+_Kind = TypeVar("_Kind", bound=_Record)
+
+
+def read(kind: type[_Kind], data: bytes) -> tuple[_Kind, dict[str, Any]] | None:
+    """A record and its plain values; None if the bytes are none of the kind."""
+    try:
+        values = json.loads(data)
+        return kind.model_validate(values), values
+    except (ValidationError, ValueError, RecursionError):
+        return None
