@@ -167,12 +167,20 @@ def _run(
             compute(manifest, tasks, plan)
         gathered = gather(sweep, manifest, listener.say)
         _reject(sweep, gathered, listener)
-        if not gathered.bad or outcome.stopped:
+        if outcome.stopped or (not gathered.bad and _is_settled(manifest, sweep, gathered, shards)):
             break
     # Another driver may have begun with a larger spec meanwhile.
     larger = larger or (not replace_other and is_part_of(manifest, sweep))
     written = {} if larger else write_tables(sweep, gathered.tables, gathered.stamp, gathered.warnings)
     return replace(_report(manifest, sweep, gathered, written, outcome, shards), larger=larger)
+
+
+def _is_settled(manifest: Manifest, sweep: Sweep, gathered: Gathered, shards: bool) -> bool:
+    """Whether nothing more can come: all is there, or what is not was given up. Other drivers may set objects aside."""
+    if gathered.gone:
+        return False
+    complete = gathered.complete if shards else gathered.estimated
+    return complete or bool(failures.read(sweep, manifest).aside)
 
 
 def is_part_of(manifest: Manifest, sweep: Sweep) -> bool:

@@ -24,6 +24,9 @@ from fimo.orchestrator.run.written import (
     read_warnings,
     stamp,
 )
+from fimo.orchestrator.spec.canonical import digest
+from fimo.orchestrator.store import NotFound
+from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.estimates import EstimateBlock
 from fimo.orchestrator.sweep.imported import imported
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -46,12 +49,13 @@ class Gathered:
 
     Attributes:
         bad: (key, why) of objects that did not verify; they count as missing.
+        gone: keys of objects that were listed and were not there any more: another driver has set them aside.
         diverged: (removal number or −1 for a baseline, seed, step).
         cells, done: of the whole sweep, and those with a verified part.
         estimators_wanted, estimators_done: those not left out of the default set, and those that are complete.
         witnesses_missing: seeds whose witnesses are still to be trained.
         devices: device types that parts come from.
-        stamp: digest of everything the tables were made from.
+        stamp: digest of everything the tables were made from; none that the store can have if that was in motion.
         warnings: what a reader of the tables must be told first.
         nonsense: the results are beyond reason at every step.
         coverage: share of the trainable scalars that an estimator's curvature covers, by (estimator, params).
@@ -59,6 +63,7 @@ class Gathered:
 
     tables: dict[str, pa.Table]
     bad: list[tuple[str, str]] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
     diverged: list[tuple[int, int, int]] = field(default_factory=list)
     cells: int = 0
     done: int = 0
@@ -93,6 +98,7 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     """
     gathered = Gathered({}, cells=manifest.cells)
     listed = listed_parts(sweep, manifest)
+    before = stamp(sweep, manifest, listed)
     costs: Costs = []
     notes: list[tuple[object, ...]] = []
     estimates = _estimates(sweep, manifest, gathered, costs, notes)
@@ -111,6 +117,11 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     _look(gathered, manifest, reduction)
     gathered.devices = sorted({str(row[3]) for row in costs if row[0] == "shard"})
     gathered.stamp = stamp(sweep, manifest, listed)
+    imports = keys.imported(sweep.name)
+    unused = sorted({*gathered.gone, *(key for key, _ in gathered.bad if not key.startswith(imports))})
+    if unused or gathered.stamp != before:
+        # What was of no use, or came meanwhile, may be there by the next listing: these tables are not of that.
+        gathered.stamp = digest([before, gathered.stamp, unused])
     return gathered
 
 
@@ -132,6 +143,9 @@ def seed_blocks(
         for item in sorted(by_seed[seed], key=lambda p: p.key):
             try:
                 part = sweep.read_part(item.key, manifest)
+            except NotFound:
+                gathered.gone.append(item.key)
+                continue
             except BadPartError as error:
                 gathered.bad.append((item.key, str(error)))
                 continue
@@ -165,11 +179,13 @@ def _estimates(
     left_out = failures.read(sweep, manifest).left_out
     for (estimator, params), entries in listed_blocks(sweep, manifest):
         gathered.estimators_wanted += (estimator, params) not in left_out
-        digest = value_digest(manifest, estimator, params)
+        of = value_digest(manifest, estimator, params)
         blocks: list[EstimateBlock] = []
         for entry in entries:
             try:
-                blocks.append(sweep.read_block(entry.key, digest, estimator, params))
+                blocks.append(sweep.read_block(entry.key, of, estimator, params))
+            except NotFound:
+                gathered.gone.append(entry.key)
             except BadPartError as error:
                 gathered.bad.append((entry.key, str(error)))
         seeds = runs_of(manifest, estimator, params)

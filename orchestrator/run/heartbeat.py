@@ -96,7 +96,8 @@ class Others:
     def __init__(self, sweep: Sweep, own: Heartbeat) -> None:
         self._sweep, self._own = sweep, own
         self._ages: dict[str, float] = {}
-        self._read: float | None = None
+        self._ended = set[str]()
+        self._read = 0.0
         self._lock = threading.Lock()
 
     def alive(self, claim: Mapping[str, Any]) -> bool:
@@ -109,10 +110,16 @@ class Others:
             return True
         if _has_gone(claim):
             return False
+        driver = str(claim.get("driver"))
         with self._lock:
-            if self._read is None or time.monotonic() - self._read > KEPT_S:
+            # A driver has beaten before it claims anything: one that is not there now has ended, and none comes back.
+            if driver in self._ended:
+                return False
+            if driver not in self._ages or time.monotonic() - self._read > KEPT_S:
                 self._ages, self._read = self._look(), time.monotonic()
-            return self._ages.get(str(claim.get("driver")), SILENT_S) < SILENT_S
+            if driver not in self._ages:
+                self._ended.add(driver)
+            return self._ages.get(driver, SILENT_S) < SILENT_S
 
     def _look(self) -> dict[str, float]:
         prefix = keys.driver(self._sweep.name)

@@ -242,7 +242,7 @@ class RayPool:
         since = time.monotonic() - seconds
         fit = [node for node in self._watch.nodes if placement.fits(node, self._resources)]
         able = [node for node in fit if slots_of(self._resources, node.resources)]
-        frozen = {n.id for n in able if max(self._heard.get(n.id, 0.0), self._watch.since[n.id]) < since}
+        frozen = {n.id for n in able if max(self._heard.get(n.id, 0.0), self._watch.since.get(n.id, 0.0)) < since}
         if len(frozen) == len(able) or frozen <= self._frozen:
             return False
         self._frozen |= frozen

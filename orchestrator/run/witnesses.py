@@ -10,6 +10,7 @@ from typing import Any
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.plan import witness_tasks
 from fimo.orchestrator.run.written import listed_witnesses
+from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError, Part
@@ -47,6 +48,8 @@ def read_witnesses(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed]) -
     for seed in listed_witnesses(sweep, manifest):
         try:
             witness = sweep.read_witness(seed, manifest)
+        except NotFound:
+            continue
         except BadPartError as error:
             found.bad.append((keys.witness(sweep.name, manifest.digest, seed), str(error)))
             continue
@@ -66,6 +69,6 @@ def _parts_with(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed], witn
     for item in sorted((one for one in listed if one.seed == witness.seed), key=lambda one: one.key):
         if wanted & sweep.done(manifest, [item]).get(witness.seed, set()):
             # What does not verify is told when the seed is reduced.
-            with contextlib.suppress(BadPartError):
+            with contextlib.suppress(BadPartError, NotFound):
                 parts.append(sweep.read_part(item.key, manifest))
     return parts
