@@ -14,7 +14,7 @@ from fimo.orchestrator.report.ending import complaints, listed_tables, report_js
 from fimo.orchestrator.report.progress import ProgressReport
 from fimo.orchestrator.report.status import status_lines
 from fimo.orchestrator.resolve.resolved import resolve
-from fimo.orchestrator.run import budget, driver, estimating, schedule
+from fimo.orchestrator.run import budget, driver, estimating, places
 from fimo.orchestrator.run.gather import current_tables
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.run.verification import verify
@@ -247,7 +247,7 @@ def test_estimates_alone_promise_no_cell_and_no_resume_that_would_train_them(bes
     with ProgressReport(Console(file=text, width=200), cells=False) as progress:
         store = MemoryStore()
         report = driver.run(
-            resolve(make_spec(), beside), store, progress.listener, where=schedule.in_process, shards=False
+            resolve(make_spec(), beside), store, progress.listener, where=places.in_process, shards=False
         )
     assert report.exit_code == 0
     assert "2 tasks of estimates alone; no cell is trained" in text.getvalue()
