@@ -43,7 +43,8 @@ def complaints(report: Report) -> Iterator[str]:
     for named, why in report.failures.left_out.items():
         yield f"{label(*named)} is left out of the default estimators: {why}"
     if outcome.broken:
-        yield f"stopped: {outcome.stopped}"
+        kept = f"; what is committed stays, and once that is mended `{again(report)}` goes on" if gathered.done else ""
+        yield f"stopped: {outcome.stopped}{kept}"
     elif outcome.stopped:
         yield f"{outcome.stopped}; `{again(report)}` goes on"
     yield from _set_aside(report)
