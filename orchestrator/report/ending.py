@@ -40,6 +40,11 @@ def report_json(report: Report) -> dict[str, Any]:
 def complaints(report: Report) -> Iterator[str]:
     """One line for each thing that a reader of the tables must know; the last says how to go on, if that can help."""
     gathered, outcome = report.gathered, report.outcome
+    if report.larger:
+        yield (
+            f"{report.sweep} holds more than this spec asks for, and its tables stay as they are: the scores of this "
+            "run are of this spec's part alone (--replace makes the sweep as small)"
+        )
     for named, why in report.failures.left_out.items():
         yield f"{label(*named)} is left out of the default estimators: {why}"
     if outcome.broken:

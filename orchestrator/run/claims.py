@@ -12,7 +12,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any
@@ -33,6 +33,8 @@ TURNS = 50
 """Drivers that may have died over one task before a claim is no longer asked for."""
 LOOK_EVERY_S = 2.0
 """Seconds between two looks at what other drivers have finished, or a few times what a look takes."""
+PATIENCE_S = 10.0
+"""Seconds that a driver waits at its end for its claims to be withdrawn."""
 FORGOTTEN = timedelta(hours=1)
 """After which what a dead driver has claimed is cleared away."""
 
@@ -45,6 +47,7 @@ class Claims:
         self._others = Others(sweep, heartbeat)
         self._body = canonical({"driver": heartbeat.name, **heartbeat.who}).encode()
         self._held: dict[str, str] = {}
+        self._withdrawn: list[Future[None]] = []
         self._threads = ThreadPoolExecutor(TOGETHER, thread_name_prefix="fimo-claims")
 
     def __enter__(self) -> Claims:
@@ -55,8 +58,9 @@ class Claims:
     ) -> None:
         for name in list(self._held):
             self._withdraw(name)
-        self._threads.submit(self._clear)
-        self._threads.shutdown(wait=True)
+        wait([*self._withdrawn, self._threads.submit(self._clear)], timeout=PATIENCE_S)
+        # What a store that fails has not done by now stays, and is stale.
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def take(self, tasks: Sequence[Task]) -> list[bool]:
         """Claim tasks; False where another driver that is heard of has one.
@@ -93,7 +97,8 @@ class Claims:
     def _withdraw(self, name: str) -> None:
         key = self._held.pop(name, None)
         if key is not None:
-            self._threads.submit(self._delete, key)
+            self._withdrawn = [one for one in self._withdrawn if not one.done()]
+            self._withdrawn.append(self._threads.submit(self._delete, key))
 
     def _delete(self, key: str) -> None:
         # What stays is stale as soon as this driver ends.

@@ -138,12 +138,7 @@ def _run(
     if not shards:
         manifest = with_its_seeds(manifest, sweep)
     larger = not replace_other and is_part_of(manifest, sweep)
-    if larger:
-        listener.say(
-            f"{sweep.uri} holds more than this spec asks for: its tables stay as they are, and what is shown here is "
-            "this spec's (--replace makes the sweep as small)"
-        )
-    else:
+    if not larger:
         sweep.write_manifest(manifest)
     if retry_failed:
         failures.forget(sweep)

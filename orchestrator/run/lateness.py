@@ -6,7 +6,7 @@ from collections import deque
 from statistics import median
 
 from fimo.orchestrator.run.course import kind_of
-from fimo.orchestrator.run.plan import Task
+from fimo.orchestrator.run.plan import EstimateTask, Task
 
 LATE, LATE_S, LONGEST = 10.0, 60.0, 1.5
 """A task is given up after so many times what the last ones of its kind took, at least after so many seconds.
@@ -32,14 +32,15 @@ class Lateness:
     def __init__(self, deadline_s: float | None) -> None:
         self._deadline_s = deadline_s
         self._longest_s: dict[str, float] = {}
-        self._last_s: dict[str, deque[float]] = {}
+        # (seconds, size) of the last ones.
+        self._last: dict[str, deque[tuple[float, int]]] = {}
         self._given_up: dict[str, int] = {}
 
     def finished(self, task: Task, seconds: float) -> None:
         """Note how long a task has run."""
         kind = kind_of(task)
         self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), seconds)
-        self._last_s.setdefault(kind, deque(maxlen=LAST)).append(seconds)
+        self._last.setdefault(kind, deque(maxlen=LAST)).append((seconds, _size(task)))
 
     def gave_up(self, task: Task) -> None:
         """Note that a task was given up: it has longer the next time."""
@@ -52,11 +53,25 @@ class Lateness:
         if not self._longest_s:
             return None
         times, kind = 2 ** self._given_up.get(repr(task), 0), kind_of(task)
-        if kind not in self._last_s:
+        if kind not in self._last:
             return float(times * max(FIRST_S, FIRST * max(self._longest_s.values())))
-        return float(times * max(LATE_S, LONGEST * self._longest_s[kind], LATE * median(self._last_s[kind])))
+        larger = self._larger(task)
+        return float(times * max(LATE_S, larger * LONGEST * self._longest_s[kind], larger * LATE * self._usual_s(kind)))
 
     def is_stuck(self, task: Task, seconds: float) -> bool:
         """Whether a task that has run for so long may be on a node that has frozen."""
-        last_s = self._last_s.get(kind_of(task))
-        return last_s is not None and seconds > STUCK * median(last_s) + STUCK_S
+        kind = kind_of(task)
+        return kind in self._last and seconds > STUCK * self._larger(task) * self._usual_s(kind) + STUCK_S
+
+    def _usual_s(self, kind: str) -> float:
+        return median(seconds for seconds, _ in self._last[kind])
+
+    def _larger(self, task: Task) -> float:
+        """How many times as large it is as the smallest of those that stand for its kind; 1 if it is smaller."""
+        return max(1.0, _size(task) / min(size for _, size in self._last[kind_of(task)]))
+
+
+def _size(task: Task) -> int:
+    """What the time of a task grows with, at most."""
+    count = task.count if isinstance(task, EstimateTask) else 1
+    return max(1, len(task.removals)) * count

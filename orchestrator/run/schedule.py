@@ -183,8 +183,10 @@ class _Loop:
         return flight.task
 
     def _finished(self, flight: _Flight, receipt: Receipt) -> None:
-        # With what the task took beside its own work: a worker that starts, data that is loaded.
-        self.lateness.finished(flight.task, max(receipt.seconds, flight.ran_s(time.monotonic())))
+        # What was there already says nothing of how long the work takes.
+        if receipt.written:
+            # With what the task took beside its own work: a worker that starts, data that is loaded.
+            self.lateness.finished(flight.task, max(receipt.seconds, flight.ran_s(time.monotonic())))
         self.store_failures = self.unable = 0
         self.source.done(flight.task)
 

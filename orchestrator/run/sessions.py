@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import os
 import shutil
 import tempfile
@@ -16,13 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = "lock"
+LONGEST = 20
+"""Bytes of the folder for temporary files; Ray and this module add 87."""
 
 
 @contextlib.contextmanager
 def own_folder() -> Iterator[Path]:
     """A new folder for an embedded Ray, held for the body; it stays until the next one is made."""
-    # Short: Ray puts sockets into it, whose paths may have 107 bytes.
-    root = Path(tempfile.gettempdir()) / f"fimo-ray-{_user()}"
+    root = _root()
     root.mkdir(mode=0o700, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="", dir=root))
     lock = os.open(folder / "new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -50,8 +50,7 @@ def _remove_left(root: Path, own: Path) -> None:
                 os.close(lock)
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()[:16]
-    except (KeyError, OSError):
-        return str(os.getuid())
+def _root() -> Path:
+    """Where the folders lie: short, since Ray puts sockets into them, whose paths may have 107 bytes."""
+    wanted = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    return (wanted if len(os.fsencode(wanted)) <= LONGEST else Path("/tmp")) / f"fimo-ray-{os.getuid()}"

@@ -25,8 +25,13 @@ def test_what_answers_and_is_no_ray_is_refused_soon(monkeypatch):
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_folders_of_sessions_that_have_ended_go_and_those_of_others_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_folder_too_long_for_sockets_is_not_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 60)))
+    assert sessions._root().parent == Path("/tmp")
+
+
+def test_folders_of_sessions_that_have_ended_go_and_those_of_others_stay(monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="f-", dir="/tmp"))
     with sessions.own_folder() as first:
         (first / "session_1").mkdir()
         held, told = os.pipe(), os.pipe()
@@ -52,11 +57,11 @@ def test_folders_of_sessions_that_have_ended_go_and_those_of_others_stay(tmp_pat
 @pytest.mark.ray
 def test_an_embedded_ray_leaves_another_rays_folder_alone_and_listens_on_loopback(tmp_path, monkeypatch):
     short = Path(tempfile.mkdtemp(prefix="f-", dir="/tmp"))
-    monkeypatch.setattr(tempfile, "tempdir", str(short))
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(short))
     for name in connect.EMBEDDED:
         monkeypatch.delenv(name, raising=False)
-    theirs = tmp_path / "ray" / "ray_current_cluster"
+    theirs = short / "ray" / "ray_current_cluster"
     theirs.parent.mkdir()
     theirs.write_text("10.0.0.1:6379")
     with cluster("local"):
@@ -64,7 +69,8 @@ def test_an_embedded_ray_leaves_another_rays_folder_alone_and_listens_on_loopbac
 
         node = ray.nodes()[0]
         assert node["NodeManagerAddress"] == "127.0.0.1"
-        [own] = (short / f"fimo-ray-{sessions._user()}").iterdir()
+        [own] = sessions._root().iterdir()
+        assert own.parent.parent == short
         assert any(path.name.startswith("session_") for path in own.iterdir())
     assert theirs.read_text() == "10.0.0.1:6379"
     assert list(theirs.parent.iterdir()) == [theirs]

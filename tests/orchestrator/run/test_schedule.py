@@ -235,6 +235,42 @@ def test_the_deadline_of_a_kind_of_task_is_drawn_from_its_own_kind():
     assert Lateness(7.0).limit(dear) == 7.0
 
 
+def test_a_large_shard_after_small_ones_is_given_its_time():
+    """Removals are added to a sweep and then seeds: shards of one removal, then shards of a hundred."""
+    late = Lateness(None)
+    for seed in range(5):
+        late.finished(Shard(seed, ONE), 30.0)
+    many = Shard(9, tuple(NamedRemoval(i, str(i), (i,)) for i in range(100)))
+    assert late.limit(many) == 30000.0
+    assert not late.is_stuck(many, 3000.0)
+    assert late.is_stuck(Shard(9, ONE), 100.0)
+    late.finished(many, 3000.0)
+    assert late.limit(Shard(9, ONE)) == 4500.0, "what does not grow with the size is not given up for being small"
+
+
+def test_what_was_there_already_says_nothing_of_how_long_the_work_takes(monkeypatch):
+    monkeypatch.setattr(lateness, "LATE_S", 0.05)
+    tasks = shards(12)
+
+    class Slow(FakePool):
+        """All but the last are found done; the last takes its time."""
+
+        def wait(self, timeout_s):
+            time.sleep(0.01)
+            handle, task = next(iter(self.flying.items()))
+            if task is tasks[-1] and self.began() < 0.4:
+                return []
+            del self.flying[handle]
+            return [(handle, Receipt("key", task is tasks[-1], 1, 0, 0.001, "cpu"))]
+
+        def began(self):
+            self.since = getattr(self, "since", time.monotonic())
+            return time.monotonic() - self.since
+
+    outcome = drive(tasks, Slow(), poll_s=0.0)
+    assert (len(outcome.receipts), outcome.lost) == (12, 0)
+
+
 class OneBadNode(FakePool):
     """Two nodes, one of which can begin nothing; tasks that would go there go elsewhere once it is avoided."""
 
