@@ -239,18 +239,25 @@ def load_here(spec: Spec, beside: Path) -> tuple[Workload, dict[str, Tensor] | N
     """
     # First the code is read, so that what is not Python is told before any of it runs.
     source_digest(spec.workload, beside)
+    # A file that is missing is told before the workload is loaded, which may take long.
+    if spec.final_model is not None and "://" not in spec.final_model:
+        read_final(spec, beside, look=True)
     workload = load_workload(spec.workload, spec.workload_args, beside)
     # Twice what float64 takes, and room for names.
     most = 16 * sum(t.numel() for t in workload.model.state_dict().values()) + 2**24
     return _fitting(spec, workload, read_final(spec, beside, most))
 
 
-def read_final(spec: Spec, beside: Path, most: int = MOST_BYTES) -> bytes | None:
-    """The bytes of θᶠ's file, at most ``most`` of them; None if the spec names none. Raises UsageError."""
+def read_final(spec: Spec, beside: Path, most: int = MOST_BYTES, look: bool = False) -> bytes | None:
+    """The bytes of θᶠ's file, at most ``most`` of them, none if ``look``; None if the spec names none.
+
+    Raises:
+        UsageError: see ``read_beside``.
+    """
     if spec.final_model is None:
         return None
     try:
-        return read_beside(spec.final_model, beside, most)
+        return read_beside(spec.final_model, beside, most, look)
     except UsageError as error:
         if spec.workload not in SHIPPED.values():
             raise
@@ -258,8 +265,11 @@ def read_final(spec: Spec, beside: Path, most: int = MOST_BYTES) -> bytes | None
         raise UsageError(f"{error}; the workload's recipe trains it: python -m {module} --help") from error
 
 
-def read_beside(name: str, beside: Path, most: int = MOST_BYTES) -> bytes:
+def read_beside(name: str, beside: Path, most: int = MOST_BYTES, look: bool = False) -> bytes:
     """The bytes of a file that a spec names: a path beside the spec, or an object of a store.
+
+    Args:
+        look: find out whether it could be read, and read nothing of a path.
 
     Raises:
         UsageError: there is none, it cannot be read, is no file (a device has no end), or has more than ``most`` bytes.
@@ -279,7 +289,7 @@ def read_beside(name: str, beside: Path, most: int = MOST_BYTES) -> bytes:
                 raise UsageError(f"'{name}' cannot be read: it is no regular file")
             if about.st_size > most:
                 raise UsageError(f"'{name}' has {about.st_size:,} bytes, more than the {most:,} that can be meant")
-            return file.read()
+            return b"" if look else file.read()
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"'{name}' cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

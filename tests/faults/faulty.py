@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fimo.orchestrator.run.driver import Where
-from fimo.orchestrator.run.places import Failed, Lost, Result
+from fimo.orchestrator.run.places import Failed, Lost, Pool, Result
 from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.tasks import Receipt, run_task
 from fimo.orchestrator.store import Entry, Store
@@ -92,7 +92,7 @@ def forked(chances: Callable[[], Callable[[], None] | None]) -> Where:
     return where
 
 
-class ForkedPool:
+class ForkedPool(Pool):
     """One process at a time; a process that dies by a signal is a lost task."""
 
     def __init__(self, work: Callable[[Task], Receipt], chances: Callable[[], Callable[[], None] | None]) -> None:
