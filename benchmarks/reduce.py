@@ -1,9 +1,9 @@
 """How fast parts are read, verified, reduced and scored: MB of their numbers a second, and memory.
 
-    python benchmarks/reduce.py [--seeds 100] [--removals 100] [--steps 20] [--evals 100] [--estimators 10] [--profile]
+    python benchmarks/reduce.py [--seeds 100] [--removals 100] [--steps 20] [--evals 100] [--estimators 10]
 
-Parts are made up (`made.py`) in a folder of the machine's; what is measured is `gather` and nothing else, in CPU seconds
-of this process beside those of the clock.
+Parts are made up (`made.py`) in a folder of the machine's; what is measured is `gather` and nothing else, in CPU
+seconds of this process beside those of the clock.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def main() -> None:
         profile.disable()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     text = f"{size:.0f} MB in {given.seeds} seeds, {given.estimators} estimators: "
-    print(f"{text}{wall:.2f} s, {cpu:.2f} s of CPU: {size / cpu:.0f} MB a second of CPU, {size / wall:.0f} by the clock")
+    print(
+        f"{text}{wall:.2f} s, {cpu:.2f} s of CPU: {size / cpu:.0f} MB a second of CPU, {size / wall:.0f} by the clock"
+    )
     print(f"memory at most {peak_mb():.0f} MB, {peak_mb() - before:.0f} more than before")
     sha = hashlib.sha256()
     for name in sorted(gathered.tables):

@@ -60,15 +60,15 @@ def _estimates_table(estimates: Sequence[EstimateMatrix], manifest: Manifest) ->
     for e in estimates:
         values = e.values if e.steps is not None else e.values[None]
         s, r, m = values.shape
-        steps = [None] if e.steps is None else list(e.steps)
+        steps = pa.nulls(values.size, pa.int32()) if e.steps is None else np.repeat(np.int32(e.steps), r * m)
         tables.append(
             schemas.table(
                 schemas.ESTIMATES,
-                estimator=[e.estimator] * values.size,
-                params=[e.params] * values.size,
+                estimator=pa.repeat(e.estimator, values.size),
+                params=pa.repeat(e.params, values.size),
                 removal=np.tile(np.repeat(numbers, m), s),
                 eval=np.tile(np.arange(m, dtype=np.int32), s * r),
-                step=[step for step in steps for _ in range(r * m)],
+                step=steps,
                 value=values.reshape(-1),
             )
         )

@@ -39,14 +39,6 @@ def divide(dots: Array, norms: Array) -> Array:
     return out
 
 
-def ranks(a: Array) -> Array:
-    """Ranks over the first axis, ties given their mean rank, centred; a constant vector becomes zero."""
-    from scipy.stats import rankdata  # a second to import, which `fimo status` should not wait for
-
-    ranked: Array = rankdata(a, axis=0)
-    return ranked - (len(a) + 1) / 2
-
-
 def adjusted(effects: Array, adjust: str) -> Array:
     """Effects under one of the two adjustments for the training-only effect (Wei et al. 2025).
 
@@ -56,15 +48,16 @@ def adjusted(effects: Array, adjust: str) -> Array:
     return effects - effects.mean(axis=0) if adjust == "mean" else effects
 
 
-def undefined(effects: Array, floor: Array | float) -> NDArray[np.bool_]:
+def undefined(effects: Array, floor: Array | float, norms: Array | None = None) -> NDArray[np.bool_]:
     """Which vectors over removals carry no signal: constant, or its root mean square not above the noise floor.
 
     Args:
         effects: float64 (R, …), adjusted.
         floor: the noise of such an effect, broadcast against the rest of the shape.
+        norms: those of the vectors, if the caller has them already.
     """
     constant = np.ptp(effects, axis=0) == 0
-    rms = norm(effects) / np.sqrt(len(effects))
+    rms = (norm(effects) if norms is None else norms) / np.sqrt(len(effects))
     out: NDArray[np.bool_] = constant | (rms <= floor)
     return out
 

@@ -27,7 +27,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fimo.orchestrator.tables import schemas as tables
-from fimo.orchestrator.tables.agreement import adjusted, cosine, dot, mean_and_sem, ranks, undefined
+from fimo.orchestrator.tables.agreement import adjusted, cosine, dot, mean_and_sem, undefined
+from fimo.orchestrator.tables.ordering import ranks
 from fimo.orchestrator.tables.reduce import Reduction, SeedBlock, Welford, reduce
 from fimo.orchestrator.tables.reliability import ADJUSTMENTS, trust_at
 from fimo.orchestrator.tables.score import METRICS

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fimo.orchestrator.tables.agreement import adjusted, cosine, ranks, undefined
+from fimo.orchestrator.tables.agreement import adjusted, cosine, undefined
+from fimo.orchestrator.tables.ordering import ranks
 from fimo.orchestrator.tables.ranking import rank_of
 
 Array = NDArray[np.float64]

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fimo.orchestrator.tables.agreement import cosine, ranks
+from fimo.orchestrator.tables.agreement import cosine
 from fimo.orchestrator.tables.groups import SeedGroups
+from fimo.orchestrator.tables.ordering import ranks
 
 Array = NDArray[np.float64]
 

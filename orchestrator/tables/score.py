@@ -24,7 +24,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fimo.orchestrator.tables import schemas as tables
-from fimo.orchestrator.tables.agreement import adjusted, cosine, mean_and_sem, norm, ranks, undefined
+from fimo.orchestrator.tables.agreement import adjusted, mean_and_sem, norm, undefined
+from fimo.orchestrator.tables.beside import Beside
 from fimo.orchestrator.tables.groups import SeedGroups
 from fimo.orchestrator.tables.intervals import Spread, interval
 from fimo.orchestrator.tables.reduce import Reduction, SeedBlock
@@ -96,9 +97,7 @@ class Scorer:
     ) -> None:
         self.estimates, self.steps = list(estimates), list(steps)
         self.metrics = (*METRICS, LDS) if random_groups else METRICS
-        self._aligned = [e.against(steps) for e in self.estimates]
-        self._ranked = [ranks(values) for _, values in self._aligned]
-        self._norms = [(norm(v), norm(r)) for (_, v), r in zip(self._aligned, self._ranked, strict=True)]
+        self._beside = Beside([e.against(steps) for e in self.estimates], len(self.steps))
         self.results = {k: _Agreements() for k in windows(seeds)[:-1]}
         self._sums: dict[int, Array] = {}
         self._beyond: dict[int, NDArray[np.bool_]] = {}
@@ -128,23 +127,16 @@ class Scorer:
 
     def agreements(self, effects: Array, floor: Array, beyond: NDArray[np.bool_]) -> Iterator[tuple[Key, Array]]:
         """Each agreement of each estimate with effects (R, T, m), per step and example; NaN where undefined."""
-        ranked = ranks(effects)
-        ranked_norm = norm(ranked)
+        by_rank = self._beside.spearman(effects)
         for adjust in ADJUSTMENTS:
             gold = adjusted(effects, adjust)
-            without, gold_norm = undefined(gold, floor) | beyond[:, None], norm(gold)
-            for number, (places, values) in enumerate(self._aligned):
-                # Indexing with a list copies, so an estimate of every amount takes the arrays as they are.
-                at = slice(None) if len(places) == len(self.steps) else places
-                plain, by_rank = self._norms[number]
-                spearman = cosine(ranked[:, at], self._ranked[number], ranked_norm[at], by_rank)
-                agreements = {
-                    "cosine": cosine(gold[:, at], values, gold_norm[at], plain),
-                    "spearman": spearman,
-                    LDS: spearman,
-                }
+            norms = norm(gold)
+            without = undefined(gold, floor, norms) | beyond[:, None]
+            for number, cosine in enumerate(self._beside.cosine(gold, norms)):
+                agreements, nowhere = {"cosine": cosine}, without[self._beside.places[number]]
                 for metric in self.metrics:
-                    yield (number, metric, adjust), np.where(without[places], np.nan, agreements[metric])
+                    found = agreements.get(metric, by_rank[number])
+                    yield (number, metric, adjust), np.where(nowhere, np.nan, found)
 
     def finish(self, reduction: Reduction) -> None:
         """Score the attribution itself: all seeds, removals without any finite seed left out."""
@@ -184,7 +176,7 @@ class Scorer:
     def _rows(self, key: Key, k: int) -> Iterator[tuple[object, ...]]:
         """What a row says beside its names, for each step that can be scored."""
         number, metric, adjust = key
-        places, agreement = self._aligned[number][0], self.results[k].mean(key)
+        places, agreement = self._beside.places[number], self.results[k].mean(key)
         last = k == max(self.results) and key in self._without_one
         spread = self._without_one[key] if last else self.results[k].spread[key]
         seeds, both = spread.variances(jackknife=last)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from fimo.orchestrator.tables.agreement import cosine, ranks, undefined
+from fimo.orchestrator.tables.agreement import cosine, undefined
 from fimo.orchestrator.tables.floor import measured
+from fimo.orchestrator.tables.ordering import ranks
 from fimo.orchestrator.tables.reduce import SeedBlock, reduce
 from fimo.orchestrator.tables.reliability import windows
 from fimo.orchestrator.tables.score import EstimateMatrix, Scorer

@@ -1,0 +1,78 @@
+"""Ranks over removals, which every Spearman correlation needs: the dearest thing that is done with an effect.
+
+Equal to ``scipy.stats.rankdata(axis=0)`` less its mean, in a fifth of its time. Invariant: ranks are multiples of one
+half, so that sums of their products are exact in any order, and in float32 as long as there are few removals.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Ranks = NDArray[np.float32] | NDArray[np.float64]
+EXACT_IN_FLOAT32 = 368
+"""Removals up to which Σ r² ≤ R(R² − 1)/12, in quarters, has no more than 24 bits."""
+TOGETHER = 2**15
+"""Numbers that are sorted at once: what fits into a core's cache with its temporaries."""
+
+
+def ranks(a: Array) -> Array:
+    """Ranks over the first axis, ties given their mean rank, centred, float64; a constant vector becomes zero."""
+    out: Array = np.empty(a.shape)
+    out.reshape(len(a), -1)[:] = ranks_of_rows(_rows(a)).T
+    return out
+
+
+def ranks_last(a: Array) -> Ranks:
+    """The same of an array (R, …), as (…, R), in the smallest dtype in which their products are exact."""
+    dtype = np.float32 if len(a) <= EXACT_IN_FLOAT32 else np.float64
+    return ranks_of_rows(_rows(a), dtype).reshape(*a.shape[1:], len(a))
+
+
+def _rows(a: Array) -> Array:
+    """(R, …) as rows over R."""
+    return np.ascontiguousarray(a.reshape(len(a), -1).T, dtype=np.float64)
+
+
+def ranks_of_rows(rows: Array, dtype: type[np.float32] | type[np.float64] = np.float64) -> Ranks:
+    """Centred ranks within each row of a contiguous array (n, R)."""
+    out = np.empty(rows.shape, dtype=dtype)
+    step = max(1, TOGETHER // max(1, rows.shape[1]))
+    for first in range(0, len(rows), step):
+        _rank(rows[first : first + step], out[first : first + step])
+    return out
+
+
+def _rank(rows: Array, out: Ranks) -> None:
+    """Sort the numbers' bits, in whose lowest places their own place in the row stands, for that is one fast sort.
+
+    Numbers that differ in those places alone pass for ties, and are ranked again with the ties.
+    """
+    count, size = rows.shape
+    if not np.isfinite(rows).all():
+        out[:] = _slowly(rows)
+        return
+    # Adding 0 makes −0 and 0 equal. Negative numbers' bits run the other way.
+    bits = (rows + 0.0).view(np.int64)
+    bits ^= (bits >> 63) & np.int64(2**63 - 1)
+    low = (size - 1).bit_length()
+    places = np.int64((1 << low) - 1)
+    bits &= ~places
+    bits |= np.arange(size)
+    bits.sort(axis=1)
+    order = bits & places
+    order += (np.arange(count) * size)[:, None]
+    centred = np.arange(size, dtype=out.dtype) - out.dtype.type((size - 1) / 2)
+    flat = out.reshape(-1)
+    flat[order.reshape(-1)] = np.broadcast_to(centred, rows.shape).reshape(-1)
+    close = ((bits[:, 1:] ^ bits[:, :-1]).view(np.uint64) <= np.uint64(places)).any(axis=1)
+    if close.any():
+        out[close] = _slowly(rows[close])
+
+
+def _slowly(rows: Array) -> Array:
+    from scipy.stats import rankdata  # a second to import, which `fimo status` should not wait for
+
+    ranked: Array = rankdata(rows, axis=1)
+    return ranked - (rows.shape[1] + 1) / 2
