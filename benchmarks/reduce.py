@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name, default in (("seeds", 100), ("removals", 100), ("steps", 20), ("evals", 100), ("estimators", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", help="KEY,LINES of pstats: cumulative,40")
     given = parser.parse_args()
     of = manifest(given.seeds, given.removals, given.steps, given.evals, given.estimators)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def main() -> None:
         sha.update(encode_table(gathered.tables[name]))
     print("tables", sha.hexdigest()[:16], gathered.complete)
     if given.profile:
-        pstats.Stats(profile).sort_stats("tottime").print_stats(30)
+        pstats.Stats(profile).sort_stats(*given.profile.split(",")[:1]).print_stats(int(given.profile.split(",")[1]))
 
 
 def peak_mb() -> float:

@@ -37,7 +37,7 @@ def rows_digest(columns: Mapping[str, np.ndarray[Any, Any]]) -> str:
     for name in sorted(columns):
         values = np.ascontiguousarray(columns[name])
         sha.update(f"{name}:{values.dtype.str}:{values.shape};".encode())
-        sha.update(values.tobytes())
+        sha.update(values.data)
     return sha.hexdigest()
 
 

@@ -174,7 +174,7 @@ def _rows(
 ) -> str:
     finite: Any = np.isfinite(deltas).all(axis=2)
     # Digest every diverged run as the same NaN: it is stored as null, which keeps no bits.
-    clean = np.where(finite[:, :, None], deltas, np.nan)
+    clean = deltas if finite.all() else np.where(finite[:, :, None], deltas, np.nan)
     kept = np.where(finite & np.isfinite(distances), distances, np.nan)
     columns = {"removal": numbers, "step": steps, "deltas": clean, "distance": kept, "scale": np.array([scale])}
     # Parts from before it was kept have digests without it.
@@ -221,7 +221,9 @@ def _values(
     lengths = column.value_lengths().drop_null().to_numpy(zero_copy_only=False)
     if bool(np.any(lengths != m)) or not np.isfinite(values).all():
         raise BadPartError(f"part {key}: a row's deltas are not {m} finite numbers")
-    deltas = np.full((shape[0] * shape[1], m), np.nan)
-    deltas[present] = values.reshape(-1, m)
+    deltas = values.reshape(-1, m)
+    if not present.all():
+        deltas = np.full((shape[0] * shape[1], m), np.nan)
+        deltas[present] = values.reshape(-1, m)
     distances = table["distance"].to_numpy().astype(np.float64)
     return deltas.reshape(*shape, m), distances.reshape(shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,10 +47,15 @@ class SeedBlock:
     distance: Array | None = None
     at_final: Array | None = None
 
+    @cached_property
+    def present(self) -> NDArray[np.bool_]:
+        """Which removals have finite effects at which steps, bool (R, T)."""
+        return np.asarray(np.isfinite(self.effects).all(axis=2))
+
     @property
     def complete(self) -> bool:
         """Whether every removal has a finite effect at every step."""
-        return bool(np.isfinite(self.effects).all())
+        return bool(self.present.all())
 
 
 def witness_pair(sweep: Sequence[Part], witness: Part, weight: float = 1.0) -> Pair:
@@ -128,12 +134,22 @@ def seed_block(
         distance = np.mean([part.distances[-2] for part in parts], axis=0) if parts else None
     at_final = next((part.at_final for part in parts if part.at_final is not None), None)
     finite, scale = np.isfinite(effects).all(axis=2, keepdims=True), max((part.scale for part in parts), default=0.0)
-    effects = np.where(finite, effects, np.nan)
+    effects = effects if finite.all() else np.where(finite, effects, np.nan)
     return SeedBlock(seed, effects, training_only, squares, floors, tuple(diverged), scale, distance, at_final)
 
 
 def _known(part: Part, row: int, rows: dict[tuple[int, ...], list[int]]) -> bool:
     return row < len(part.removals) and part.removals[row].indices in rows
+
+
+TOGETHER = 2**15
+"""Numbers that are worked on at once: what fits into a core's cache with its temporaries."""
+
+
+def _together(values: Array) -> Iterator[slice]:
+    """Rows of an array (R, …) a few at a time."""
+    step = max(1, TOGETHER * len(values) // max(1, values.size))
+    return (slice(first, first + step) for first in range(0, len(values), step))
 
 
 class Welford:
@@ -148,14 +164,28 @@ class Welford:
         self.count = np.zeros(shape[:-1], dtype=np.int64)
         self.mean, self.m2 = np.zeros(shape), np.zeros(shape)
 
-    def add(self, values: Array) -> None:
-        """Take one block, (R, T, m); cells that are NaN are left out."""
-        present = np.asarray(np.isfinite(values).all(axis=-1))
+    def add(self, values: Array, present: NDArray[np.bool_] | None = None) -> None:
+        """Take one block, (R, T, m); cells that are NaN are left out.
+
+        Args:
+            present: which are not, bool (R, T), if the caller knows.
+        """
+        present = np.asarray(np.isfinite(values).all(axis=-1)) if present is None else present
         self.count += present
+        for rows in _together(values):
+            self._add(values[rows], present[rows], self.count[rows], self.mean[rows], self.m2[rows])
+
+    @staticmethod
+    def _add(values: Array, present: NDArray[np.bool_], count: NDArray[np.int64], mean: Array, m2: Array) -> None:
+        delta = values - mean
+        if present.all():
+            mean += delta / count[..., None]
+            m2 += delta * (values - mean)
+            return
         where = np.expand_dims(present, -1)
-        delta = np.where(where, values - self.mean, 0.0)
-        self.mean += delta / np.maximum(self.count, 1)[..., None]
-        self.m2 += np.where(where, delta * (values - self.mean), 0.0)
+        delta = np.where(where, delta, 0.0)
+        mean += delta / np.maximum(count, 1)[..., None]
+        m2 += np.where(where, delta * (values - mean), 0.0)
 
     def sem(self) -> Array:
         """Standard error of the mean, NaN with fewer than two blocks."""
@@ -170,13 +200,26 @@ class Comoment:
         self._count = np.zeros(shape[:-1], dtype=np.int64)
         self._mean, self._sum = np.zeros(shape), np.zeros(shape)
 
-    def add(self, values: Array, baseline: Array, after: Welford) -> None:
-        """Take one block (R, T, m) with its baseline (T, m); ``after``: the moments of values, with this block."""
-        present = np.asarray(np.isfinite(values).all(axis=-1) & np.isfinite(baseline).all(axis=-1))
+    def add(self, values: Array, baseline: Array, after: Welford, finite: NDArray[np.bool_] | None = None) -> None:
+        """Take one block (R, T, m) with its baseline (T, m); ``after``: the moments of values, with this block.
+
+        Args:
+            finite: which values are not NaN, bool (R, T), if the caller knows.
+        """
+        finite = np.isfinite(values).all(axis=-1) if finite is None else finite
+        present = np.asarray(finite & np.isfinite(baseline).all(axis=-1))
         self._count += present
-        offset = np.where(present[..., None], baseline - self._mean, 0.0)
-        self._mean += offset / np.maximum(self._count, 1)[..., None]
-        self._sum += offset * np.where(present[..., None], values - after.mean, 0.0)
+        for rows in _together(values):
+            own, mean, total = values[rows], self._mean[rows], self._sum[rows]
+            offset, count = baseline - mean, self._count[rows]
+            if present[rows].all():
+                mean += offset / count[..., None]
+                total += offset * (own - after.mean[rows])
+                continue
+            where = present[rows][..., None]
+            offset = np.where(where, offset, 0.0)
+            mean += offset / np.maximum(count, 1)[..., None]
+            total += offset * np.where(where, own - after.mean[rows], 0.0)
 
     def spread(self, effects: Welford) -> Array:
         """Var(Δ_i) − Var(Δ) over seeds, float64 (R, T, m): by how much removing i spreads g; NaN below two seeds.
@@ -254,11 +297,11 @@ def reduce(
     def stream() -> Iterator[SeedBlock]:
         squares, parts = np.zeros((steps, m)), 0
         for block in blocks:
-            result.effects.add(block.effects)
-            result.joint.add(block.effects, block.training_only, result.effects)
+            result.effects.add(block.effects, block.present)
+            result.joint.add(block.effects, block.training_only, result.effects, block.present)
             if block.complete:
                 shift = block.effects.mean(axis=0, keepdims=True)
-                result.centred.add(block.effects - shift)
+                result.centred.add(block.effects - shift, block.present)
                 result.shift.add(shift)
             result.training_only.add(block.training_only[None])
             if block.distance is not None:
