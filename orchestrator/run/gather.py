@@ -6,8 +6,11 @@ Reads the store and writes nothing; the arithmetic is in ``fimo.orchestrator.tab
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +42,8 @@ from fimo.orchestrator.tables.sanity import is_nonsense, warnings
 from fimo.orchestrator.tables.score import EstimateMatrix, Scorer
 from fimo.workers.errors import StoreError
 
+READERS = 4
+"""Parts that are read and verified at once."""
 Costs = list[tuple[object, ...]]
 """Rows of ``costs.parquet``."""
 
@@ -138,16 +143,15 @@ def seed_blocks(
     for one in listed:
         by_seed.setdefault(one.seed, []).append(one)
     wanted = {r.indices for r in manifest.removals}
-    for number, seed in enumerate(sorted(by_seed), start=1):
+    every = [(seed, sorted(by_seed[seed], key=lambda p: p.key)) for seed in sorted(by_seed)]
+    for number, (seed, found) in enumerate(_ahead(sweep, manifest, every), start=1):
         parts: list[Part] = []
-        for item in sorted(by_seed[seed], key=lambda p: p.key):
-            try:
-                part = sweep.read_part(item.key, manifest)
-            except NotFound:
+        for item, part in found:
+            if isinstance(part, NotFound):
                 gathered.gone.append(item.key)
                 continue
-            except BadPartError as error:
-                gathered.bad.append((item.key, str(error)))
+            if isinstance(part, BadPartError):
+                gathered.bad.append((item.key, str(part)))
                 continue
             if not wanted & {r.indices for r in part.removals}:
                 # Cells that a ranking has verified, or of an earlier form of the spec: no table's business.
@@ -159,6 +163,33 @@ def seed_blocks(
         say(f"reducing seed {seed} ({number} of {len(by_seed)})")
         if parts:
             yield seed_block(seed, parts, manifest.removals, manifest.steps, manifest.evals, weight)
+
+
+def _ahead(
+    sweep: Sweep, manifest: Manifest, every: Sequence[tuple[int, list[Listed]]]
+) -> Iterator[tuple[int, list[tuple[Listed, Part | BadPartError | NotFound]]]]:
+    """The parts of each seed, in order; the next seeds' are read and verified meanwhile, in threads."""
+
+    def read(item: Listed) -> tuple[Listed, Part | BadPartError | NotFound]:
+        try:
+            return item, sweep.read_part(item.key, manifest)
+        except (BadPartError, NotFound) as error:
+            return item, error
+
+    items = iter([item for _, of in every for item in of])
+    with ThreadPoolExecutor(READERS, thread_name_prefix="fimo-parts") as threads:
+        # Few at once, whatever a seed has: so much memory do they take.
+        ahead = deque(threads.submit(read, item) for item in islice(items, READERS + 1))
+        try:
+            for seed, of in every:
+                found = []
+                for _ in of:
+                    found.append(ahead.popleft().result())
+                    ahead.extend(threads.submit(read, item) for item in islice(items, 1))
+                yield seed, found
+        finally:
+            for waiting in ahead:
+                waiting.cancel()
 
 
 def _note_witnesses(witnesses: Witnesses, gathered: Gathered, costs: Costs) -> None:

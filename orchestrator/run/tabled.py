@@ -60,7 +60,11 @@ def _estimates_table(estimates: Sequence[EstimateMatrix], manifest: Manifest) ->
     for e in estimates:
         values = e.values if e.steps is not None else e.values[None]
         s, r, m = values.shape
-        steps = pa.nulls(values.size, pa.int32()) if e.steps is None else np.repeat(np.int32(e.steps), r * m)
+        steps = (
+            pa.nulls(values.size, pa.int32())
+            if e.steps is None
+            else np.repeat(np.array(e.steps, dtype=np.int32), r * m)
+        )
         tables.append(
             schemas.table(
                 schemas.ESTIMATES,

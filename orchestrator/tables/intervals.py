@@ -26,44 +26,47 @@ class Spread:
     """Sums over replicates of per-example values, from which the variance over replicates comes.
 
     A replicate is a value without one group of seeds (``jackknife``), or that of one window of seeds. Values are
-    (T, m); one that is NaN in the first replicate is left out, one that is NaN in a later counts as unchanged.
+    (…, T, m); one that is NaN in the first replicate is left out, one that is NaN in a later counts as unchanged.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self._first = np.zeros((0, 0))
-        self._sum: Array | float = 0.0
-        self._square: Array | float = 0.0
+        self._examples = np.zeros(0, dtype=np.int64)
+        self._sum, self._square = np.zeros((0, 0)), np.zeros((0, 0))
         self._mean_sum: Array | float = 0.0
         self._mean_square: Array | float = 0.0
 
     def add(self, values: Array) -> None:
-        """Take one replicate, (T, m)."""
+        """Take one replicate, (…, T, m)."""
         if not self.count:
             self._first = values
+            self._examples = np.maximum(np.isfinite(values).sum(axis=-1), 1)
         self.count += 1
         # Less the first: replicates are alike, and a variance is a small difference of squares.
-        offset = np.nan_to_num(values - self._first)
-        mean = offset.sum(axis=1) / self._examples()
-        self._sum, self._square = self._sum + offset, self._square + offset**2
+        offset = values - self._first
+        np.copyto(offset, 0.0, where=np.isnan(offset))
+        mean = offset.sum(axis=-1) / self._examples
         self._mean_sum, self._mean_square = self._mean_sum + mean, self._mean_square + mean**2
-
-    def _examples(self) -> NDArray[np.int64]:
-        counts: NDArray[np.int64] = np.maximum(np.isfinite(self._first).sum(axis=1), 1)
-        return counts
+        if self.count == 1:
+            self._sum, self._square = offset, offset**2
+            return
+        self._sum += offset
+        offset *= offset
+        self._square += offset
 
     def variances(self, jackknife: bool) -> tuple[Array, Array]:
-        """(V_seeds, V_both) of the mean over examples, (T,) each; NaN if there are fewer than two replicates.
+        """(V_seeds, V_both) of the mean over examples, (…, T) each; NaN if there are fewer than two replicates.
 
         Args:
             jackknife: replicates leave out a group each; else each stands for itself, and their mean is what varies.
         """
         g = self.count
         if g < 2:
-            nothing = np.full(len(self._first), np.nan)
+            nothing = np.full(self._first.shape[:-1], np.nan)
             return nothing, nothing
         factor = (g - 1) / g if jackknife else 1 / (g * (g - 1))
-        each = np.maximum(self._square - np.asarray(self._sum) ** 2 / g, 0).sum(axis=1) / self._examples() ** 2
+        each = np.maximum(self._square - self._sum**2 / g, 0).sum(axis=-1) / self._examples**2
         means = np.maximum(self._mean_square - np.asarray(self._mean_sum) ** 2 / g, 0)
         return factor * means, factor * each
 

@@ -6,11 +6,14 @@ half, so that sums of their products are exact in any order, and in float32 as l
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Ranks = NDArray[np.float32] | NDArray[np.float64]
+Ranks = NDArray[Any]
+"""float32 or float64."""
 EXACT_IN_FLOAT32 = 368
 """Removals up to which Σ r² ≤ R(R² − 1)/12, in quarters, has no more than 24 bits."""
 TOGETHER = 2**15
@@ -26,7 +29,7 @@ def ranks(a: Array) -> Array:
 
 def ranks_last(a: Array) -> Ranks:
     """The same of an array (R, …), as (…, R), in the smallest dtype in which their products are exact."""
-    dtype = np.float32 if len(a) <= EXACT_IN_FLOAT32 else np.float64
+    dtype: type = np.float32 if len(a) <= EXACT_IN_FLOAT32 else np.float64
     return ranks_of_rows(_rows(a), dtype).reshape(*a.shape[1:], len(a))
 
 
@@ -35,9 +38,9 @@ def _rows(a: Array) -> Array:
     return np.ascontiguousarray(a.reshape(len(a), -1).T, dtype=np.float64)
 
 
-def ranks_of_rows(rows: Array, dtype: type[np.float32] | type[np.float64] = np.float64) -> Ranks:
+def ranks_of_rows(rows: Array, dtype: type = np.float64) -> Ranks:
     """Centred ranks within each row of a contiguous array (n, R)."""
-    out = np.empty(rows.shape, dtype=dtype)
+    out: Ranks = np.empty(rows.shape, dtype=dtype)
     step = max(1, TOGETHER // max(1, rows.shape[1]))
     for first in range(0, len(rows), step):
         _rank(rows[first : first + step], out[first : first + step])
@@ -63,7 +66,7 @@ def _rank(rows: Array, out: Ranks) -> None:
     bits.sort(axis=1)
     order = bits & places
     order += (np.arange(count) * size)[:, None]
-    centred = np.arange(size, dtype=out.dtype) - out.dtype.type((size - 1) / 2)
+    centred = (np.arange(size) - (size - 1) / 2).astype(out.dtype)
     flat = out.reshape(-1)
     flat[order.reshape(-1)] = np.broadcast_to(centred, rows.shape).reshape(-1)
     close = ((bits[:, 1:] ^ bits[:, :-1]).view(np.uint64) <= np.uint64(places)).any(axis=1)
@@ -74,5 +77,5 @@ def _rank(rows: Array, out: Ranks) -> None:
 def _slowly(rows: Array) -> Array:
     from scipy.stats import rankdata  # a second to import, which `fimo status` should not wait for
 
-    ranked: Array = rankdata(rows, axis=1)
-    return ranked - (rows.shape[1] + 1) / 2
+    ranked: Array = rankdata(rows, axis=1) - (rows.shape[1] + 1) / 2
+    return ranked

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +46,7 @@ class SeedBlock:
     distance: Array | None = None
     at_final: Array | None = None
 
-    @cached_property
+    @property
     def present(self) -> NDArray[np.bool_]:
         """Which removals have finite effects at which steps, bool (R, T)."""
         return np.asarray(np.isfinite(self.effects).all(axis=2))
@@ -206,8 +205,8 @@ class Comoment:
         Args:
             finite: which values are not NaN, bool (R, T), if the caller knows.
         """
-        finite = np.isfinite(values).all(axis=-1) if finite is None else finite
-        present = np.asarray(finite & np.isfinite(baseline).all(axis=-1))
+        finite = np.asarray(np.isfinite(values).all(axis=-1)) if finite is None else finite
+        present: NDArray[np.bool_] = finite & np.asarray(np.isfinite(baseline).all(axis=-1))
         self._count += present
         for rows in _together(values):
             own, mean, total = values[rows], self._mean[rows], self._sum[rows]
@@ -297,11 +296,12 @@ def reduce(
     def stream() -> Iterator[SeedBlock]:
         squares, parts = np.zeros((steps, m)), 0
         for block in blocks:
-            result.effects.add(block.effects, block.present)
-            result.joint.add(block.effects, block.training_only, result.effects, block.present)
-            if block.complete:
+            present = block.present
+            result.effects.add(block.effects, present)
+            result.joint.add(block.effects, block.training_only, result.effects, present)
+            if present.all():
                 shift = block.effects.mean(axis=0, keepdims=True)
-                result.centred.add(block.effects - shift, block.present)
+                result.centred.add(block.effects - shift, present)
                 result.shift.add(shift)
             result.training_only.add(block.training_only[None])
             if block.distance is not None:

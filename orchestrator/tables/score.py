@@ -65,20 +65,29 @@ class EstimateMatrix:
 
 @dataclass
 class _Agreements:
-    """Sums over windows of per-example agreements (T, m), how many were defined, and their spread over windows."""
+    """Sums over windows of per-example agreements, how many were defined, and their spread over windows.
 
-    total: dict[Key, Array] = field(default_factory=dict)
-    count: dict[Key, NDArray[np.int64]] = field(default_factory=dict)
-    spread: dict[Key, Spread] = field(default_factory=dict)
+    One array (keys, T', m) for each group of keys.
+    """
 
-    def add(self, key: Key, values: Array) -> None:
-        defined = ~np.isnan(values)
-        self.total[key] = self.total.get(key, 0.0) + np.where(defined, values, 0.0)
-        self.count[key] = self.count.get(key, 0) + defined
-        self.spread.setdefault(key, Spread()).add(values)
+    total: list[Array] = field(default_factory=list)
+    count: list[NDArray[np.int64]] = field(default_factory=list)
+    spread: list[Spread] = field(default_factory=list)
 
-    def mean(self, key: Key) -> Array:
-        return np.where(self.count[key] > 0, self.total[key] / np.maximum(self.count[key], 1), np.nan)
+    def add(self, found: Sequence[Array]) -> None:
+        if not self.total:
+            self.total = [np.zeros(values.shape) for values in found]
+            self.count = [np.zeros(values.shape, dtype=np.int64) for values in found]
+            self.spread = [Spread() for _ in found]
+        for group, values in enumerate(found):
+            defined = ~np.isnan(values)
+            np.add(self.total[group], values, out=self.total[group], where=defined)
+            self.count[group] += defined
+            self.spread[group].add(values)
+
+    def mean(self, group: int) -> Array:
+        count = self.count[group]
+        return np.where(count > 0, self.total[group] / np.maximum(count, 1), np.nan)
 
 
 class Scorer:
@@ -98,11 +107,12 @@ class Scorer:
         self.estimates, self.steps = list(estimates), list(steps)
         self.metrics = (*METRICS, LDS) if random_groups else METRICS
         self._beside = Beside([e.against(steps) for e in self.estimates], len(self.steps))
+        self._groups = self._grouped()
         self.results = {k: _Agreements() for k in windows(seeds)[:-1]}
         self._sums: dict[int, Array] = {}
         self._beyond: dict[int, NDArray[np.bool_]] = {}
         self._held: dict[int, int] = dict.fromkeys(self.results, 0)
-        self._without_one: dict[Key, Spread] = {}
+        self._without_one: list[Spread] = []
         self.groups = SeedGroups()
         self.reliability: Reliability | None = None
 
@@ -116,17 +126,49 @@ class Scorer:
             return
         beyond = exploded(block.training_only, block.scale)
         for k, result in self.results.items():
-            self._sums[k] = self._sums[k] + block.effects if self._held[k] else block.effects
+            self._sums[k] = self._summed(k, block.effects)
             self._beyond[k] = self._beyond[k] | beyond if self._held[k] else beyond
             self._held[k] += 1
             if self._held[k] == k:
-                effects = self._sums[k] / k
-                for key, values in self.agreements(effects, floor / np.sqrt(k), self._beyond[k]):
-                    result.add(key, values)
+                effects = self._sums[k] / k if k > 1 else block.effects
+                result.add(self._agreements(effects, floor / np.sqrt(k), self._beyond[k]))
                 self._held[k] = 0
+
+    def _summed(self, k: int, effects: Array) -> Array:
+        """The sum of a window with one more seed, where the last window's was: a new array has to be paged in."""
+        if k == 1:
+            return effects
+        if k not in self._sums:
+            return effects.copy()
+        if self._held[k]:
+            self._sums[k] += effects
+        else:
+            self._sums[k][:] = effects
+        return self._sums[k]
 
     def agreements(self, effects: Array, floor: Array, beyond: NDArray[np.bool_]) -> Iterator[tuple[Key, Array]]:
         """Each agreement of each estimate with effects (R, T, m), per step and example; NaN where undefined."""
+        found = self._agreements(effects, floor, beyond)
+        for key, (group, place) in self._groups.items():
+            yield key, found[group][place]
+
+    def _grouped(self) -> dict[Key, tuple[int, int]]:
+        """Of each key, its group, those of estimates at the same steps, and its place there."""
+        groups: dict[tuple[int, ...], int] = {}
+        sizes: list[int] = []
+        out: dict[Key, tuple[int, int]] = {}
+        for adjust in ADJUSTMENTS:
+            for number, places in enumerate(self._beside.places):
+                group = groups.setdefault(tuple(places), len(groups))
+                sizes += [0] * (group == len(sizes))
+                for metric in self.metrics:
+                    out[number, metric, adjust] = group, sizes[group]
+                    sizes[group] += 1
+        return out
+
+    def _agreements(self, effects: Array, floor: Array, beyond: NDArray[np.bool_]) -> list[Array]:
+        """The same by group, (keys, T', m) each."""
+        found: dict[Key, Array] = {}
         by_rank = self._beside.spearman(effects)
         for adjust in ADJUSTMENTS:
             gold = adjusted(effects, adjust)
@@ -135,8 +177,12 @@ class Scorer:
             for number, cosine in enumerate(self._beside.cosine(gold, norms)):
                 agreements, nowhere = {"cosine": cosine}, without[self._beside.places[number]]
                 for metric in self.metrics:
-                    found = agreements.get(metric, by_rank[number])
-                    yield (number, metric, adjust), np.where(nowhere, np.nan, found)
+                    values = agreements.get(metric, by_rank[number])
+                    found[number, metric, adjust] = np.where(nowhere, np.nan, values)
+        by_group: list[list[Array]] = [[] for _ in {group for group, _ in self._groups.values()}]
+        for key, (group, _) in self._groups.items():
+            by_group[group].append(found[key])
+        return [np.stack(values) for values in by_group]
 
     def finish(self, reduction: Reduction) -> None:
         """Score the attribution itself: all seeds, removals without any finite seed left out."""
@@ -149,13 +195,13 @@ class Scorer:
             return
         kept = Scorer([rows_of(e, everywhere) for e in self.estimates], self.steps, 0, LDS in self.metrics)
         floor = reduction.floors.of_mean(len(reduction.seeds))
-        for key, values in kept.agreements(reduction.effects.mean[everywhere], floor, reduction.exploded):
-            result.add(key, values)
-        nowhere = np.zeros_like(reduction.exploded)
+        result.add(kept._agreements(reduction.effects.mean[everywhere], floor, reduction.exploded))
+        nowhere, means = np.zeros_like(reduction.exploded), [result.mean(group) for group in range(len(result.total))]
+        self._without_one = [Spread() for _ in means]
         for _, _, others, _ in self.groups.left_out(everywhere):
-            for key, values in kept.agreements(others, np.zeros_like(floor), nowhere):
-                spread = self._without_one.setdefault(key, Spread())
-                spread.add(np.where(np.isnan(result.mean(key)), np.nan, values))
+            found = kept._agreements(others, np.zeros_like(floor), nowhere)
+            for spread, mean, values in zip(self._without_one, means, found, strict=True):
+                spread.add(np.where(np.isnan(mean), np.nan, values))
 
     def reliability_table(self) -> pa.Table:
         """``reliability.parquet``; without rows if there is no seed."""
@@ -163,28 +209,34 @@ class Scorer:
 
     def table(self) -> pa.Table:
         """``scores.parquet``, rows by estimator in spec order, metric, adjustment, seeds, step."""
+        scored = {k: self._scored(k) for k in sorted(self.results) if self.results[k].total}
         rows: list[tuple[object, ...]] = []
         for number, estimate in enumerate(self.estimates):
             for metric in self.metrics:
                 for adjust in ADJUSTMENTS:
                     key = (number, metric, adjust)
-                    for k in sorted(k for k, result in self.results.items() if key in result.total):
+                    for k, of in scored.items():
                         about = (estimate.estimator, estimate.params, metric, adjust, k)
-                        rows += ((*about, *row) for row in self._rows(key, k))
+                        rows += ((*about, *row) for row in self._rows(key, k, of))
         return tables.from_rows(tables.SCORES, rows)
 
-    def _rows(self, key: Key, k: int) -> Iterator[tuple[object, ...]]:
+    def _scored(self, k: int) -> list[tuple[Array, Array, Array, int]]:
+        """Of each group: agreements (keys, T', m), the variances of their means (keys, T'), how many replicates."""
+        result, last = self.results[k], k == max(self.results)
+        spreads = self._without_one if last and self._without_one and self._without_one[0].count else result.spread
+        jackknife = last and spreads is self._without_one
+        return [(result.mean(g), *of.variances(jackknife), of.count) for g, of in enumerate(spreads)]
+
+    def _rows(self, key: Key, k: int, scored: list[tuple[Array, Array, Array, int]]) -> Iterator[tuple[object, ...]]:
         """What a row says beside its names, for each step that can be scored."""
         number, metric, adjust = key
-        places, agreement = self._beside.places[number], self.results[k].mean(key)
-        last = k == max(self.results) and key in self._without_one
-        spread = self._without_one[key] if last else self.results[k].spread[key]
-        seeds, both = spread.variances(jackknife=last)
+        group, at = self._groups[key]
+        agreements, seeds, both, count = scored[group]
         ceilings = self.reliability.ceilings(metric, adjust, k) if self.reliability is not None else None
-        for row, place in enumerate(places):
-            values = agreement[row]
+        for row, place in enumerate(self._beside.places[number]):
+            values = agreements[at, row]
             score, sem, evals = mean_and_sem(values)
-            low, high = interval(values, float(seeds[row]), float(both[row]), spread.count) or (None, None)
+            low, high = interval(values, float(seeds[at, row]), float(both[at, row]), count) or (None, None)
             ceiling = None
             if ceilings is not None and evals:
                 ceiling = float(ceilings[place][~np.isnan(values)].mean())
