@@ -1,0 +1,183 @@
+"""The planner, driver, claims, store and reducer with a stand-in for training: what a large sweep costs its driver.
+
+    python benchmarks/scale.py run    [--seeds 1000 --removals 200 --shard 20]     scheduled, committed, reduced
+    python benchmarks/scale.py resume [--seeds 1000 --removals 100 --shard 1]      100,000 parts there: listed, status
+
+`run`: 10,000 shards; `--seeds 10000 --removals 100 --shard 100` is 1,000,000 cells in 10,000 shards. `--unclaimed` runs
+without claims, which tells what they cost. `--store s3://…` takes another store than a folder (AWS environment).
+`resume` puts the parts there as plain files, or by many threads into another store, for it is not about writing them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import queue
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import made
+
+from fimo.orchestrator.resolve.resolved import Resolved
+from fimo.orchestrator.run import claims, driver
+from fimo.orchestrator.run.failures import Failures
+from fimo.orchestrator.run.owed import owed_tasks
+from fimo.orchestrator.run.places import Failed, Pool, Result
+from fimo.orchestrator.run.plan import Shard, Task
+from fimo.orchestrator.run.tasks import Receipt
+from fimo.orchestrator.store import Store, open_store
+from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.sweep import Sweep
+
+WORKERS = 64
+
+
+class StandIn(Pool):
+    """Workers that commit made-up parts, in threads of this process."""
+
+    def __init__(self, sweep: Sweep, of: Manifest) -> None:
+        self._sweep, self._of, self._effects = sweep, of, made.truth(of)
+        self._threads, self._done = ThreadPoolExecutor(8), queue.SimpleQueue[tuple[Hashable, Result]]()
+        self._count = 0
+
+    def submit(self, task: Task) -> Hashable:
+        self._count += 1
+        self._threads.submit(self._work, self._count, task)
+        return self._count
+
+    def _work(self, handle: int, task: Task) -> None:
+        try:
+            assert isinstance(task, Shard)
+            key, data = made.part(self._of, task.seed, task.removals, self._effects)
+            written = self._sweep.store.create(key, data)
+            self._done.put((handle, Receipt(key, written, len(task.removals), 0, 0.0, "made")))
+        except Exception as error:
+            self._done.put((handle, Failed(error, traceback.format_exc())))
+
+    def wait(self, timeout_s: float) -> list[tuple[Hashable, Result]]:
+        found: list[tuple[Hashable, Result]] = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._done.get(timeout=timeout_s))
+            while True:
+                found.append(self._done.get_nowait())
+        return found
+
+    def cancel(self, handle: Hashable) -> None:
+        return None
+
+    def slots(self) -> int:
+        return WORKERS
+
+
+@contextlib.contextmanager
+def place(sweep: Sweep, of: Manifest, _: bytes | None) -> Iterator[Pool]:
+    yield StandIn(sweep, of)
+
+
+class Unclaimed(claims.Claims):
+    def take(self, tasks: Sequence[Task]) -> list[bool]:
+        return [True for _ in tasks]
+
+    def release(self, task: Task) -> None:
+        return None
+
+
+def run(of: Manifest, store: Store, unclaimed: bool) -> None:
+    if unclaimed:
+        driver.Claims = Unclaimed  # type: ignore[misc]
+    started, before = time.perf_counter(), peak_mb()
+    clocks: list[tuple[float, float, float]] = []
+
+    def reducing(_: str) -> None:
+        if not clocks:
+            clocks.append((time.perf_counter(), time.process_time(), peak_mb()))
+
+    cpu = time.process_time()
+    listener = driver.Listener(lambda plan, tasks: None, lambda task, result: None, reducing)
+    report = driver.run(Resolved(of, None, None), store, listener, where=place)  # type: ignore[arg-type]
+    ended, total = time.perf_counter(), time.process_time()
+    shards = len(report.outcome.receipts)
+    computed, used, memory = clocks[0]
+    took = computed - started
+    print(f"{of.cells} cells in {shards} shards: {took:.1f} s, {shards / took:.0f} shards a second", end="")
+    print(f", {1e3 * (used - cpu) / shards:.2f} ms of CPU each, the workers' own among it")
+    print(f"reduced in {ended - computed:.1f} s ({total - used:.1f} s of CPU)")
+    print(f"memory at most {memory:.0f} MB while computing, {peak_mb():.0f} MB in all, {before:.0f} MB before")
+    print(f"exit {report.exit_code}, {report.gathered.done} of {report.gathered.cells} cells")
+
+
+def resume(of: Manifest, store: Store, folder: Path | None) -> None:
+    sweep, effects = Sweep(store, of.spec.name), made.truth(of)
+    sweep.write_manifest(of)
+    for removals in made.shards(of):
+        sweep.write_set(of.digest, removals)
+    _, data = made.part(of, 0, of.removals[:1], effects)
+    names = [keys.part(of.spec.name, of.digest, seed, r) for seed in of.spec.seeds for r in made.shards(of)][:-1]
+    if folder is not None:
+        for name in names:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    else:
+        with ThreadPoolExecutor(32) as threads:
+            list(threads.map(lambda name: store.create(name, data), names))
+    (tasks, plan), *spent = timed(lambda: owed_tasks(of, sweep, Failures((), {})))
+    print(f"{len(names)} parts: {len(tasks)} tasks owed, {plan.done} cells done, {told(*spent)}")
+    began, used = time.perf_counter(), children()
+    uri = sweep.uri if folder is None else f"{folder}/{of.spec.name}"
+    program = "from fimo.orchestrator.commands.main import main; main()"
+    subprocess.run([sys.executable, "-c", program, "status", uri], check=False, stdout=subprocess.DEVNULL)
+    print(f"fimo status: {told(time.perf_counter() - began, children() - used)}")
+    print(f"memory at most {peak_mb():.0f} MB")
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = work()
+    return found, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def told(wall: float, cpu: float) -> str:
+    return f"{wall:.2f} s, {cpu:.2f} s of CPU"
+
+
+def children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["run", "resume"])
+    for name, default in (("seeds", 1000), ("removals", 0), ("shard", 0), ("steps", 1), ("evals", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--store")
+    parser.add_argument("--unclaimed", action="store_true")
+    given = parser.parse_args()
+    removals, shard = (200, 20) if given.what == "run" else (100, 1)
+    of = made.manifest(
+        given.seeds, given.removals or removals, given.steps, given.evals, shard=given.shard or shard, name="scale"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(given.store or folder)
+        if given.what == "run":
+            run(of, store, given.unclaimed)
+        else:
+            resume(of, store, None if given.store else Path(folder))
+
+
+if __name__ == "__main__":
+    main()
