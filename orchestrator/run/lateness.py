@@ -34,13 +34,19 @@ class Lateness:
         self._longest_s: dict[str, float] = {}
         # (seconds, size) of the last ones.
         self._last: dict[str, deque[tuple[float, int]]] = {}
+        # Of these, by kind: asked for at every turn and of every task, so worked out when one ends.
+        self._usual_s: dict[str, float] = {}
+        self._smallest: dict[str, int] = {}
         self._given_up: dict[str, int] = {}
 
     def finished(self, task: Task, seconds: float) -> None:
         """Note how long a task has run."""
         kind = kind_of(task)
         self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), seconds)
-        self._last.setdefault(kind, deque(maxlen=LAST)).append((seconds, _size(task)))
+        last = self._last.setdefault(kind, deque(maxlen=LAST))
+        last.append((seconds, _size(task)))
+        self._usual_s[kind] = median(seconds for seconds, _ in last)
+        self._smallest[kind] = min(size for _, size in last)
 
     def gave_up(self, task: Task) -> None:
         """Note that a task was given up: it has longer the next time."""
@@ -53,22 +59,19 @@ class Lateness:
         if not self._longest_s:
             return None
         times, kind = 2 ** self._given_up.get(repr(task), 0), kind_of(task)
-        if kind not in self._last:
+        if kind not in self._usual_s:
             return float(times * max(FIRST_S, FIRST * max(self._longest_s.values())))
         larger = self._larger(task)
-        return float(times * max(LATE_S, larger * LONGEST * self._longest_s[kind], larger * LATE * self._usual_s(kind)))
+        return float(times * max(LATE_S, larger * LONGEST * self._longest_s[kind], larger * LATE * self._usual_s[kind]))
 
     def is_stuck(self, task: Task, seconds: float) -> bool:
         """Whether a task that has run for so long may be on a node that has frozen."""
         kind = kind_of(task)
-        return kind in self._last and seconds > STUCK * self._larger(task) * self._usual_s(kind) + STUCK_S
-
-    def _usual_s(self, kind: str) -> float:
-        return median(seconds for seconds, _ in self._last[kind])
+        return kind in self._usual_s and seconds > STUCK * self._larger(task) * self._usual_s[kind] + STUCK_S
 
     def _larger(self, task: Task) -> float:
         """How many times as large it is as the smallest of those that stand for its kind; 1 if it is smaller."""
-        return max(1.0, _size(task) / min(size for _, size in self._last[kind_of(task)]))
+        return max(1.0, _size(task) / self._smallest[kind_of(task)])
 
 
 def _size(task: Task) -> int:
