@@ -87,6 +87,14 @@ def _spread(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     return (torch.mm(a, b).sum(0, keepdim=True) + a,)
 
 
+def _smaller(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    return (torch.mm(a[:1], b) + a,)
+
+
+def _wider(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    return (torch.mm(a, b) * b.double(),)
+
+
 def _argument(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     return a.relu(), torch.mul(b, a)
 
@@ -101,7 +109,19 @@ def _backward_read(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    "function", [_read_later, _given_out, _viewed, _own_view, _spread, _argument, _otherwise_laid, _backward_read]
+    "function",
+    [
+        _read_later,
+        _given_out,
+        _viewed,
+        _own_view,
+        _spread,
+        _smaller,
+        _wider,
+        _argument,
+        _otherwise_laid,
+        _backward_read,
+    ],
 )
 def test_what_is_read_again_is_not_written_over(function: Callable[..., tuple[Tensor, ...]]) -> None:
     generator = torch.Generator().manual_seed(0)
