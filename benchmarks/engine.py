@@ -11,7 +11,7 @@ alternate; time is the process's own CPU time on one thread, and a row is the me
 *limit* is what the matrix products of the plain run alone would take, those of its evaluations included: every product
 that the run does is recorded with its shape (a convolution as the product of its unfolded image), and products of these
 shapes are timed by ``torch.bmm`` in stacks of the chosen size, taking turns. *GFLOP/s* is their operations in that
-time.
+time. Ours may pass the limit where texts are padded: it cuts what is padding, and the limit does not.
 
 Nothing is downloaded: Concrete ships, images and texts are drawn, models of transformers have random weights.
 """
