@@ -6,7 +6,7 @@ STORE ?= runs
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install data demo quick test test-slow test-kind coverage lint types bench clean
+.PHONY: install data demo quick test test-slow test-kind coverage lint types bench bench-all clean
 
 install: $(VENV)/.installed
 
@@ -65,8 +65,13 @@ test-kind: install
 coverage: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
 
+# Five to ten minutes on one core, most of it BERT; keeps its table in benchmarks/RESULTS.md.
 bench: install
-	@for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+	$(BIN)/python benchmarks/engine.py --to benchmarks/RESULTS.md
+
+# Every program in benchmarks/; hours.
+bench-all: bench
+	@for program in $(filter-out benchmarks/engine.py benchmarks/recorded.py,$(wildcard benchmarks/*.py)); do echo "== $$program"; $(BIN)/python $$program || exit 1; done
 
 clean:
 	rm -rf $(VENV) .links build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage

@@ -98,7 +98,9 @@ class Training:
         self._views = [] if rates is None else _views(params, rates)
         groups: list[Any] = [{"params": list(v.params.values()), "lr": v.rate} for v in self._views]
         foreach = start.model.device.type == "cuda"
-        self._optimizer = settings.optimizer.build(groups or list(params.values()), foreach=foreach)
+        # SGD's fused form has nothing to gain, and refuses a parameter that gets its first gradient late.
+        self._fused = not foreach and settings.optimizer.name != "sgd"
+        self._optimizer = settings.optimizer.build(groups or list(params.values()), foreach=foreach, fused=self._fused)
         if origin is not None:
             for name, rows in origin.optimizer.items():
                 self._optimizer.state[params[name]] = _spread(rows, params[name])
@@ -130,6 +132,9 @@ class Training:
 
     def _give(self, grads: Gradients) -> None:
         """Gradients to what the optimizer steps: the stack, or the rows of each rate."""
+        if self._fused:
+            # A fused step reads a gradient as if it lay as its parameter does.
+            grads = {name: None if grad is None else grad.contiguous() for name, grad in grads.items()}
         if not self._views:
             for name, parameter in self._stack.params.items():
                 parameter.grad = grads.get(name)

@@ -65,8 +65,15 @@ class Optimizer:
         if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
             raise UsageError("nesterov needs momentum above 0 and dampening 0")
 
-    def build(self, params: Sequence[Tensor], foreach: bool | None = None) -> torch.optim.Optimizer:
-        """torch's own optimizer over ``params``."""
+    def build(
+        self, params: Sequence[Tensor], foreach: bool | None = None, fused: bool = False
+    ) -> torch.optim.Optimizer:
+        """torch's own optimizer over ``params``.
+
+        Args:
+            fused: Adam and AdamW in one pass over memory. On a CPU torch reads the gradients as if they lay as their
+                parameters do: they must.
+        """
         import torch  # here alone, so that a spec is read without it
 
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "foreach": foreach}
@@ -75,6 +82,8 @@ class Optimizer:
                 params, momentum=self.momentum, dampening=self.dampening, nesterov=self.nesterov, **options
             )
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
+        if fused:
+            options = {**options, "foreach": None, "fused": True}
         return kind(params, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad, **options)
 
 

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fimo.workers.device import clock
 from fimo.workers.randomness import kept
+from fimo.workers.stacking.reuse import reuse
 from fimo.workers.stacking.simplify import dtype_of, simplify
 
 AFTER = 4
@@ -179,6 +180,7 @@ def _trace(function: Callable[..., Any], leaves: list[Any], before: list[Any], s
     _refuse_other(module, second)
     simplify(module.graph)
     module.recompile()
+    reuse(module, given)
     alone = out_structures[0][:1] == ("alone",)
     out_structure = out_structures[0][alone:]
 

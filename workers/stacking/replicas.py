@@ -248,4 +248,5 @@ def _alone(params: Tensors, like: Tensors) -> Tensors:
 
 
 def _first(batch: Batch) -> Batch:
-    return pytree.tree_map(lambda t: t[0] if isinstance(t, Tensor) else t, batch)
+    """The one of a stack of one, as a view whose gradient is a view too: that of ``t[0]`` is written into zeros."""
+    return pytree.tree_map(lambda t: t.squeeze(0) if isinstance(t, Tensor) else t, batch)
