@@ -52,7 +52,7 @@ quick: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not ray and not s3 and not gpu"
 
 test: lint types data
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install data
 	$(BIN)/python -m pytest -m slow

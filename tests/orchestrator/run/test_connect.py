@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -54,25 +56,33 @@ def test_folders_of_sessions_that_have_ended_go_and_those_of_others_stay(monkeyp
     assert last.is_dir()
 
 
+EMBEDDED = """
+from fimo.orchestrator.run import sessions
+from fimo.orchestrator.run.connect import cluster
+with cluster("local"):
+    import ray
+    print(ray.nodes()[0]["NodeManagerAddress"])
+    [own] = sessions._root().iterdir()
+    print(own.parent.parent, any(path.name.startswith("session_") for path in own.iterdir()))
+"""
+
+
 @pytest.mark.ray
-def test_an_embedded_ray_leaves_another_rays_folder_alone_and_listens_on_loopback(tmp_path, monkeypatch):
+def test_an_embedded_ray_leaves_another_rays_folder_alone_and_listens_on_loopback(tmp_path):
+    """In a process of its own: Ray reads its environment when it is first imported."""
     short = Path(tempfile.mkdtemp(prefix="f-", dir="/tmp"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("RAY_TMPDIR", str(short))
-    for name in connect.EMBEDDED:
-        monkeypatch.delenv(name, raising=False)
     theirs = short / "ray" / "ray_current_cluster"
     theirs.parent.mkdir()
     theirs.write_text("10.0.0.1:6379")
-    with cluster("local"):
-        import ray
-
-        node = ray.nodes()[0]
-        assert node["NodeManagerAddress"] == "127.0.0.1"
-        [own] = sessions._root().iterdir()
-        assert own.parent.parent == short
-        assert any(path.name.startswith("session_") for path in own.iterdir())
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", EMBEDDED],
+        env={**kept, "TMPDIR": str(tmp_path), "RAY_TMPDIR": str(short), "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["127.0.0.1", f"{short} True"], done.stderr
     assert theirs.read_text() == "10.0.0.1:6379"
     assert list(theirs.parent.iterdir()) == [theirs]
-    for name in connect.EMBEDDED:
-        os.environ.pop(name, None)

@@ -144,6 +144,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_tasks_run_on_nodes_of_the_type_alone() -> None:
     """Two raylets with labels: Ray's own scheduler, with the options that the pool gives it."""

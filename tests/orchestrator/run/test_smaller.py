@@ -1,4 +1,4 @@
-"""A smaller spec over a larger sweep of the same name: it finds its cells there, and takes nothing away."""
+"""What a run leaves in a store that holds more than it asks for, or keeps nothing."""
 
 from __future__ import annotations
 
@@ -74,3 +74,18 @@ def test_a_larger_spec_that_begins_meanwhile_keeps_its_place(beside):
     assert {k: v for k, v in held(store).items() if "costs" not in k and "made-from" not in k} == {
         k: v for k, v in held(other).items() if "costs" not in k and "made-from" not in k
     }
+
+
+class Losing(MemoryStore):
+    """Takes parts and keeps none, as a bucket whose lifecycle rule deletes them."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        return True if "/parts/" in key else super().create(key, data)
+
+
+def test_shards_that_are_done_and_are_not_there_are_a_failure_with_its_reason(beside):
+    report, _, _ = run_here(with_seeds(2), beside, Losing())
+    assert report.exit_code == 1
+    [line] = [line for line in complaints(report) if "cannot be used" in line]
+    assert "the store does not list it" in line
+    assert not any("computes them" in line for line in complaints(report)), "a resume would do the same again"

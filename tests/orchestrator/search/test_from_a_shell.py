@@ -26,7 +26,7 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-c", "from fimo.orchestrator.commands.main import main; main()", *map(str, words)]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_search_that_is_interrupted_ends_with_3_and_goes_on_to_the_same_best(
     tmp_path: Path, beside: Path, shell: Shell
