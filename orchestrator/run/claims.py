@@ -117,7 +117,7 @@ class Claims:
 
 
 class SharedTasks:
-    """Tasks in order, of which this driver takes those that no other has; see ``schedule.Source``.
+    """Tasks in order, of which this driver takes those that no other has; see ``places.Source``.
 
     Args:
         remaining: of some tasks, those that the store still lacks, cut down to what is missing of each.

@@ -139,10 +139,13 @@ class LocalPool(Pool):
         if not self._queue:
             return []
         handle, task = self._queue.popleft()
+        return [(handle, self._run(task))]
+
+    def _run(self, task: Task) -> Result:
         try:
-            return [(handle, self._work(task))]
+            return self._work(task)
         except Exception as error:
-            return [(handle, Failed(error, traceback.format_exc()))]
+            return Failed(error, traceback.format_exc())
 
     def cancel(self, handle: Hashable) -> None:
         """Take a task out of the queue."""

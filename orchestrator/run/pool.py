@@ -205,7 +205,7 @@ class RayPool:
         if self.slots():
             return None
         asked = placement.in_words(self._resources)
-        workers = [n for n in self._watch.nodes if n.resources.get("CPU", 0) or n.resources.get("GPU", 0)]
+        workers = [node for node in self._watch.nodes if node.takes_tasks]
         if self._avoided and any(node.id in self._avoided for node in workers):
             return f"another node: no task can begin on {', '.join(n.name for n in workers if n.id in self._avoided)}"
         if not workers:

@@ -7,13 +7,12 @@ import os
 import pickle
 import signal
 import traceback
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from fimo.orchestrator.run.driver import Where
-from fimo.orchestrator.run.places import Failed, Lost, Pool, Result
+from fimo.orchestrator.run.places import Failed, LocalPool, Lost, Result
 from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.tasks import Receipt, run_task
 from fimo.orchestrator.store import Entry, Store
@@ -92,30 +91,12 @@ def forked(chances: Callable[[], Callable[[], None] | None]) -> Where:
     return where
 
 
-class ForkedPool(Pool):
+class ForkedPool(LocalPool):
     """One process at a time; a process that dies by a signal is a lost task."""
 
     def __init__(self, work: Callable[[Task], Receipt], chances: Callable[[], Callable[[], None] | None]) -> None:
-        self._work, self._chances = work, chances
-        self._queue: deque[tuple[int, Task]] = deque()
-        self._count = 0
-
-    def submit(self, task: Task) -> Hashable:
-        self._count += 1
-        self._queue.append((self._count, task))
-        return self._count
-
-    def wait(self, timeout_s: float) -> list[tuple[Hashable, Result]]:
-        if not self._queue:
-            return []
-        handle, task = self._queue.popleft()
-        return [(handle, self._run(task))]
-
-    def cancel(self, handle: Hashable) -> None:
-        self._queue = deque(item for item in self._queue if item[0] != handle)
-
-    def slots(self) -> int:
-        return 1
+        super().__init__(work)
+        self._chances = chances
 
     def _run(self, task: Task) -> Result:
         answer = in_fork(lambda: self._work(task), self._chances())
