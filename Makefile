@@ -6,7 +6,7 @@ STORE ?= runs
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install data demo quick test test-slow test-kind coverage lint types bench bench-all clean
+.PHONY: install data demo quick test test-slow test-kind coverage lint types bench bench-gpu bench-all clean
 
 install: $(VENV)/.installed
 
@@ -68,6 +68,10 @@ coverage: install
 # Five to ten minutes on one core, most of it BERT; keeps its table in benchmarks/RESULTS.md.
 bench: install
 	$(BIN)/python benchmarks/engine.py --to benchmarks/RESULTS.md
+
+# Minutes on a GPU. Needs no install: any Python with torch, numpy and safetensors will do (transformers for BERT).
+bench-gpu: .links/.made
+	PYTHONPATH=.links $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py --full --to benchmarks/RESULTS.md
 
 # Every program in benchmarks/; hours.
 bench-all: bench

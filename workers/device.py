@@ -24,6 +24,11 @@ def pick_device(gpus: float) -> torch.device:
     return torch.device("cuda", 0) if gpus > 0 and torch.cuda.is_available() else torch.device("cpu")
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether kernels run apart from the host, which waits for them only when it reads."""
+    return device.type not in ("cpu", "meta")
+
+
 def device_name(device: torch.device) -> str:
     """The device type a result depends on: the GPU's name, or the CPU's with the number of threads."""
     if device.type == "cuda":
@@ -40,6 +45,26 @@ def clock(device: torch.device) -> Callable[[], float]:
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time
     return time.perf_counter
+
+
+def forget_peak(device: torch.device) -> None:
+    """Measure a GPU's ``peak`` anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that this process's tensors have taken on a GPU since ``forget_peak``; 0 on a CPU."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def room(device: torch.device) -> int:
+    """Bytes that this process's tensors can take on a GPU, those that they have taken among them; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(min(free + torch.cuda.memory_reserved(device), share * total))
 
 
 def _cpu_name() -> str:

@@ -127,7 +127,7 @@ def _ways(start: Start) -> Iterator[tuple[Engine, str]]:
         allowed = Engine(*(a and b for a, b in zip(_flags(engine), _flags(start.engine), strict=True)))
         cut = start.trimming is not None or start.evals.places is not None
         kind = (
-            allowed.replay and start.graphs is not None,
+            allowed.replay and start.warms,
             allowed.trim and cut,
             allowed.fold and start.folds,
             allowed.stack,
@@ -180,7 +180,7 @@ def choose_steps(start: Start, cells: int, step_s: float, budget_s: float) -> li
     wanted = [(AFTER + 2) * per_epoch + 2, 2 * per_epoch + 2, per_epoch + 2, traced]
     steps = next((w for w in wanted if w <= affordable), min(traced, max(2, affordable)))
     steps = min(last, steps)
-    count = traced if start.graphs is not None else 2
+    count = traced if start.warms else 2
     return sorted({max(1, round(steps * (i + 1) / count)) for i in range(count)})
 
 

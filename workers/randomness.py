@@ -30,7 +30,8 @@ def seed_all(value: int, device: torch.device) -> None:
     """Seed torch's generators of the CPU and of ``device``, and Python's and numpy's global ones."""
     # Not torch.manual_seed, which walks over every kind of device at every step.
     torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
+    # A generator takes no seed while kernels are recorded: what draws is not recorded.
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         torch.cuda.manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)

@@ -14,7 +14,6 @@ from fimo.workers.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 RemovalMode = Literal["drop", "mask", "reweight"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
@@ -66,11 +65,16 @@ class Optimizer:
             raise UsageError("nesterov needs momentum above 0 and dampening 0")
 
     def build(
-        self, params: Sequence[Tensor], foreach: bool | None = None, fused: bool = False
+        self,
+        params: Sequence[Any],
+        foreach: bool | None = None,
+        fused: bool = False,
+        capturable: bool = False,
     ) -> torch.optim.Optimizer:
-        """torch's own optimizer over ``params``.
+        """torch's own optimizer over ``params``, tensors or groups of them.
 
         Args:
+            capturable: Adam and AdamW count their steps on the GPU, so that a step can be recorded and launched again.
             fused: Adam and AdamW in one pass over memory. On a CPU torch reads the gradients as if they lay as their
                 parameters do: they must.
         """
@@ -84,6 +88,8 @@ class Optimizer:
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
         if fused:
             options = {**options, "foreach": None, "fused": True}
+        if capturable:
+            options = {**options, "capturable": True}
         return kind(params, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad, **options)
 
 

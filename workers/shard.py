@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fimo.workers.batches import BASELINE, Removal, amounts, first_difference, steps_recorded
+from fimo.workers.device import forget_peak, peak
 from fimo.workers.errors import FimoError
 from fimo.workers.further_training import Deltas, further_train
 from fimo.workers.stacking.forking import Stack, stacks_of, trained
@@ -71,8 +72,7 @@ def run_shard(
         second: False trains no second baseline; the first one's row stands in its place too.
     """
     started = time.monotonic()
-    if start.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(start.model.device)
+    forget_peak(start.model.device)
     cells = [BASELINE, *removals]
     results: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -89,9 +89,34 @@ def run_shard(
     deltas = torch.stack([*(results[place][0] for place in order), floor.deltas[0]])
     distances = torch.stack([*(results[place][1] for place in order), floor.distances[0]])
     _copy_before_first_difference(start, removals, seed, deltas, distances)
-    peak = torch.cuda.max_memory_allocated(start.model.device) if start.model.device.type == "cuda" else 0
     scale, seconds = float(start.at_final.square().mean().sqrt()), time.monotonic() - started
-    return ShardResult(seed, floor.steps, deltas, distances, replicas, seconds, peak, scale, start.at_final)
+    taken = peak(start.model.device)
+    return ShardResult(seed, floor.steps, deltas, distances, replicas, seconds, taken, scale, start.at_final)
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """A replica: what it removes, its seed, and its learning rate if that is not the settings'."""
+
+    removal: Removal
+    seed: int
+    rate: float | None = None
+
+
+def run_shards(start: Start, shards: Sequence[tuple[Sequence[Removal], int]], replicas: int) -> list[ShardResult]:
+    """``run_shard`` of several (removals, seed), in the same stacks where that may be: one result for each.
+
+    One seed's replicas may be too few to keep a GPU busy. A replica's numbers are those of its own stack to rounding.
+    ``seconds`` is an even share of the whole's. Nothing is forked; stacks halve when memory runs out.
+    """
+    if len(shards) == 1 or not start.joins or replicas <= 1:
+        return [run_shard(start, removals, seed, replicas) for removals, seed in shards]
+    started = time.monotonic()
+    forget_peak(start.model.device)
+    groups = [(removals, [_Lane(cell, seed) for cell in (BASELINE, *removals)]) for removals, seed in shards]
+    results, size = _grouped(start, groups, replicas)
+    spent, taken = (time.monotonic() - started) / len(shards), peak(start.model.device)
+    return [replace(result, replicas=size, seconds=spent, peak_bytes=taken) for result in results]
 
 
 def run_rates(
@@ -106,20 +131,57 @@ def run_rates(
         rates: in place of the settings' learning rate, each once.
     """
     started, cells = time.monotonic(), [BASELINE, *removals]
-    every = [(rate, cell) for rate in rates for cell in cells]
-    size = replicas if start.engine.stack else 1
-    done = [_lanes(start, every[i : i + size], seed) for i in range(0, len(every), size)]
-    deltas, distances = (torch.cat([getattr(one, name) for one in done]) for name in ("deltas", "distances"))
-    scale, results = float(start.at_final.square().mean().sqrt()), list[ShardResult]()
-    for place, rate in enumerate(rates):
-        rows = slice(place * len(cells), (place + 1) * len(cells))
-        # As in ``run_shard``: the second baseline in a stack of another size than the first's.
-        floor = _lanes(start, [(rate, BASELINE)] * (2 if size == 1 and start.engine.stack else 1), seed)
-        moved, far = _in_order(deltas[rows], floor.deltas), _in_order(distances[rows], floor.distances)
-        _copy_before_first_difference(start, removals, seed, moved, far)
-        results.append(ShardResult(seed, floor.steps, moved, far, size, 0.0, 0, scale, start.at_final))
+    groups = [(removals, [_Lane(cell, seed, rate) for cell in cells]) for rate in rates]
+    results = _of_groups(start, groups, replicas if start.engine.stack else 1)
     spent = (time.monotonic() - started) / len(rates)
     return [replace(result, seconds=spent) for result in results]
+
+
+_Group = tuple[Sequence[Removal], Sequence[_Lane]]
+"""What makes one result: removals, and their lanes, the baseline's first."""
+
+
+def _grouped(start: Start, groups: Sequence[_Group], size: int) -> tuple[list[ShardResult], int]:
+    """The groups in stacks of at most ``size``, halved when memory runs out; and the size in the end."""
+    while True:
+        try:
+            return _of_groups(start, groups, size), size
+        except FimoError:
+            raise
+        except Exception as error:
+            if size == 1 or not out_of_memory(error):
+                raise
+        size //= 2
+        _release()
+
+
+def _of_groups(start: Start, groups: Sequence[_Group], size: int) -> list[ShardResult]:
+    every = [lane for _, lanes in groups for lane in lanes]
+    done = [_trained(start, every[i : i + size]) for i in range(0, len(every), size)]
+    deltas, distances = (torch.cat([getattr(one, name) for one in done]) for name in ("deltas", "distances"))
+    scale, results, first = float(start.at_final.square().mean().sqrt()), list[ShardResult](), 0
+    floors = _floors(start, [lanes[0] for _, lanes in groups], size)
+    for (removals, lanes), floor in zip(groups, floors, strict=True):
+        rows = slice(first, first + len(lanes))
+        first = rows.stop
+        moved, far = _in_order(deltas[rows], floor.deltas), _in_order(distances[rows], floor.distances)
+        seed = lanes[0].seed
+        _copy_before_first_difference(start, removals, seed, moved, far)
+        results.append(ShardResult(seed, floor.steps, moved, far, size, 0.0, 0, scale, start.at_final))
+    return results
+
+
+def _floors(start: Start, baselines: Sequence[_Lane], size: int) -> list[Deltas]:
+    """Each group's second baseline, as in ``run_shard`` in a stack of another size than the first's."""
+    if len({lane.seed for lane in baselines}) == 1:
+        alone = 2 if size == 1 and start.engine.stack else 1
+        return [_trained(start, [lane] * alone) for lane in baselines]
+    # Of several seeds in one stack, which one more replica makes another size.
+    together = [*baselines, *baselines[:1]] if len(baselines) == size else list(baselines)
+    done = _trained(start, together)
+    return [
+        replace(done, deltas=done.deltas[i : i + 1], distances=done.distances[i : i + 1]) for i in range(len(baselines))
+    ]
 
 
 def _in_order(rows: Tensor, second: Tensor) -> Tensor:
@@ -127,9 +189,10 @@ def _in_order(rows: Tensor, second: Tensor) -> Tensor:
     return torch.cat([rows[1:], rows[:1], second[-1:]])
 
 
-def _lanes(start: Start, lanes: Sequence[tuple[float, Removal]], seed: int) -> Deltas:
-    rates, cells = zip(*lanes, strict=True)
-    return further_train(start, cells, seed, rates=rates)
+def _trained(start: Start, lanes: Sequence[_Lane]) -> Deltas:
+    rates = [lane.rate for lane in lanes if lane.rate is not None]
+    seeds = [lane.seed for lane in lanes]
+    return further_train(start, [lane.removal for lane in lanes], seeds, rates=rates or None)
 
 
 def in_stacks(

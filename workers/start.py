@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fimo.workers.contract import check, not_finite_keys
+from fimo.workers.device import is_gpu
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.forward import Forward, moved, observe, refuse_mixing
@@ -22,6 +23,7 @@ from fimo.workers.functional import FunctionalModel, PerExample
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.stacking import probe
+from fimo.workers.stacking.captured import Recorder, recorder_of
 from fimo.workers.stacking.evaluation import Evals, in_blocks
 from fimo.workers.stacking.masks import Calls, StepMasks
 from fimo.workers.stacking.replay import Graphs
@@ -83,6 +85,7 @@ class Start:
         engine: what may be done to be fast.
         folds: a step is one block of all lanes, with weights (``fimo.workers.stacking.folding``).
         graphs: traced steps of the stacks, filled as they train; None = nothing is traced.
+        captures: how a step's kernels are recorded, on a device that launches them; None = they are not.
         trimming: how training examples are cut; None = they are not.
         calls: the forward's calls of dropout, if a folded step gets its masks from them; ``tokens``: of an example that
             is not cut.
@@ -105,6 +108,17 @@ class Start:
     tokens: int = 0
     subtracted: Subtracted | None = None
     reads: PerExample | None = None
+    captures: Recorder | None = None
+
+    @property
+    def warms(self) -> bool:
+        """Whether the first steps of a signature are slower than those that are replayed."""
+        return self.graphs is not None or self.captures is not None
+
+    @property
+    def joins(self) -> bool:
+        """Whether replicas of several seeds may be trained together: nothing is drawn, or computed once for a batch."""
+        return self.engine.stack and not (self.forward.random or self.model.partial)
 
     def using(self, engine: Engine) -> Start:
         """The same with no more than ``engine`` allows."""
@@ -114,6 +128,7 @@ class Start:
             engine=engine,
             folds=folds,
             graphs=self.graphs if engine.replay else None,
+            captures=self.captures if engine.replay else None,
             trimming=self.trimming if engine.trim and folds else None,
         )
         if self.evals.places is None or engine.trim:
@@ -165,7 +180,8 @@ def start_from(
         and probe.same_in_parts(model, train, calls, settings, cuts)
     )
     # Batches of a dataset, and those that are cut, differ in shape from step to step, and each would be traced.
-    traces = engine.replay and train.tensors is not None and cuts is None and not (forward.random or forward.mutable)
+    repeats = engine.replay and train.tensors is not None and cuts is None and not forward.random
+    captures = recorder_of(model.device) if repeats else None
     tokens = probe.tokens(train, model.padding)
     return Start(
         model,
@@ -177,10 +193,11 @@ def start_from(
         forward,
         engine,
         folds,
-        Graphs() if traces else None,
+        Graphs() if repeats and not forward.mutable and not is_gpu(model.device) else None,
         cuts if folds else None,
         calls or (),
         tokens,
+        captures=captures,
     )
 
 

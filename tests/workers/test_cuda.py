@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,10 +12,12 @@ from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, prepare_environment
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
-from fimo.workers.settings import FurtherTraining, Optimizer
-from fimo.workers.shard import run_shard
+from fimo.workers.proof import prove
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.shard import run_shard, run_shards
 from fimo.workers.stacking.size import measure_stack_size
-from fimo.workers.start import Start, start_from
+from fimo.workers.start import Engine, Start, start_from
+from fimo.workers.trial import Case
 from tests.workers.problems import Workload, classification, regression, sentences, settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -67,3 +71,36 @@ def test_the_stack_size_is_measured_on_a_gpu() -> None:
     with deterministic(DEVICE):
         size, seconds = measure_stack_size(on_gpu(regression(), settings()), 16)
     assert size in seconds
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
+@pytest.mark.parametrize("optimizer", [Optimizer("sgd", lr=0.02, momentum=0.9), Optimizer("adamw", lr=0.01)])
+@pytest.mark.parametrize("workload", [regression, normed])
+def test_launched_steps_have_the_numbers_of_those_that_are_run(workload, optimizer: Optimizer, mode: str) -> None:
+    if workload is normed and mode == "reweight":
+        pytest.skip("refused for batch norm")
+    chosen = settings(optimizer, removal_mode=mode, epochs=9, evaluate=Evaluate(every_epochs=1), clip_norm=1.0)
+    with deterministic(DEVICE):
+        start, launches = on_gpu(workload(), chosen), []
+        record = start.captures
+        assert record is not None
+
+        def counted(body):
+            launch = record(body)
+            return lambda: launches.append(launch())
+
+        launched, run = (
+            run_shards(replace(start, captures=how), [(REMOVALS, 5), (REMOVALS, 6)], 10) for how in (counted, None)
+        )
+    assert len(launches) > 30
+    for one, other in zip(launched, run, strict=True):
+        torch.testing.assert_close(one.deltas, other.deltas, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sweeps_proof_passes_on_a_gpu_with_launched_steps() -> None:
+    workload, chosen = regression(), settings(removal_mode="drop", epochs=9)
+    with deterministic(DEVICE):
+        start = on_gpu(workload, chosen)
+        case = Case(workload, None, start.settings, len(start.at_final), DEVICE, REMOVALS, 5, 3, [4])
+        verdict = prove(case, start)
+    assert (verdict.engine, verdict.path) == (Engine(), "traced, folded and stacked")

@@ -7,6 +7,7 @@ still trains.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -164,18 +165,22 @@ def take(tensors: Tensors, lanes: tuple[int, ...], count: int) -> Tensors:
     """The given lanes of stacked tensors: the tensors themselves if that is all of them, in order."""
     if lanes == tuple(range(count)):
         return tensors
-    return {n: t[_places(lanes)] for n, t in tensors.items()}
+    return {n: t[places(lanes, t.device)] for n, t in tensors.items()}
 
 
-def _places(lanes: tuple[int, ...]) -> slice | list[int]:
-    """An index of the lanes: a slice (so that indexing gives a view) if they are neighbours."""
-    return slice(lanes[0], lanes[-1] + 1) if lanes == tuple(range(lanes[0], lanes[-1] + 1)) else list(lanes)
+@lru_cache(maxsize=1024)
+def places(lanes: tuple[int, ...], device: torch.device) -> slice | Tensor:
+    """An index of the lanes: a slice (so that indexing gives a view) if they are neighbours, else a tensor."""
+    if lanes == tuple(range(lanes[0], lanes[-1] + 1)):
+        return slice(lanes[0], lanes[-1] + 1)
+    # Keep it on the device: a list would be sent there, and waited for, each time.
+    return torch.tensor(lanes).to(device, non_blocking=True)
 
 
 def put_back(into: Tensors, part: Tensors, lanes: tuple[int, ...]) -> None:
     """Write the given lanes of stacked tensors."""
     for name, tensor in part.items():
-        into[name][_places(lanes)] = tensor
+        into[name][places(lanes, tensor.device)] = tensor
 
 
 class GradientSum:
@@ -210,7 +215,7 @@ class GradientSum:
                     total = grad.new_zeros(self._count, *grad.shape[1:])
                 elif name not in self._own:
                     total = total.clone()
-                total[_places(lanes)] += grad
+                total[places(lanes, grad.device)] += grad
                 self._sums[name] = total
                 self._own.add(name)
 

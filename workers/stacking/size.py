@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 
 from fimo.workers.batches import BASELINE, Removal
-from fimo.workers.device import clock
+from fimo.workers.device import clock, forget_peak, is_gpu, peak, room
 from fimo.workers.errors import FimoError
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import further_train
@@ -18,13 +19,18 @@ from fimo.workers.stacking.replay import AFTER
 from fimo.workers.start import Start
 
 CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+LARGE = (192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Sizes that a GPU is tried with besides."""
+SHARE = 0.9
+"""Of a GPU's memory that may be asked for: a little is lost between the pieces."""
 
 
 def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tuple[int, dict[int, float]]:
     """The stack size with the fewest seconds per replica and step.
 
     Tries sizes upwards, over a few steps each. Stops at a size that does not fit in memory, that vmap refuses, or that
-    is half as fast as the best, or when the budget of seconds is spent.
+    is half as fast as the best, or when the budget of seconds is spent. On a GPU the memory that the sizes so far took
+    says which will fit, and the largest that does is tried in place of one that does not.
 
     Args:
         cells: the most that a shard could use.
@@ -34,10 +40,16 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
     """
     n, seconds = len(start.train), {}
     removal: Removal = (0,) if n > 1 else BASELINE
-    started = time.monotonic()
-    for size in [c for c in CANDIDATES if c <= (cells if start.engine.stack else 1)] or [1]:
+    started, device = time.monotonic(), start.model.device
+    most, bytes_of = cells if start.engine.stack else 1, dict[int, int]()
+    for candidate in (*CANDIDATES, *LARGE) if is_gpu(device) else CANDIDATES:
+        # A GPU takes all cells at once if it can: a stack of the few that are left over costs it as much.
+        size = min(candidate, most_that_fit(bytes_of, room(device)), most) if is_gpu(device) else candidate
+        if size > most or size in seconds:
+            break
         lanes = [BASELINE, *[removal] * (size - 1)]
         try:
+            forget_peak(device)
             seconds[size] = time_stack(start, lanes)
         except FimoError:
             raise
@@ -45,9 +57,24 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
             if size == 1 or not (out_of_memory(error) or size == 2):
                 raise
             break
+        bytes_of[size] = peak(device)
         if seconds[size] > 2 * min(seconds.values()) or time.monotonic() - started > budget_s:
             break
     return min(seconds, key=lambda s: seconds[s]), seconds
+
+
+def most_that_fit(bytes_of: Mapping[int, int], memory: int) -> int:
+    """The most replicas that fit: peak bytes grow along the line through the two largest sizes that were tried.
+
+    Args:
+        bytes_of: peak bytes by stack size; without two of them everything fits.
+        memory: bytes that there are; 0 = not known.
+    """
+    if len(bytes_of) < 2 or not memory:
+        return max(LARGE)
+    (few, less), (many, more) = sorted(bytes_of.items())[-2:]
+    each = max(1.0, (more - less) / (many - few))
+    return max(many, many + int((SHARE * memory - more) // each))
 
 
 def time_stack(start: Start, lanes: list[Removal], steps: int = 9) -> float:
@@ -55,7 +82,7 @@ def time_stack(start: Start, lanes: list[Removal], steps: int = 9) -> float:
     device = start.model.device
     read = clock(device)
     # Time steps as a long run takes them: replayed, if the stack's steps are.
-    first = AFTER + 2 if start.graphs is not None else 1
+    first = AFTER + 2 if start.warms else 1
 
     def run() -> float:
         times: list[float] = []

@@ -1,0 +1,237 @@
+"""A recorded step gives what the step gives, or is not launched. Kernels are recorded on the CPU, as a GPU does it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fimo.workers.batches import Block, Removal
+from fimo.workers.definition import train_cell
+from fimo.workers.further_training import Deltas, further_train
+from fimo.workers.proof import prove
+from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
+from fimo.workers.shard import run_shard
+from fimo.workers.stacking.captured import CHECKED, Captured, Recorder
+from fimo.workers.stacking.replay import AFTER
+from fimo.workers.start import Engine, Start
+from fimo.workers.trial import Case
+from fimo.workers.workload import Workload
+from tests.support.recorded import Counted, record
+from tests.workers.problems import classification, make, regression, settings
+
+LANES: list[Removal] = [(), (3,), (4, 9), (22,)]
+SGD = Optimizer("sgd", lr=0.02, momentum=0.9)
+ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
+ADAM = Optimizer("adam", lr=0.01, amsgrad=True)
+
+
+@pytest.fixture(autouse=True)
+def counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count recordings anew, and let torch's Adam count its steps on the CPU as it does on a GPU."""
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+    Counted.recorded = Counted.launched = 0
+
+
+def with_recorder(start: Start, recorder: Recorder | None = record) -> Start:
+    return replace(start, graphs=None, captures=recorder)
+
+
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def both(
+    workload: Workload, chosen: FurtherTraining, recorder: Recorder = record, engine: Engine | None = None
+) -> tuple[Deltas, Deltas]:
+    """Recorded and launched, and run."""
+    start = make(workload, chosen)
+    start = start.using(engine) if engine is not None else start
+    return tuple(further_train(with_recorder(start, r), LANES, 5) for r in (recorder, None))  # type: ignore[return-value]
+
+
+def assert_same(got: Deltas, expected: Deltas, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(got.deltas, expected.deltas, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.distances, expected.distances, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW, ADAM], ids=lambda o: o.name)
+def test_what_is_launched_gives_the_numbers_of_what_is_run(mode: str, optimizer: Optimizer) -> None:
+    chosen = settings(optimizer, removal_mode=mode, epochs=9, clip_norm=0.5, evaluate=Evaluate(every_epochs=1))
+    assert_same(*both(classification(), chosen))
+    # The step of a whole batch, of the ragged one, and the evaluation.
+    assert Counted.recorded == 3
+    assert Counted.launched == 9 * 5 - 2 * AFTER + 9 - AFTER
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
+def test_blocks_of_some_lanes_are_launched_too(mode: str) -> None:
+    # Of lanes 3 and 4 the batches are smaller, and a removal is subtracted apart.
+    chosen = settings(ADAMW, removal_mode=mode, epochs=8, evaluate=Evaluate(every_epochs=1))
+    assert_same(*both(regression(), chosen, engine=Engine(fold=False)))
+    assert Counted.launched > 20
+
+
+def test_running_statistics_are_part_of_a_launched_step() -> None:
+    chosen = settings(SGD, removal_mode="mask", epochs=9, evaluate=Evaluate(every_epochs=1))
+    assert_same(*both(classification(model=normed()), chosen))
+    assert Counted.launched > 15
+
+
+def test_replicas_that_are_due_at_other_steps_are_evaluated_for_themselves() -> None:
+    # 26 examples in batches of 5: without one of them an epoch has a step less.
+    chosen = settings(SGD, removal_mode="drop", epochs=9, evaluate=Evaluate(every_epochs=1))
+    assert_same(*both(regression(n=26), chosen, engine=Engine(fork=False)))
+    assert Counted.launched > 20
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=lambda o: o.name)
+def test_a_fork_of_what_is_launched_has_its_bits(optimizer: Optimizer) -> None:
+    chosen = settings(optimizer, removal_mode="drop", epochs=9, precision="float32")
+    start = with_recorder(make(regression(), chosen))
+    forked, whole = (
+        run_shard(replace(start, engine=Engine(fork=fork)), [(3,), (17,), (22,), (9,), (14,)], 5, 2)
+        for fork in (True, False)
+    )
+    assert torch.equal(forked.deltas, whole.deltas)
+    assert Counted.launched > 50
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, ADAM], ids=lambda o: o.name)
+def test_steps_that_are_counted_on_the_device_are_those_of_plain_torch(optimizer: Optimizer) -> None:
+    # torch counts in float32, which makes 1 - 0.999 ** t wrong by 6e-5.
+    chosen = settings(optimizer, removal_mode="drop", epochs=3, evaluate=Evaluate(every_epochs=1))
+    got = further_train(with_recorder(make(regression(), chosen)), LANES, 5)
+    for row, removal in enumerate(LANES):
+        plain = train_cell(regression(), chosen, removal, 5)
+        torch.testing.assert_close(got.deltas[row], plain.deltas, rtol=1e-10, atol=1e-10)
+
+
+# -- what cannot be recorded, and what is recorded wrongly ----------------------------------------------------------
+
+
+class Reads(nn.Module):
+    """Decides by its numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if float(self.layer.weight.detach().sum()) < 1e9 else x
+
+
+def test_a_forward_that_reads_a_number_is_run() -> None:
+    chosen = settings(SGD, removal_mode="drop", epochs=4)
+    start = make(classification(model=Reads()), chosen)
+    got, expected = (further_train(with_recorder(start, r), [(3,)], 5) for r in (record, None))
+    assert_same(got, expected)
+    assert Counted.launched == 0
+
+
+def test_a_step_that_counts_its_calls_is_run() -> None:
+    calls, total = 0, torch.zeros(())
+
+    def body(blocks: Sequence[Block]) -> None:
+        nonlocal calls
+        calls += 1
+        total.add_(blocks[0].weights * calls)
+
+    captured = Captured(body, lambda: [total], record)
+    for _ in range(AFTER + 3):
+        before = float(total)
+        captured([Block((0,), torch.zeros(1, dtype=torch.long), torch.ones(()))])
+        assert float(total) - before == calls, "what was frozen is not launched"
+    assert Counted.launched == 1
+
+
+def frozen(body: Callable[[], None]) -> Callable[[], None]:
+    """A recorder whose launches do nothing."""
+    body()
+    return lambda: None
+
+
+def forgets(body: Callable[[], None]) -> Callable[[], None]:
+    """A recorder whose launches leave out the last kernel that was recorded."""
+    import tests.support.recorded as recorded
+
+    with recorded._Recording() as recording:
+        body()
+    calls = recording.calls[:-1]
+
+    def launch() -> None:
+        for func, args, kwargs, out in calls:
+            recorded.again(func, args, kwargs, out)
+
+    return launch
+
+
+def refuses(_body: Callable[[], None]) -> Callable[[], None]:
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
+def half_done(body: Callable[[], None]) -> Callable[[], None]:
+    """A recorder that fails when the step has been taken."""
+    body()
+    raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("recorder", [frozen, forgets, refuses, half_done])
+def test_a_recorder_that_errs_changes_no_number(recorder: Recorder) -> None:
+    chosen = settings(ADAMW, removal_mode="reweight", epochs=9, evaluate=Evaluate(every_epochs=1))
+    assert_same(*both(regression(), chosen, recorder))
+
+
+def test_a_launch_that_does_not_see_its_inputs_is_found_at_the_second() -> None:
+    given = [torch.tensor(float(i)) for i in range(AFTER + 4)]
+    total = torch.zeros(())
+
+    def body(blocks: Sequence[Block]) -> None:
+        total.add_(blocks[0].weights)
+
+    def deaf(run: Callable[[], None]) -> Callable[[], None]:
+        del run
+        return lambda: total.add_(given[AFTER])
+
+    captured = Captured(body, lambda: [total], deaf)
+    for number in given:
+        captured([Block((0,), torch.zeros(1, dtype=torch.long), number)])
+    assert float(total) == sum(range(AFTER + 4))
+
+
+def later_wrong(body: Callable[[], None]) -> Callable[[], None]:
+    """A recorder whose launches go wrong when nobody looks any more."""
+    launch, launches = record(body), 0
+
+    def launched() -> None:
+        nonlocal launches
+        launches += 1
+        launch()
+        if launches > CHECKED:
+            launch()
+
+    return launched
+
+
+def _case(workload: Workload, start: Start) -> Case:
+    removals: list[Removal] = [(3,), (7,), (11, 12), (0,)]
+    return Case(workload, None, start.settings, len(start.at_final), torch.device("cpu"), removals, 5, 3, [4])
+
+
+@pytest.mark.parametrize(
+    ("recorder", "path"), [(record, "traced, folded and stacked"), (later_wrong, "folded and stacked")]
+)
+def test_the_proof_holds_what_is_launched_against_the_definition(recorder: Any, path: str) -> None:
+    chosen = settings(SGD, removal_mode="drop", epochs=9)
+    workload = regression()
+    start = with_recorder(make(workload, chosen), recorder)
+    verdict = prove(_case(workload, start), start)
+    assert verdict.path == path
+    assert verdict.engine.replay == (recorder is record)

@@ -1,0 +1,163 @@
+"""A step whose kernels are recorded once and launched together: a CUDA graph with static inputs.
+
+Launching a small model's kernels one by one takes the host ten times as long as the GPU takes to compute them. A
+recorded step is launched as one.
+
+Invariants: a launch computes what the body computes. A graph freezes whatever Python decided or read when it was
+recorded, so that a step's first launches are held against the body itself, run from the same state. Whether a step is
+launched follows from the steps before it in the same pass, never from timing. What cannot be recorded is run.
+
+``Start.captures`` is the device's way to record; a test gives one of its own, which needs no GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimo.workers.batches import Block
+from fimo.workers.stacking.replay import AFTER
+
+Launch = Callable[[], None]
+"""Runs the kernels that were recorded, on the memory that they had then."""
+
+Recorder = Callable[[Callable[[], None]], Launch]
+"""Records the kernels of a body that reads no tensor's value; raises whatever the device objects to."""
+
+Body = Callable[[Sequence[Block]], None]
+"""A step on blocks whose indices and weights lie on the device. It changes the pass's tensors in place."""
+
+CHECKED = 2
+"""Launches of a recorded step that are held against the step itself."""
+
+log = logging.getLogger(__name__)
+
+
+def recorder_of(device: torch.device) -> Recorder | None:
+    """How a device records kernels; None = it does not."""
+    return _cuda_graph if device.type == "cuda" else None
+
+
+@lru_cache
+def _pool() -> Any:
+    """The memory in which all graphs of a process compute: none of them leaves anything there for another."""
+    return torch.cuda.graph_pool_handle()
+
+
+def _cuda_graph(body: Callable[[], None]) -> Launch:
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as Ray's, may go on.
+    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+        body()
+    replay: Launch = graph.replay
+    return replay
+
+
+@dataclass
+class _Recorded:
+    """A step's launch and the blocks whose memory it reads; ``checked``: launches held against the body so far."""
+
+    launch: Launch
+    blocks: Sequence[Block]
+    given: list[Tensor]
+    checked: int = 0
+
+    def fill(self, blocks: Sequence[Block]) -> None:
+        """Put other blocks' numbers where the launch reads them; weights are most often the last step's own."""
+        for place, (static, block) in enumerate(zip(self.blocks, blocks, strict=True)):
+            static.indices.copy_(block.indices)
+            if self.given[place] is not block.weights:
+                static.weights.copy_(block.weights)
+                self.given[place] = block.weights
+
+
+class Captured:
+    """``body``, launched from the ``AFTER``-th call of each signature on.
+
+    One object serves one pass: the memory that is recorded is that pass's.
+
+    Args:
+        body: the step.
+        tensors: all that it changes; the same tensors at every call.
+        record: None = never record.
+    """
+
+    def __init__(self, body: Body, tensors: Callable[[], list[Tensor]], record: Recorder | None) -> None:
+        self.body, self.tensors, self.record = body, tensors, record
+        self.calls: Counter[object] = Counter()
+        self._recorded: dict[object, _Recorded | None] = {}
+
+    def __call__(self, blocks: Sequence[Block] = ()) -> None:
+        """``body(blocks)``, to be called under ``torch.no_grad``."""
+        if self.record is None:
+            self.body(blocks)
+            return
+        key = tuple(_signature(block) for block in blocks)
+        self.calls[key] += 1
+        if self.calls[key] > AFTER and key not in self._recorded:
+            self._recorded[key] = self._record_or_none(self.record, blocks)
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            self.body(blocks)
+        elif recorded.checked < CHECKED:
+            recorded.checked += 1
+            if not self._launches_as_it_runs(recorded, blocks):
+                self._recorded[key] = None
+        else:
+            recorded.fill(blocks)
+            recorded.launch()
+
+    def _record_or_none(self, record: Recorder, blocks: Sequence[Block]) -> _Recorded | None:
+        static = [replace(b, indices=b.indices.clone(), weights=b.weights.clone()) for b in blocks]
+        before = self._copies()
+        try:
+            launch = record(lambda: self.body(static))
+        except Exception as error:
+            # Run it, whatever the device objects to: that always works.
+            log.debug("not recorded: %s: %s", type(error).__name__, error)
+            return None
+        finally:
+            self._put(before)
+        return _Recorded(launch, static, [block.weights for block in blocks])
+
+    def _launches_as_it_runs(self, recorded: _Recorded, blocks: Sequence[Block]) -> bool:
+        """Take the step both ways from the same state; go on from what the body gives if they differ."""
+        before = self._copies()
+        self.body(blocks)
+        expected = self._copies()
+        self._put(before)
+        recorded.fill(blocks)
+        recorded.launch()
+        if all(_same_step(*three) for three in zip(self.tensors(), expected, before, strict=True)):
+            return True
+        log.warning("a recorded step does not give what the step gives: it is run, and not launched")
+        self._put(expected)
+        return False
+
+    def _copies(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self.tensors()]
+
+    def _put(self, copies: list[Tensor]) -> None:
+        for tensor, copy in zip(self.tensors(), copies, strict=True):
+            tensor.copy_(copy)
+
+
+def _signature(block: Block) -> object:
+    return block.lanes, block.indices.shape, block.weights.shape, block.weights.dtype, block.length
+
+
+def _same_step(got: Tensor, expected: Tensor, before: Tensor) -> bool:
+    """Whether two ways to take a step changed a tensor alike, relative to the largest change."""
+    if not got.is_floating_point():
+        return torch.equal(got, expected)
+    tolerance = 1e-9 if got.dtype is torch.float64 else 1e-4
+    change = expected - before
+    scale = float(change.abs().nan_to_num(0, 0, 0).max()) if change.numel() else 0.0
+    return torch.allclose(got - before, change, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
