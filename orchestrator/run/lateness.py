@@ -16,6 +16,8 @@ given up it is given twice as long: a slow node ends, a frozen one does not.
 """
 STUCK, STUCK_S = 3.0, 8.0
 """A task that has run for so many times what the last ones took, and so many seconds, takes no place in the window."""
+COPIED, COPIED_S = 1.5, 5.0
+"""After so many times what the last ones took, and so many seconds, a task is worth a second copy at a run's end."""
 FIRST, FIRST_S = 20.0, 1800.0
 """As ``LATE``, for a task while none of its kind has ended, by the longest of any kind."""
 LAST = 20
@@ -68,6 +70,11 @@ class Lateness:
         """Whether a task that has run for so long may be on a node that has frozen."""
         kind = kind_of(task)
         return kind in self._usual_s and seconds > STUCK * self._larger(task) * self._usual_s[kind] + STUCK_S
+
+    def is_late(self, task: Task, seconds: float) -> bool:
+        """Whether a task that has run for so long would most likely be done sooner if it were begun again elsewhere."""
+        kind = kind_of(task)
+        return kind in self._usual_s and seconds > COPIED * self._larger(task) * self._usual_s[kind] + COPIED_S
 
     def _larger(self, task: Task) -> float:
         """How many times as large it is as the smallest of those that stand for its kind; 1 if it is smaller."""

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from fimo.orchestrator.run.budget import TooDearError
 from fimo.orchestrator.run.lateness import Lateness
@@ -19,6 +20,8 @@ from fimo.orchestrator.run.tasks import CannotEstimateError, ConflictError, Rece
 from fimo.orchestrator.run.witnessing import NoWitnessError
 from fimo.workers.errors import DivergedError, FimoError, StoreError, UsageError, WorkloadError
 
+WINDOW = 2
+"""Tasks that are handed over, of those that run at once: a GPU that is done must find the next one there."""
 ATTEMPTS = 3
 """Times that a task may fail by its own error before it is set aside."""
 LOSSES = 20
@@ -66,8 +69,11 @@ class Outcome:
 
 @dataclass
 class _Flight:
+    """A task that was handed over; ``twin``: the handle of its other copy."""
+
     task: Task
     running: float | None = None
+    twin: Hashable | None = None
 
     def ran_s(self, now: float) -> float:
         """Seconds for which it has run, as far as is known."""
@@ -133,7 +139,7 @@ class _Loop:
         now, self.slots = time.monotonic(), self.pool.slots()
         if self.slots >= self.most or now - self.most_at > REMEMBERED_S:
             self.most, self.most_at = self.slots, now
-        window = 2 * max(1, self.most)
+        window = WINDOW * max(1, self.most)
         stuck = [f.ran_s(now) for f in self.flying.values() if self.lateness.is_stuck(f.task, f.ran_s(now))]
         window += len(stuck)
         if stuck and self.pool.doubt(max(stuck)):
@@ -143,14 +149,43 @@ class _Loop:
             tasks += self.source.take(room - len(tasks))
             for task in tasks:
                 self.flying[self.pool.submit(task)] = _Flight(task)
+            if not (self.again or self.source.open):
+                self._copy(now)
         return bool(self.flying or self.source.open)
+
+    def _copy(self, now: float) -> None:
+        """At the end of a run start late shards once more where nothing runs: a slow GPU must not be waited for.
+
+        Who is first commits the part. Without it 1,000 shards on 1,000 GPUs keep them busy for a quarter of the time
+        (``benchmarks/fleet.py``).
+        """
+        late = [
+            (flight.ran_s(now), handle)
+            for handle, flight in self.flying.items()
+            if flight.twin is None and isinstance(flight.task, Shard)
+            if self.lateness.is_late(flight.task, flight.ran_s(now))
+        ]
+        idle = max(0, self.slots - len(self.flying))
+        for _, handle in sorted(late, key=itemgetter(0), reverse=True)[:idle]:
+            flight = self.flying[handle]
+            flight.twin = self.pool.submit(flight.task)
+            self.flying[flight.twin] = _Flight(flight.task, twin=handle)
 
     def _withdraw(self) -> None:
         """Hand what has not begun over again: it may wait for a node that has frozen, and Ray would let it."""
         waiting = [handle for handle, flight in self.flying.items() if flight.running is None]
         for handle in reversed(waiting):
             self.pool.cancel(handle)
-            self.again.appendleft(self.flying.pop(handle).task)
+            flight = self.flying.pop(handle)
+            if not self._parted(flight):
+                self.again.appendleft(flight.task)
+
+    def _parted(self, flight: _Flight) -> bool:
+        """Whether a copy of a task that has ended, or is given up, still runs; from now on by itself."""
+        other = self.flying.get(flight.twin) if flight.twin is not None else None
+        if other is not None:
+            other.twin = None
+        return other is not None
 
     def running(self) -> list[tuple[Task, float]]:
         """Tasks with their seconds so far: pools start them in the order in which they were handed over."""
@@ -174,8 +209,14 @@ class _Loop:
         if flight is None:
             return None
         if isinstance(result, Receipt):
+            if flight.twin in self.flying:
+                self.pool.cancel(flight.twin)
+                del self.flying[flight.twin]
             self.outcome.receipts.append(result)
             self._finished(flight, result)
+        elif self._parted(flight):
+            # The other copy's result is the task's.
+            self.outcome.lost += isinstance(result, Lost)
         elif isinstance(result, Lost):
             self._lost(flight.task, result)
         else:

@@ -314,3 +314,98 @@ def test_a_lost_head_ends_the_run_with_its_reason():
     outcome = drive(shards(20), Headless())
     assert outcome.stopped == "the Ray head has not answered for 30 s"
     assert not outcome.broken
+
+
+class OneSlowNode(FakePool):
+    """Two slots, of which one keeps the last task; what its copy and it answer is told."""
+
+    def __init__(self, late, copy=None) -> None:
+        super().__init__(slots=2)
+        self.late, self.copy, self.slow = late, copy, None
+
+    def wait(self, timeout_s):
+        time.sleep(0.01)
+        for handle, task in list(self.flying.items()):
+            if task.seed != 9:
+                return [(handle, receipt(self.flying.pop(handle)))]
+            self.slow = self.slow or handle
+            if handle != self.slow and self.copy is not None:
+                self.flying.pop(handle)
+                return [(handle, self.copy)]
+            if handle == self.slow and self.late is not None and self.started.count(task) > 1:
+                self.flying.pop(handle)
+                return [(handle, self.late)]
+        return []
+
+
+@pytest.fixture
+def quick_copies(monkeypatch):
+    monkeypatch.setattr(lateness, "COPIED_S", 0.02)
+
+
+@pytest.mark.parametrize(
+    ("late", "copy"),
+    [
+        (None, receipt(Shard(9, ONE))),
+        (receipt(Shard(9, ONE)), None),
+        (Lost("node died"), receipt(Shard(9, ONE))),
+        (own_error(ConflictError("other rows")), receipt(Shard(9, ONE))),
+    ],
+    ids=["the copy is first", "the copy never ends", "the first is lost", "the first meets other rows"],
+)
+def test_a_late_shard_at_the_end_is_begun_once_more_and_counts_once(quick_copies, late, copy):
+    pool, told = OneSlowNode(late, copy), []
+    outcome = drive(shards(10), pool, lambda task, result: told.append((task.seed, type(result))), poll_s=0.01)
+    assert Counter(task.seed for task in pool.started) == {**dict.fromkeys(range(9), 1), 9: 2}
+    assert len(outcome.receipts) == 10
+    assert not outcome.set_aside
+    assert [kind for seed, kind in told if seed == 9][-1] is Receipt
+    assert not pool.flying, "the other copy is given up"
+
+
+def test_a_copy_that_is_lost_leaves_the_shard_to_the_first(quick_copies):
+    pool = OneSlowNode(receipt(Shard(9, ONE)), Lost("node died"))
+    outcome = drive(shards(10), pool, poll_s=0.01)
+    assert len(outcome.receipts) == 10
+    assert outcome.lost <= 1
+    assert pool.started.count(Shard(9, ONE)) == 2, "what is lost of two copies is not owed again"
+
+
+def test_both_copies_lost_are_one_shard_that_is_owed_again(quick_copies):
+    class BothLost(OneSlowNode):
+        def wait(self, timeout_s):
+            time.sleep(0.01)
+            for handle, task in list(self.flying.items()):
+                if task.seed != 9 or self.started.count(task) > 2:
+                    return [(handle, receipt(self.flying.pop(handle)))]
+            if self.started.count(Shard(9, ONE)) == 2:
+                gone, self.flying = list(self.flying), {}
+                return [(handle, Lost("the cluster shrank")) for handle in gone]
+            return []
+
+    pool = BothLost(None)
+    outcome = drive(shards(10), pool, poll_s=0.01)
+    assert len(outcome.receipts) == 10
+    assert outcome.lost == 2
+    assert pool.started.count(Shard(9, ONE)) == 3
+
+
+def test_nothing_is_copied_while_there_is_other_work_or_no_idle_slot(quick_copies):
+    tasks = [Shard(9, ONE), *shards(9), *[Shard(seed, ONE) for seed in range(10, 60)]]
+    copied_at = []
+
+    class Watching(OneSlowNode):
+        def submit(self, task):
+            if task.seed == 9 and task in self.started:
+                copied_at.append(len(self.started))
+            return super().submit(task)
+
+    watching = Watching(receipt(Shard(9, ONE)))
+    assert len(drive(tasks, watching, poll_s=0.01).receipts) == 60
+    assert copied_at == [60], "after all else was begun"
+    busy = OneSlowNode(None, None)
+    busy._slots = 1
+    stop = iter([None] * 60)
+    outcome = drive(shards(10), busy, should_stop=lambda: next(stop, "enough"), poll_s=0.01)
+    assert busy.started.count(Shard(9, ONE)) == 1
+    assert outcome.stopped == "enough"
