@@ -256,7 +256,7 @@ class GradientEstimator(Hyperparameters):
     """Base of the estimators that pair a training-side gradient with an evaluation gradient.
 
     The loops over blocks stand here and nowhere else; a subclass gives ``pairing``. Evaluation gradients are taken
-    once; training-side gradients once as long as the evaluation gradients fit ``gradients.HELD``, and once more for
+    once; training-side gradients once as long as the evaluation gradients are ``gradients.held``, and once more for
     every further block. Large models' gradients are taken and kept layer by layer instead, if a subclass gives
     ``layered``: see ``operators.layerwise``.
     """
@@ -291,7 +291,7 @@ class GradientEstimator(Hyperparameters):
             lead = () if pairing.steps is None else (len(pairing.steps),)
             values = torch.zeros(*lead, len(problem.removals), evals, dtype=torch.float64)
             training_side = pairing.training_side or (lambda: gradients_of_removals(problem))
-            for columns in held_blocks(evals, pairing.rows_kept * Layout.of(model.params).size):
+            for columns in held_blocks(evals, pairing.rows_kept * Layout.of(model.params).size, model.device):
                 pair = pairing.against(measure_gradients(model, problem.evals, columns))
                 for which, left in training_side():
                     block = pair(left).double().cpu()

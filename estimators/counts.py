@@ -112,7 +112,8 @@ def of_gradients(problem: Counted) -> Work:
     """Both sides' gradients and their inner products, as most estimators need them."""
     size, evals = Layout.of(problem.model.params).size, len(problem.evals)
     unique = len({index for removal in problem.removals for index in removal})
-    held = min(4 * evals * size, 4 * gradients.HELD) + 4 * gradients.STREAM
+    device = problem.model.device
+    held = min(4 * evals * size, 4 * gradients.held(device)) + 4 * gradients.stream(device)
     proof = PROOF if is_large(problem.model) else 0
     own = Work(gradients=evals + unique + proof, bytes=held, calls=SETTING_UP)
     return own + of_products(problem.model, unique, evals)
@@ -137,5 +138,5 @@ def of_curvature(problem: Counted, outputs: int, products: float) -> Work:
         # Householder's QR, at less than half of a product's speed.
         flops = 10.0 * min(rank, size) ** 2 * max(rank, size) + 2.0 * products * evals * min(rank, size) ** 2
         return Work(gradients=float(rank), flops=flops, bytes=24.0 * rank * size)
-    through, held = products * n * evals, 32.0 * min(evals * size, gradients.HELD)
+    through, held = products * n * evals, 32.0 * min(evals * size, gradients.held(problem.model.device))
     return Work(gauss=through, bytes=held) if outputs else Work(products=through, bytes=held)

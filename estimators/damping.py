@@ -11,8 +11,8 @@ from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
 from fimo.estimators.base import Hyperparameters, Problem
 from fimo.estimators.counts import Work
 from fimo.estimators.matching import Shift, matched, of_scale, spread
-from fimo.estimators.operators.gradients import Layout
-from fimo.estimators.operators.layerwise import KEPT, layerwise
+from fimo.estimators.operators.gradients import Layout, held
+from fimo.estimators.operators.layerwise import layerwise
 from fimo.estimators.operators.products import mean_squares
 from fimo.estimators.operators.rows import mean_square
 
@@ -98,7 +98,7 @@ class Damped(Hyperparameters):
             squares = mean_square(model, problem.train)
         else:
             squares = mean_squares(
-                way.gradients(range(len(problem.train)), KEPT // 4), next(iter(model.params.values()))
+                way.gradients(range(len(problem.train)), held(model.device) // 4), next(iter(model.params.values()))
             )
         weights = torch.tensor(sizes, dtype=torch.float64, device=squares.device)
         return self.damping_scale * float((squares * weights).sum() / weights.sum())

@@ -27,7 +27,6 @@ from fimo.estimators.counts import Work, of_products
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, incidence, unique
-from fimo.estimators.operators.layerwise import KEPT
 from fimo.estimators.operators.parts import Gradients, tiles
 from fimo.estimators.operators.products import Sides, mean_squares, sides, square_norms
 from fimo.estimators.operators.rows import loss_gradients, mean_square, measure_gradients
@@ -53,7 +52,7 @@ class DataInf(Influence):
 
     def estimate(self, problem: Problem) -> Estimate:
         """(R, E)."""
-        if self.training_gradient != "final" or kept_scalars(problem) > gradients.HELD:
+        if self.training_gradient != "final" or kept_scalars(problem) > gradients.held(problem.model.device):
             return super().estimate(problem)
         with estimating(problem.model):
             layers = sides(problem.model, problem.train, problem.evals, problem.removals)
@@ -73,7 +72,7 @@ class DataInf(Influence):
 
         def value(left: Gradients, right: Gradients) -> Tensor:
             every = partial(_every_layered, both, left)
-            if not known and _products(problem, left, right) > gradients.HELD // 4:
+            if not known and _products(problem, left, right) > gradients.held(problem.model.device) // 4:
                 known.append(self._layer_damping(mean_squares(every(), both.like)))
             found, damping = self._expanded(every(), left, right, both.like, known[0] if known else None)
             known[:] = [damping]
@@ -198,7 +197,9 @@ def _every_layered(both: Sides, known: Gradients) -> Iterator[Gradients]:
     """∇ℓ_j for all of 𝒟, those that are known first."""
     have = set(known.indices)
     yield known
-    yield from both.train.gradients([j for j in range(len(both.train.examples)) if j not in have], KEPT // 4)
+    yield from both.train.gradients(
+        [j for j in range(len(both.train.examples)) if j not in have], gradients.held(both.train.model.device) // 4
+    )
 
 
 def _products(problem: Problem, left: Gradients, right: Gradients) -> int:

@@ -80,7 +80,7 @@ class Rates:
             for _ in loss_gradients(model, train, range(count)):
                 pass
 
-        return self._timed(take, len(train), gradients.block_size(Layout.of(model.params).size))
+        return self._timed(take, len(train), gradients.block_size(Layout.of(model.params).size, model.device))
 
     @cached_property
     def product(self) -> float:
@@ -95,7 +95,7 @@ class Rates:
     def _product(self, operator: Operator) -> float:
         model, train = self._problem.model, self._problem.train
         layout = Layout.of(model.params)
-        rows = max(1, min(16, len(self._problem.evals), gradients.STREAM // layout.size))
+        rows = max(1, min(16, len(self._problem.evals), gradients.stream(model.device) // layout.size))
         some = torch.randn(rows, layout.size, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
         return self._timed(lambda count: operator(some, range(count)), len(train), 64) / rows
 

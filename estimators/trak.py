@@ -22,7 +22,7 @@ from fimo.estimators.counts import POSITIONS, Work, dense_size
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, PerExample
-from fimo.estimators.operators.layerwise import KEPT, layerwise
+from fimo.estimators.operators.layerwise import layerwise
 from fimo.estimators.operators.output_functions import is_cross_entropy, is_scalar, labels, log_odds
 from fimo.estimators.operators.products import Sides
 from fimo.estimators.operators.rows import loss_gradients
@@ -91,7 +91,7 @@ class TRAK(Influence):
             # A gradient is made dense, and its entries added up: memory's time, as that of some products.
             return super().work(problem) + own + Work(inner=2.0 * every * dense_size(problem.model) * 2 * POSITIONS)
         held = size * dimension <= gradients.HELD
-        blocks = 1 if held else -(-every // gradients.block_size(size))
+        blocks = 1 if held else -(-every // gradients.block_size(size, problem.model.device))
         dense = float(size) * dimension
         return super().work(problem) + own + Work(inner=2.0 * every * dense, draws=blocks * dense)
 
@@ -111,7 +111,10 @@ class TRAK(Influence):
         way = layerwise(model, function, problem.train)
         if sketch is None or way is None or self.training_gradient != "final":
             return None
-        every = (sketch.features(block) for block in way.gradients(range(len(problem.train)), KEPT // 4))
+        every = (
+            sketch.features(block)
+            for block in way.gradients(range(len(problem.train)), gradients.held(model.device) // 4)
+        )
         solve = self._solver(problem, notes, every, project)
         return Layered(lambda left, right: sketch.features(left).double() @ solve(sketch.features(right)).T)
 

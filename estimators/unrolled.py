@@ -90,7 +90,7 @@ class Unrolled(OwnSeeds):
         if not self._is_forward(problem, steps):
             rows = sum(steps) * len(problem.evals)
         size = Layout.of(problem.model.params).size
-        held = 4.0 * min(gradients.HELD, len(problem.removals) * changes.scalars(size, settings))
+        held = 4.0 * min(gradients.held(problem.model.device), len(problem.removals) * changes.scalars(size, settings))
         return Work(products=examples * rows, passes=examples * steps[-1], bytes=held)
 
     def estimate(self, problem: Problem) -> Estimate:
@@ -149,11 +149,12 @@ def _ended(name: str, problem: Problem, steps: tuple[int, ...], seed: int, onset
 def _forward(problem: Problem, steps: Sequence[int], seed: int) -> tuple[Tensor, int | None]:
     """(steps, R, E) of one seed by changes, and from which step on they grow; the values end before it.
 
-    As many removals at a time as fit ``gradients.HELD``.
+    As many removals at a time as are ``gradients.held``.
     """
     assert problem.further_training is not None
     values, onset = [torch.zeros(len(steps), 0, len(problem.evals), dtype=torch.float64)], None
-    together = max(1, gradients.HELD // changes.scalars(Layout.of(problem.model.params).size, problem.further_training))
+    each = changes.scalars(Layout.of(problem.model.params).size, problem.further_training)
+    together = max(1, gradients.held(problem.model.device) // each)
     for start in range(0, len(problem.removals), together):
         removals = [tuple(r) for r in problem.removals[start : start + together]]
         rows: list[Tensor] = []
@@ -188,7 +189,7 @@ def _measured(problem: Problem, along: Changes) -> Tensor:
         def slope(row: Tensor, batch: Batch = batch) -> Tensor:
             return directional(lambda p: model.measure(layout.tensors(p), batch), params, row)[1]
 
-        together = max(1, gradients.STREAM // layout.size)
+        together = max(1, gradients.stream(model.device) // layout.size)
         columns.append(torch.cat([each_example(slope, part) for part in moved.split(together)]).detach())
     return torch.cat(columns, dim=1).to("cpu", torch.float64)
 
@@ -205,7 +206,7 @@ def _adjoint(problem: Problem, steps: Sequence[int], seed: int) -> tuple[Tensor,
         return values, onset
     trajectory = Trajectory(problem.model, problem.train, problem.further_training, removals, seed)
     checkpoints = Checkpoints(trajectory, steps[-1])
-    together = max(1, gradients.HELD // (4 * trajectory.layout.size))
+    together = max(1, gradients.held(problem.model.device) // (4 * trajectory.layout.size))
     for place, last in enumerate(steps):
         for start in range(0, len(problem.evals), together):
             columns = range(start, min(start + together, len(problem.evals)))

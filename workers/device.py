@@ -47,6 +47,14 @@ def clock(device: torch.device) -> Callable[[], float]:
     return time.perf_counter
 
 
+def memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process may fill, whatever is there now; 0 on a CPU. The same on GPUs of one type."""
+    if device.type != "cuda":
+        return 0
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * torch.cuda.get_per_process_memory_fraction(device))
+
+
 def forget_peak(device: torch.device) -> None:
     """Measure a GPU's ``peak`` anew."""
     if device.type == "cuda":

@@ -154,7 +154,7 @@ class FiniteChanges(Changes):
         params, state = update(self.point.params, self.point.state, gradient)
         norms, paths = [], []
         # In place and a few removals at a time: the arithmetic's own rows must not be as many as theirs.
-        for rows in _slices(len(direct), max(1, gradients.STREAM // self.trajectory.layout.size)):
+        for rows in _slices(len(direct), max(1, gradients.stream(direct.device) // self.trajectory.layout.size)):
             _step(update, self._runs, rows, gradient + bent[rows])
             norms.append((self._runs[0][rows] - params).norm(p=1, dim=1))
             before = self._straight[0][rows] - self.point.params

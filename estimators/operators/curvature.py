@@ -51,7 +51,7 @@ class _Mean:
         # A language model's outputs, with those that are differentiated again, are more than its parameters.
         outputs = OUTPUTS * self._outputs
         some = max(1, min(PASS, gradients.BLOCK, gradients.STREAM // outputs))
-        together = max(1, gradients.STREAM // max(self.layout.size, some * outputs))
+        together = max(1, gradients.stream(self.model.device) // max(self.layout.size, some * outputs))
         total = torch.zeros_like(rows)
         for _, batch in self.examples.batches(some, indices):
             product = self.product(batch)

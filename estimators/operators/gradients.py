@@ -1,7 +1,7 @@
 """Per-example gradients of losses and measures, as rows of matrices over the flattened trainable parameters.
 
-Invariant: no matrix held here has more than ``HELD`` scalars and no block of per-example gradients more than
-``STREAM``, so that n × P gradients are never in memory at once. Rows are in the model's dtype and on its
+Invariant: no matrix held here has more than ``held`` scalars and no block of per-example gradients more than
+``stream``, so that n × P gradients are never in memory at once. Rows are in the model's dtype and on its
 device.
 """
 
@@ -16,15 +16,22 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
+from fimo.workers.device import memory
 from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors
 from fimo.workers.stacking.stacked import Stacked
 
 STREAM = 2**25
-"""Scalars in one block of per-example gradients (128 MiB in float32)."""
+"""Scalars in one block of per-example gradients on a CPU (128 MiB in float32)."""
 
 HELD = 2**28
-"""Scalars that an estimator may keep over a pass through the training examples (1 GiB in float32)."""
+"""Scalars that an estimator may keep over a pass through the training examples on a CPU (1 GiB in float32).
+
+What an estimator *is* (a rank, a kind of sketch) goes by this on every device: it must be the same wherever it runs.
+"""
+
+SHARE = 8
+"""A GPU's memory holds so many times what an estimator keeps: both sides of a product, their copies and activations."""
 
 LARGEST_RANK = 4096
 """Rank of a Gauss-Newton matrix up to which compressing it pays."""
@@ -72,9 +79,19 @@ class Layout:
         return {n: rows[..., s].reshape((*lead, *self.shapes[n])) for n, s in self.slices.items()}
 
 
-def block_size(scalars: int, budget: int | None = None) -> int:
-    """How many examples of ``scalars`` scalars each make a block: at least 1, at most ``BLOCK``."""
-    return max(1, min(BLOCK, (STREAM if budget is None else budget) // max(1, scalars)))
+def held(device: torch.device) -> int:
+    """Scalars that an estimator may keep over a pass: more where a GPU has the memory, the same on GPUs of one type."""
+    return max(HELD, memory(device) // (SHARE * torch.float32.itemsize))
+
+
+def stream(device: torch.device) -> int:
+    """Scalars in one block of per-example gradients."""
+    return STREAM * (held(device) // HELD)
+
+
+def block_size(scalars: int, device: torch.device) -> int:
+    """How many examples of ``scalars`` scalars each make a block: at least 1, at most ``BLOCK``, on a CPU."""
+    return max(1, min(BLOCK * (held(device) // HELD), stream(device) // max(1, scalars)))
 
 
 In = TypeVar("In")
@@ -174,9 +191,9 @@ def directional(function: Callable[[In], Out], at: In, tangents: In) -> tuple[Ou
     return value, slope
 
 
-def held_blocks(count: int, scalars: int) -> list[range]:
-    """``range(count)`` in blocks whose rows of ``scalars`` scalars fit ``HELD``; most often one block."""
-    size = max(1, HELD // max(1, scalars))
+def held_blocks(count: int, scalars: int, device: torch.device) -> list[range]:
+    """``range(count)`` in blocks whose rows of ``scalars`` scalars are ``held``; most often one block."""
+    size = max(1, held(device) // max(1, scalars))
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 

@@ -75,7 +75,7 @@ def eigenbasis(
     layers, others, together = proven(model, few, layers, others)
     # With all of its padding, for how many outputs there are decides what is drawn.
     source = draw(examples.batch(range(min(8 if way is None else 2, len(examples)))))
-    size = min(source.block, gradients.block_size(max([layer.out for layer in layers], default=1) * 512))
+    size = min(source.block, gradients.block_size(max([layer.out for layer in layers], default=1) * 512, model.device))
     size = size if together else 1
     small = [name for name in others if model.params[name].numel() <= EXACT]
     seen = [] if way is None else [name for name in small if name not in way.recipe.others]
@@ -160,10 +160,10 @@ def _batches(examples: Examples, way: Layerwise | None, size: int) -> Iterator[l
 
 def _keeping(passes: Iterator[Seen], kept: list[Seen]) -> Iterator[Seen]:
     """The batches, the first ones of which are kept for the second pass."""
-    room = gradients.HELD
+    scalars = 0
     for seen in passes:
-        room -= sum(a.numel() + sum(g.numel() for g in gs) for _, a, gs in seen)
-        if room > 0:
+        scalars += sum(a.numel() + sum(g.numel() for g in gs) for _, a, gs in seen)
+        if seen and scalars < gradients.held(seen[0][1].device):
             kept.append(seen)
         yield seen
 
@@ -244,7 +244,7 @@ def _gradients_of(calls: Calls) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _matrices(g: Tensor, a: Tensor, scale: Tensor) -> Iterator[Tensor]:
     """s∘(Σ_t g_bt a_btᵀ) in blocks, (b, out, in) in the model's dtype."""
-    together, scale = max(1, gradients.STREAM // scale.numel()), scale.to(g.dtype)
+    together, scale = max(1, gradients.stream(g.device) // scale.numel()), scale.to(g.dtype)
     for some_g, some_a in zip(g.split(together), a.split(together), strict=True):
         yield torch.einsum("bto,bti->boi", some_g, some_a) * scale
 

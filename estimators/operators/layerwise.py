@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.capture import Recipe, leading, parts_of, recipe_of, watching
-from fimo.estimators.operators.gradients import HELD, Layout, PerExample
+from fimo.estimators.operators.gradients import Layout, PerExample, held
 from fimo.estimators.operators.guards import each_its_own, look
 from fimo.estimators.operators.parts import Dense, Gradients, Parts
 from fimo.workers.examples import Batch, Examples, to
@@ -30,9 +30,6 @@ from fimo.workers.stacking.trimming import Trimming, trimming
 LARGE = 2**20
 """Parameters from which on gradients are taken layer by layer: of smaller models ``vmap`` does a block at once, and
 rows of them are cheap to keep."""
-
-KEPT = HELD
-"""Scalars of gradients that are kept at once on each side of an inner product."""
 
 CHOSEN = 3
 """Examples that a proof looks at."""
@@ -69,7 +66,7 @@ class Layerwise:
 
     def fits(self, count: int) -> bool:
         """Whether so many examples' gradients are held at once, of full length each."""
-        return count * self.scalars <= KEPT
+        return count * self.scalars <= held(self.model.device)
 
     def order(self, indices: Sequence[int]) -> list[int]:
         """The examples, those of like lengths together."""
@@ -97,19 +94,19 @@ class Layerwise:
             yield block
 
     def gradients(self, indices: Sequence[int], most: int | None = None) -> Iterator[Gradients]:
-        """The examples' gradients, as many at a time as ``most`` scalars (``KEPT``) hold."""
+        """The examples' gradients, as many at a time as ``most`` scalars (``held``) hold."""
         shapes = {name: seen_as(tensor.shape) for name, tensor in self.params.items()}
-        held = Gradients(shapes)
-        scalars, limit = 0, KEPT if most is None else most
+        kept = Gradients(shapes)
+        scalars, limit = 0, held(self.model.device) if most is None else most
         for block in self.batches(indices):
             for indices_of, parts in self._taken(block):
-                held.add(indices_of, parts)
+                kept.add(indices_of, parts)
                 scalars += sum(part.scalars for some in parts.values() for part in some)
                 if scalars >= limit:
-                    yield held
-                    held, scalars = Gradients(shapes), 0
-        if len(held):
-            yield held
+                    yield kept
+                    kept, scalars = Gradients(shapes), 0
+        if len(kept):
+            yield kept
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """The examples' gradients as rows (len(indices), P), in their order."""

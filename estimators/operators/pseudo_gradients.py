@@ -77,7 +77,7 @@ class PseudoGradients:
         elif self.fisher == "sampled":
             self.drawn = "the square root of the outputs' Hessian times noise"
             scalars = self._count * (self._count if self._count <= MANY else LANCZOS)
-        self.block = gradients.block_size(scalars)
+        self.block = gradients.block_size(scalars, model.device)
 
     def __call__(self, outputs: Tensor, batch: Batch, indices: Sequence[int]) -> Iterator[Tensor]:
         """Vectors of the shape of ``outputs`` (B, …); their outer products add up to the Hessian, or its estimate."""

@@ -27,7 +27,7 @@ def loss_gradients(
     ``along``: see ``per_example``.
     """
     layout, at = Layout.of(model.params), model.params if params is None else params
-    size, function = block_size(layout.size), model.loss if loss is None else loss
+    size, function = block_size(layout.size, model.device), model.loss if loss is None else loss
     if params is None and loss is None and along is None:
         yield from _rows(model, function, examples, list(range(len(examples)) if indices is None else indices), size)
         return
@@ -58,7 +58,7 @@ def measure_gradients(
 ) -> Tensor:
     """∇g(z) of the evaluation examples at ``params`` (or θᶠ), rows (len(indices), P); the measure in float64."""
     layout, at = Layout.of(model.params), model.params if params is None else params
-    size = block_size(layout.size)
+    size = block_size(layout.size, model.device)
     if params is None:
         chosen = list(range(len(evals)) if indices is None else indices)
         blocks = [rows for _, rows in _rows(model, model.measure, evals, chosen, size, wide=True)]
@@ -80,7 +80,7 @@ def removal_gradients(
     An index is differentiated once a block. ``along``: see ``per_example``. ``unit``: each ∇ℓ_i at norm 1.
     """
     layout = Layout.of(model.params)
-    size = block_size(layout.size)
+    size = block_size(layout.size, model.device)
     for start in range(0, len(removals), size):
         which = range(start, min(start + size, len(removals)))
         groups = [removals[r] for r in which]

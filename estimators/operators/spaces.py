@@ -103,7 +103,7 @@ class Compressed:
     def __init__(self, operator: GaussNewton, scale: Tensor | None = None) -> None:
         model, examples = operator.model, operator.examples
         jacobians, weights = [], []
-        size = gradients.block_size(Layout.of(model.params).size * outputs_of(model, examples))
+        size = gradients.block_size(Layout.of(model.params).size * outputs_of(model, examples), model.device)
         for _, batch in examples.batches(size):
             rows, square = linearised(model, batch, model.params)
             jacobians.append(_scaled(rows.double(), scale))

@@ -58,7 +58,7 @@ def add_by_themselves(
     layout, outputs = Layout.of(small), outputs_of(model, examples)
     squares_of = Squares(small).of
     if source.fisher == "exact":
-        for _, batch in examples.batches(min(source.block, gradients.block_size(layout.size * outputs))):
+        for _, batch in examples.batches(min(source.block, gradients.block_size(layout.size * outputs, model.device))):
             jacobian, weights = linearised(model, batch, small)
             for name, where in layout.slices.items():
                 j = jacobian[:, where].double().reshape(*weights.shape[:2], -1)
@@ -70,7 +70,7 @@ def add_by_themselves(
             value: Tensor = (out * both["s"]).flatten(1).sum(dim=1)
             return value
 
-        for indices, batch in examples.batches(min(source.block, gradients.block_size(layout.size))):
+        for indices, batch in examples.batches(min(source.block, gradients.block_size(layout.size, model.device))):
             with torch.no_grad():
                 out = model.outputs(model.params, batch)
             for s in source(out, batch, indices):

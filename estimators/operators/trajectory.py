@@ -172,7 +172,7 @@ class Trajectory:
         return torch.cat([self._mapped(along, part, step.number) for part in self._parts(rows)])
 
     def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = rows.split(max(1, gradients.STREAM // self.layout.size))
+        parts: tuple[Tensor, ...] = rows.split(max(1, gradients.stream(rows.device) // self.layout.size))
         return parts
 
     def _mapped(
@@ -273,7 +273,7 @@ def _removed_batches(
         if removal:
             batch = train.batch(list(removal))
             alike.setdefault(shapes(batch), []).append((place, batch))
-    size = gradients.block_size(Layout.of(model.params).size)
+    size = gradients.block_size(Layout.of(model.params).size, model.device)
     return [
         ([place for place, _ in rows[start : start + size]], stack([b for _, b in rows[start : start + size]]))
         for rows in alike.values()
