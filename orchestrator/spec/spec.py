@@ -159,7 +159,8 @@ class Resources(Section):
     )
     shard: Count | Literal["auto"] = Field(
         default="auto",
-        description="Removals in one part, which is what an interruption loses. `auto`: by the cost of a cell.",
+        description="Removals in one part, which is what an interruption loses. `auto`: by the cost of a cell. Ten "
+        "parts a GPU keep all of them busy; with one each, all wait for the slowest.",
     )
     deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
@@ -172,7 +173,8 @@ class Resources(Section):
     )
     replay: Annotated[bool, Field(strict=True)] = Field(
         default=True,
-        description="Trace the steps of small models. `off`: every step as written, the same numbers to rounding.",
+        description="Trace the steps of small models; on a GPU, record and launch them. `off`: every step as written, "
+        "the same numbers to rounding.",
     )
     proof: Annotated[bool, Field(strict=True)] = Field(
         default=True,
