@@ -103,7 +103,9 @@ class Training:
         for counted, calls in zip(self._counted(), origin.calls if origin is not None else (), strict=False):
             counted.update(calls)
         ahead = islice(_schedule(start, removals, seeds), self.step, self._record.last)
-        self._schedule = placed(ahead, device) if is_gpu(device) else ahead
+        # A dataset is asked for numbers, and where a batch is cut is decided on the CPU.
+        there = is_gpu(device) and start.train.tensors is not None and start.trimming is None
+        self._schedule = placed(ahead, device) if there else ahead
 
     def advance(self, until: int | None = None, watch: Callable[[int, Tensors], None] | None = None) -> None:
         """Take steps until ``until``, or until all is recorded; errors as ``further_train``."""

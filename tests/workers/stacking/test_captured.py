@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,19 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fimo.workers import further_training
 from fimo.workers.batches import Block, Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.further_training import Deltas, further_train
 from fimo.workers.proof import prove
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
+from fimo.workers.stacking import ahead
 from fimo.workers.stacking.captured import CHECKED, Captured, Recorder
 from fimo.workers.stacking.replay import AFTER
+from fimo.workers.stacking.trimming import Trimming
 from fimo.workers.start import Engine, Start
 from fimo.workers.trial import Case
 from fimo.workers.workload import Workload
 from tests.support.recorded import Counted, record
-from tests.workers.problems import classification, make, regression, settings
+from tests.workers.problems import classification, make, regression, sentences, settings
 
 LANES: list[Removal] = [(), (3,), (4, 9), (22,)]
 SGD = Optimizer("sgd", lr=0.02, momentum=0.9)
@@ -235,3 +239,36 @@ def test_the_proof_holds_what_is_launched_against_the_definition(recorder: Any, 
     verdict = prove(_case(workload, start), start)
     assert verdict.path == path
     assert verdict.engine.replay == (recorder is record)
+
+
+# -- batches that are brought ahead ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
+def test_blocks_that_are_brought_ahead_are_the_same_blocks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "BYTES", 3000)
+    for engine in (Engine(), Engine(fold=False)):
+        start = make(regression(), settings(removal_mode=mode)).using(engine)
+        here, there = (further_training._schedule(start, LANES, [5] * len(LANES)) for _ in range(2))
+        brought = ahead.placed(itertools.islice(there, 33), torch.device("cpu"))
+        steps = 0
+        for expected, got in zip(itertools.islice(here, 33), brought, strict=True):
+            steps += 1
+            for one, other in zip(expected, got, strict=True):
+                assert (one.lanes, one.sizes, one.length) == (other.lanes, other.sizes, other.length)
+                assert torch.equal(one.indices, other.indices)
+                assert torch.equal(one.weights, other.weights)
+        assert steps == 33
+
+
+def test_only_examples_that_are_tensors_are_brought_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    brought = []
+    monkeypatch.setattr(further_training, "is_gpu", lambda _: True)
+    monkeypatch.setattr(further_training, "placed", lambda steps, _: brought.append(1) or steps)
+    for workload in (sentences(), regression()):
+        start = make(workload, settings(removal_mode="drop"))
+        further_train(start, LANES, 5)
+    assert len(brought) == 1, "a dataset is asked for numbers that would have to come back"
+    cut = Trimming(torch.full((23,), 4), 4)
+    further_train(replace(make(regression(), settings(removal_mode="reweight")), trimming=cut), LANES, 5, last=1)
+    assert len(brought) == 1
