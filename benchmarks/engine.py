@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import RandomSampler
 
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import Removal
 from fimo.workers.device import deterministic, device_name
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard

@@ -31,7 +31,7 @@ from engine import Case, image, plain_cell, products_of, tabular, text
 from recorded import under_heading
 from torch import Tensor
 
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, device_name, forget_peak, peak
 from fimo.workers.settings import Evaluate

@@ -1,100 +1,44 @@
 """Gradient estimators of the further-training gold standard, a file each over shared operators.
 
-Pure torch: no Ray, no I/O. A spec's entry becomes estimators by ``parse``; each estimates a ``Problem``.
+Pure torch: no Ray, no I/O. A spec's entry becomes estimators by ``parse``; each estimates a ``Problem``. The names
+below are imported when they are first asked for: ``fimo.estimators.declared``, which says what values depend on, needs
+no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from fimo.estimators.amounts import linear
-from fimo.estimators.base import Estimate, Estimator, Problem
-from fimo.estimators.cg import CG
-from fimo.estimators.datainf import DataInf
-from fimo.estimators.ekfac import EKFAC
-from fimo.estimators.ekfac_matched import EKFACMatched
-from fimo.estimators.entries import parse_entry
-from fimo.estimators.grad_cos import GradCos
-from fimo.estimators.grad_dot import GradDot
-from fimo.estimators.lissa import LiSSA, LiSSAH
-from fimo.estimators.lissa_matched import LiSSAMatched
-from fimo.estimators.mirrored import Mirrored
-from fimo.estimators.operators.kronecker import coverage
-from fimo.estimators.trak import TRAK
-from fimo.estimators.unrolled import Unrolled
+if TYPE_CHECKING:
+    from fimo.estimators.base import Estimate as Estimate
+    from fimo.estimators.base import Estimator as Estimator
+    from fimo.estimators.base import Problem as Problem
+    from fimo.estimators.operators.kronecker import coverage as coverage
+    from fimo.estimators.registry import DEFAULTS as DEFAULTS
+    from fimo.estimators.registry import REGISTRY as REGISTRY
+    from fimo.estimators.registry import choose as choose
+    from fimo.estimators.registry import defaults as defaults
+    from fimo.estimators.registry import left_out as left_out
+    from fimo.estimators.registry import parse as parse
 
-__all__ = ["REGISTRY", "Estimate", "Estimator", "Problem", "choose", "coverage", "defaults", "left_out", "parse"]
-
-REGISTRY: dict[str, type[Any]] = {
-    kind.name: kind
-    for kind in (
-        GradDot,
-        GradCos,
-        DataInf,
-        TRAK,
-        EKFAC,
-        CG,
-        LiSSA,
-        LiSSAH,
-        EKFACMatched,
-        LiSSAMatched,
-        Unrolled,
-        Mirrored,
-    )
+_WHERE = {
+    "DEFAULTS": "fimo.estimators.registry",
+    "Estimate": "fimo.estimators.base",
+    "Estimator": "fimo.estimators.base",
+    "Problem": "fimo.estimators.base",
+    "REGISTRY": "fimo.estimators.registry",
+    "choose": "fimo.estimators.registry",
+    "coverage": "fimo.estimators.operators.kronecker",
+    "defaults": "fimo.estimators.registry",
+    "left_out": "fimo.estimators.registry",
+    "parse": "fimo.estimators.registry",
 }
-"""Estimators by the name that specs and tables use."""
+
+__all__ = list(_WHERE)
 
 
-DEFAULTS = (
-    "grad_dot",
-    "grad_cos",
-    "datainf",
-    "trak",
-    "ekfac",
-    "cg",
-    "lissa",
-    "lissa_h",
-    "ekfac_matched",
-    "mirrored",
-    "unrolled",
-)
-"""Names of the estimators that run if a spec names none, cheapest first; under Adam Grad-Dot in its scale too."""
-
-IN_SCALE = {"name": "grad_dot", "preconditioner": "optimizer"}
-
-
-def parse(entry: str | Mapping[str, Any]) -> list[Estimator]:
-    """The estimators of one entry of a spec's ``estimators``; a list-valued hyper-parameter sweeps.
-
-    Raises:
-        UsageError: see ``fimo.estimators.entries.parse_entry``.
-    """
-    return parse_entry(REGISTRY, entry)
-
-
-def choose(problem: Problem) -> tuple[list[Estimator], list[tuple[str, str]]]:
-    """The estimators that run if a spec names none, and the others of ``DEFAULTS`` as (name, why not)."""
-    chosen, others = [], []
-    settings = problem.further_training
-    entries: list[str | dict[str, str]] = list(DEFAULTS)
-    if settings is not None and not linear(settings.optimizer):
-        entries.insert(1, IN_SCALE)
-    for entry in entries:
-        for estimator in parse(entry):
-            reason = estimator.refuses(problem)
-            if reason is None:
-                chosen.append(estimator)
-            else:
-                others.append((estimator.name, reason))
-    return chosen, others
-
-
-def defaults(problem: Problem) -> list[Estimator]:
-    """The estimators that run if a spec names none: of ``DEFAULTS``, those that apply to the problem."""
-    return choose(problem)[0]
-
-
-def left_out(problem: Problem) -> list[tuple[str, str]]:
-    """(name, why not) of the ``DEFAULTS`` that do not apply to the problem."""
-    return choose(problem)[1]
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fimo.estimators' has no attribute '{name}'")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fimo.estimators.base import GradientEstimator, Hyperparameters, Problem, flat_loss
-from fimo.workers import batches
+from fimo.estimators.declared import families as declared
+from fimo.workers.amounts import steps_recorded
 from fimo.workers.errors import UsageError
 from fimo.workers.settings import FurtherTraining, Optimizer
 
@@ -29,7 +30,7 @@ def recorded_steps(problem: Problem, settings: FurtherTraining) -> tuple[int, ..
     Raises:
         UsageError: it asks for none of them.
     """
-    every = tuple(batches.steps_recorded(len(problem.train), settings))
+    every = tuple(steps_recorded(len(problem.train), settings))
     if problem.at is None:
         return every
     wanted = tuple(step for step in every if step in set(problem.at))
@@ -44,12 +45,8 @@ def linear(optimizer: Optimizer) -> bool:
 
 
 @dataclass(frozen=True)
-class SGDMatched(GradientEstimator):
+class SGDMatched(declared.SGDMatched, GradientEstimator):
     """Base of the influence functions matched to the amount of further training: SGD alone, unclipped."""
-
-    def follows_training(self) -> bool:
-        """The optimizer and the recorded steps decide the values."""
-        return True
 
     def unsuited(self, problem: Problem) -> str | None:
         """Further training is not unclipped SGD, or the loss has no curvature in the outputs."""

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 import torch
 import torch.utils.checkpoint
@@ -21,19 +21,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.estimators.counts import Work, of_gradients
+from fimo.estimators.declared.base import JSON, Declaration
 from fimo.estimators.operators.gradients import Layout, held_blocks
 from fimo.estimators.operators.output_functions import is_flat
 from fimo.estimators.operators.parts import Gradients
 from fimo.estimators.operators.plain import plain_operations
 from fimo.estimators.operators.products import Sides, sides
 from fimo.estimators.operators.rows import loss_gradients, measure_gradients, removal_gradients
-from fimo.workers.errors import DivergedError, UsageError, WorkloadError
+from fimo.workers.errors import DivergedError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.start import Start
-
-JSON: TypeAlias = "str | int | float | bool | Sequence[JSON] | Mapping[str, JSON] | None"
 
 Notes: TypeAlias = dict[str, JSON]
 """What a reader needs to judge the numbers: iterations, residuals, what was left out."""
@@ -140,41 +139,8 @@ class Estimator(Protocol):
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    """Base of the estimators' dataclasses: their fields are their hyper-parameters and nothing else is."""
-
-    name: ClassVar[str]
-
-    version: ClassVar[int] = 1
-    """Raise it whenever the estimator's numbers change: kept estimates of another version are computed again."""
-
-    evals_together: ClassVar[int] = 128
-    """Evaluation examples in one block of estimates, which is one task and one object of a sweep."""
-
-    trains: ClassVar[bool] = False
-    """Whether it trains in the sweep's stacks, whose engine is then proven first (``Problem.start``)."""
-
-    units: ClassVar[str] = "n times an effect"
-    """What a value is of an effect, as far as the estimator's model of training holds; n: training examples."""
-
-    def __post_init__(self) -> None:
-        """Refuse hyper-parameters that make no sense; a subclass calls its base's."""
-
-    def params(self) -> dict[str, JSON]:
-        """Every hyper-parameter by name, defaults included."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-    def follows_training(self) -> bool:
-        """Whether the values depend on the further-training section."""
-        return False
-
-    def follows_seeds(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
-        """Those of the sweep's seeds that the values depend on."""
-        return ()
-
-    def runs(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
-        """The seeds that the estimator itself trains with, given the sweep's: its values are the mean over them."""
-        return ()
+class Hyperparameters(Declaration):
+    """Base of the estimators' dataclasses: a declaration, and what an estimator does with a problem."""
 
     def work(self, problem: Problem) -> Work:
         """What the estimate has to do, counted: the gradients of both sides; a subclass adds what it does beyond."""
@@ -196,20 +162,6 @@ class Hyperparameters:
         """Refuse a problem (UsageError) for which the estimator means nothing."""
         reason = self.unsuited(problem)
         self.require(reason is None, reason or "")
-
-    def require(self, condition: bool, message: str) -> None:
-        """Refuse a hyper-parameter.
-
-        Raises:
-            UsageError: ``condition`` is false; the message is prefixed with the estimator's name.
-        """
-        if not condition:
-            raise UsageError(f"estimator {self.name}: {message}")
-
-    def settle(self, **values: Any) -> None:
-        """Set fields of the frozen dataclass, in ``__post_init__`` alone."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
 
 Pair: TypeAlias = Callable[[Tensor], Tensor]

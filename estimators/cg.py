@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import JSON, Notes, Problem, flat_loss
+from fimo.estimators.base import Notes, Problem, flat_loss
 from fimo.estimators.counts import ITERATIONS, Work, of_curvature
+from fimo.estimators.declared import shipped as declared
+from fimo.estimators.declared.base import JSON
 from fimo.estimators.ekfac import as_inverse
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.matching import Shift
@@ -30,38 +32,15 @@ MAGNIFIED = 1.0
 
 
 @dataclass(frozen=True)
-class CG(Influence):
+class CG(declared.CG, Influence):
     """(C + λD)⁻¹ ∇g by conjugate gradients, all evaluation examples of a block together.
 
     Iterates, inner products and residuals are float64 whatever the model's dtype, because a small damping magnifies
     their rounding. A true residual far above the tolerance is in the notes as a warning.
 
-    Attributes:
-        curvature: ``gauss_newton`` (positive semidefinite for convex losses) or ``hessian`` (may be
-            indefinite; CG then still solves the system, but without its guarantee: look at the residuals in
-            the notes).
-        preconditioner: ``ekfac``: iterate with M⁻¹ from EK-FAC (see ``operators.nystrom``), each λ by itself from the
-            solution before. The values are the same, the iterations fewer where the damping is small.
-        tolerance: a right-hand side stops at ‖v − (C + λI)x‖ ≤ tolerance·‖v‖.
-        max_iterations: and at the latest after so many.
-
     Cost: an iteration is a product with C for every right-hand side, however many recorded steps there are; see
     ``spaces`` for when that is cheap. Preconditioned, every recorded step has iterations of its own.
     """
-
-    name: ClassVar[str] = "cg"
-    version: ClassVar[int] = 2
-    matches: ClassVar[bool] = True
-
-    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
-    preconditioner: Literal["ekfac"] | None = None
-    tolerance: float = 1e-8
-    max_iterations: int = 1000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(0 < self.tolerance < 1, "tolerance must lie between 0 and 1")
-        self.require(self.max_iterations >= 1, "max_iterations must be at least 1")
 
     def unsuited(self, problem: Problem) -> str | None:
         """The Gauss-Newton matrix is 0, or EK-FAC covers nothing."""

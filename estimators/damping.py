@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
 from fimo.estimators.base import Hyperparameters, Problem
 from fimo.estimators.counts import Work
+from fimo.estimators.declared import families as declared
 from fimo.estimators.matching import Shift, matched, of_scale, spread
 from fimo.estimators.operators.gradients import Layout, held
 from fimo.estimators.operators.layerwise import layerwise
@@ -18,46 +19,11 @@ from fimo.estimators.operators.rows import mean_square
 
 
 @dataclass(frozen=True)
-class Damped(Hyperparameters):
-    """Base of the estimators with a damping λ.
+class Damped(declared.Damped, Hyperparameters):
+    """Base of the estimators with a damping λ."""
 
-    Attributes:
-        damping: λ itself, ≥ 0; or ``matched``: 1/(ηt) for each recorded step t (see ``matching``), so that there is an
-            estimate for each.
-        damping_scale: λ as a multiple of the mean squared entry of the per-example training gradients over
-            all of 𝒟 and all parameters (Grosse et al. 2023, section 5.1, for the scale). At most one of the
-            two is given; neither means matched where the estimator can be, else its ``default_scale``.
-    """
-
-    default_scale: ClassVar[float] = 1.0
-    matches: ClassVar[bool] = False
-    """Whether the estimator can be matched."""
     solved: ClassVar[int | None] = None
     """How many recorded steps are solved for at most, evenly in log t; None = all."""
-
-    damping: float | Literal["matched"] | None = None
-    damping_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(
-            self.damping is None or self.damping_scale is None,
-            "give damping (matched, or λ itself) or damping_scale (times the mean squared gradient entry), not both",
-        )
-        self.require(self.matches or self.damping != "matched", "damping cannot be matched; give a number")
-        self.require(not isinstance(self.damping, int | float) or self.damping >= 0, "damping must be at least 0")
-        self.require(self.damping_scale is None or self.damping_scale >= 0, "damping_scale must be at least 0")
-        if self.damping is None and self.damping_scale is None:
-            self.settle(**({"damping": "matched"} if self.matches else {"damping_scale": self.default_scale}))
-
-    @property
-    def is_matched(self) -> bool:
-        """Whether there is a λ for each recorded step."""
-        return self.damping == "matched"
-
-    def follows_training(self) -> bool:
-        """A matched λ is of the optimizer and the amount."""
-        return self.is_matched or super().follows_training()
 
     def unsuited(self, problem: Problem) -> str | None:
         """A matched λ needs further training to match."""

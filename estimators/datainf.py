@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fimo.estimators.base import Estimate, Layered, Notes, Problem, estimating, finite
 from fimo.estimators.counts import Work, of_products
+from fimo.estimators.declared import shipped as declared
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, incidence, unique
@@ -35,20 +36,14 @@ Rows = Iterator[tuple[list[int], Tensor]]
 
 
 @dataclass(frozen=True)
-class DataInf(Influence):
+class DataInf(declared.DataInf, Influence):
     """DataInf with layer-wise damping; see the module.
 
     Cost: n + E backward passes and O(n(R + E)P) multiplications in one pass; 2n + R + E backward passes in
         two.
     """
 
-    name: ClassVar[str] = "datainf"
-    default_scale: ClassVar[float] = 0.1
     by_layers: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.damping != 0 and self.damping_scale != 0, "the damping must be positive")
 
     def estimate(self, problem: Problem) -> Estimate:
         """(R, E)."""

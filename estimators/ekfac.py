@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from fimo.estimators.amounts import linear
 from fimo.estimators.base import Hyperparameters, Layered, Notes, Problem, estimating, flat_loss
 from fimo.estimators.counts import POSITIONS, Work, is_large
+from fimo.estimators.declared import families
+from fimo.estimators.declared import shipped as declared
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.matching import Shift
 from fimo.estimators.operators.eigenbasis import Eigenbasis
@@ -35,23 +37,8 @@ MOST = 4096
 
 
 @dataclass(frozen=True)
-class Factored(Hyperparameters):
-    """Base of the estimators on EK-FAC's factorisation; see ``kronecker`` for which layers it covers.
-
-    Attributes:
-        fisher: exact (a backward pass for every output), sampled (labels drawn from the model), or auto: exact for
-            few outputs; which one was used, and what was drawn, is in the notes.
-        samples: draws an example if sampled; of a language model a draw is a label for every token.
-        seed: of the draws.
-    """
-
-    fisher: Literal["auto", "exact", "sampled"] = "auto"
-    samples: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.samples >= 1, "samples must be at least 1")
+class Factored(families.Factored, Hyperparameters):
+    """Base of the estimators on EK-FAC's factorisation; see ``kronecker`` for which layers it covers."""
 
     def unsuited(self, problem: Problem) -> str | None:
         """No trainable parameter is covered, or the Gauss-Newton matrix is 0."""
@@ -104,7 +91,7 @@ class Factored(Hyperparameters):
 
 
 @dataclass(frozen=True)
-class EKFAC(Factored, Influence):
+class EKFAC(declared.EKFAC, Factored, Influence):
     """EK-FAC (George et al. 2018; Grosse et al. 2023): (G̃ + λD)⁻¹ on its spectrum, for as many λ as there are.
 
     Parameters that EK-FAC leaves out count as directions without curvature, 1/λ, if the damping is matched; otherwise
@@ -114,9 +101,6 @@ class EKFAC(Factored, Influence):
     of each factor, then O((in + out)·in·out) a layer and gradient.
     """
 
-    name: ClassVar[str] = "ekfac"
-    version: ClassVar[int] = 3
-    matches: ClassVar[bool] = True
     by_layers: ClassVar[bool] = True
 
     def layered(self, problem: Problem, notes: Notes, both: Sides) -> Layered | None:

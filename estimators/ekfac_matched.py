@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fimo.estimators.amounts import SGDMatched
 from fimo.estimators.base import Layered, Notes, Pair, Pairing, Problem
+from fimo.estimators.declared import shipped as declared
 from fimo.estimators.ekfac import Factored, uncovered
 from fimo.estimators.operators.eigenbasis import Eigenbasis
 from fimo.estimators.operators.gradients import dot_products
@@ -30,7 +31,7 @@ from fimo.workers.settings import Optimizer
 
 
 @dataclass(frozen=True)
-class EKFACMatched(Factored, SGDMatched):
+class EKFACMatched(declared.EKFACMatched, Factored, SGDMatched):
     """f_t on EK-FAC's eigenvalues, one estimate per recorded step; SGD alone.
 
     Parameters that EK-FAC leaves out count as directions without curvature, f_t(0) = tη. An eigenvalue too large for
@@ -38,8 +39,6 @@ class EKFACMatched(Factored, SGDMatched):
     training does not do for long; how many there are is in the notes.
     """
 
-    name: ClassVar[str] = "ekfac_matched"
-    version: ClassVar[int] = 2
     by_layers: ClassVar[bool] = True
 
     def layered(self, problem: Problem, notes: Notes, both: Sides) -> Layered:

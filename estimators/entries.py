@@ -9,15 +9,14 @@ import dataclasses
 import itertools
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fimo.estimators.base import Estimator
 from fimo.workers.errors import UsageError, nearest
 
-Registry = Mapping[str, type[Any]]
+Kind = TypeVar("Kind")
 
 
-def parse_entry(registry: Registry, entry: str | Mapping[str, Any]) -> list[Estimator]:
+def parse_entry(registry: Mapping[str, type[Kind]], entry: str | Mapping[str, Any]) -> list[Kind]:
     """``"grad_dot"`` or ``{"name": "cg", "damping": [1e-3, 1e-2]}`` as estimators, one for each combination.
 
     Raises:
@@ -30,7 +29,7 @@ def parse_entry(registry: Registry, entry: str | Mapping[str, Any]) -> list[Esti
         raise UsageError(f"an estimator is a name or a mapping with a name, got {entry!r}")
     if name not in registry:
         raise UsageError(f"unknown estimator '{name}'{nearest(name, registry)}")
-    kind = registry[name]
+    kind: Any = registry[name]
     hints = get_type_hints(kind)
     known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
     for option, value in options.items():
@@ -39,10 +38,10 @@ def parse_entry(registry: Registry, entry: str | Mapping[str, Any]) -> list[Esti
         if isinstance(value, list | tuple) and not value:
             raise UsageError(f"estimator {name}: {option} is an empty list")
     swept = [v if isinstance(v, list | tuple) else [v] for v in options.values()]
-    estimators: list[Estimator] = []
+    estimators: list[Kind] = []
     for combination in itertools.product(*swept):
         values = {o: _typed(name, o, v, known[o]) for o, v in zip(options, combination, strict=True)}
-        estimator = cast(Estimator, kind(**values))
+        estimator: Kind = kind(**values)
         if estimator not in estimators:
             estimators.append(estimator)
     return estimators

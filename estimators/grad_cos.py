@@ -9,23 +9,21 @@ from typing import ClassVar
 from torch import Tensor
 
 from fimo.estimators.base import GradientEstimator, Layered, Notes, Pairing, Problem
+from fimo.estimators.declared import shipped as declared
 from fimo.estimators.operators.gradients import dot_products, units
 from fimo.estimators.operators.products import Sides, cosines
 from fimo.estimators.operators.rows import removal_gradients
 
 
 @dataclass(frozen=True)
-class GradCos(GradientEstimator):
+class GradCos(declared.GradCos, GradientEstimator):
     """Grad-Dot divided by the norms of both gradients (Charpiat et al. 2019, section 2): in [−1, 1] for one example.
 
     The cosine is defined between two examples, so a group's value is the sum of its members' cosines, as an attribution
     of groups is in the linear datamodeling score. A gradient of norm 0 gives 0.
     """
 
-    name: ClassVar[str] = "grad_cos"
-    units: ClassVar[str] = "a cosine: of no scale"
     by_layers: ClassVar[bool] = True
-    version: ClassVar[int] = 2
 
     def pairing(self, problem: Problem, notes: Notes) -> Pairing:
         """Inner products of gradients of norm 1."""

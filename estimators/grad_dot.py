@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from fimo.estimators.amounts import NEEDS_TRAINING, linear, settings_of
 from fimo.estimators.base import GradientEstimator, Layered, Notes, Pair, Pairing, Problem
 from fimo.estimators.counts import Work
+from fimo.estimators.declared import shipped as declared
 from fimo.estimators.matching import inverse_scale, of_scale
 from fimo.estimators.operators import products
 from fimo.estimators.operators.gradients import dot_products
@@ -17,27 +18,15 @@ from fimo.estimators.operators.products import Sides
 
 
 @dataclass(frozen=True)
-class GradDot(GradientEstimator):
+class GradDot(declared.GradDot, GradientEstimator):
     """â = ∇g(z, θᶠ)ᵀ ∇L_i(θᶠ): the limit of further training by one small SGD step.
-
-    Attributes:
-        preconditioner: ``optimizer``: ∇g(z, θᶠ)ᵀ D⁻¹ ∇L_i(θᶠ), the same limit under Adam and AdamW, whose step divides
-            by D = √v̂ + ε; see ``matching``.
 
     Source: Charpiat et al., Input similarity from the neural network perspective (2019); TracIn at one checkpoint
     (Pruthi et al. 2020, eq. 3). Cost: one backward pass for each evaluation example and each removed training example;
     with the optimizer's scale the gradients of an epoch of batches too.
     """
 
-    name: ClassVar[str] = "grad_dot"
-    units: ClassVar[str] = "n / (learning rate * step) times an effect"
     by_layers: ClassVar[bool] = True
-
-    preconditioner: Literal["optimizer"] | None = None
-
-    def follows_training(self) -> bool:
-        """The optimizer's scale is its own, and that of its batches."""
-        return self.preconditioner is not None
 
     def unsuited(self, problem: Problem) -> str | None:
         """The optimizer has no scale of its own."""

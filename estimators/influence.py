@@ -15,10 +15,9 @@ by Δθ̂(𝒟).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +33,7 @@ from fimo.estimators.base import (
     gradients_of_removals,
 )
 from fimo.estimators.damping import Damped
+from fimo.estimators.declared import families as declared
 from fimo.estimators.operators.gradients import Layout, dot_products
 from fimo.estimators.operators.rows import loss_gradients
 from fimo.workers.errors import UsageError
@@ -44,32 +44,8 @@ Preconditioner = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Influence(Damped, GradientEstimator):
-    """Base of the influence-function estimators.
-
-    Attributes:
-        training_gradient: which r_i; see the module.
-        displacement_step: the step of the sweep whose mean baseline displacement is Δθ̂(𝒟); None = the estimator's own
-            solve, −P ∇L(θᶠ) with L the mean training loss. Not used by ``final``.
-    """
-
-    training_gradient: Literal["final", "corrected", "further"] = "final"
-    displacement_step: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(
-            self.displacement_step is None or self.training_gradient != "final",
-            "displacement_step needs training_gradient corrected or further",
-        )
-
-    def follows_training(self) -> bool:
-        """A displacement is the sweep's own baseline's."""
-        return self.displacement_step is not None or super().follows_training()
-
-    def follows_seeds(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
-        """A displacement is the mean over all seeds."""
-        return tuple(seeds) if self.displacement_step is not None else ()
+class Influence(declared.Influence, Damped, GradientEstimator):
+    """Base of the influence-function estimators."""
 
     @abstractmethod
     def preconditioning(self, problem: Problem, notes: Notes) -> Preconditioner:

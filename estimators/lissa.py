@@ -19,8 +19,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import JSON, Notes, Problem, flat_loss
+from fimo.estimators.base import Notes, Problem, flat_loss
 from fimo.estimators.counts import Work, of_curvature
+from fimo.estimators.declared import shipped as declared
+from fimo.estimators.declared.base import JSON
 from fimo.estimators.ekfac import as_inverse
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators.gradients import Layout
@@ -39,50 +41,19 @@ GROWTH = 10.0
 FORGOTTEN = 8
 """Time constants s/λ after which a matched recursion ends: e⁻⁸ of a direction without curvature is still to come."""
 
-PRECONDITIONED_DEPTH = 100
-
 
 @dataclass(frozen=True)
-class LiSSA(Influence):
+class LiSSA(declared.LiSSA, Influence):
     """LiSSA with the Gauss-Newton matrix.
 
     If the damping is matched, at most 8 of the recorded steps are solved for, spread evenly in log t, all in one
     recursion; each of them ends after ``FORGOTTEN`` of its own time constants, or at ``depth``.
 
-    Attributes:
-        depth: steps t of the recursion: directions of curvature above s/depth are inverted. None = 5000 (500 for the
-            Hessian, which cannot be compressed as the Gauss-Newton matrix can), preconditioned 100.
-        repeats: independent runs that are averaged.
-        batch_size: examples in a random batch; n or more takes all of 𝒟 at every step, without noise.
-        scale: s; None = the largest eigenvalue by power iteration over 𝒟 and the first batches, plus λ (preconditioned:
-            the largest of M⁻¹(C + λI)).
-        preconditioner: ``ekfac``; see the module.
-        seed: of the batches, which are the same for every evaluation example.
-
     Cost: depth·repeats products with the curvature of a batch, for every right-hand side and λ.
     """
 
-    name: ClassVar[str] = "lissa"
-    version: ClassVar[int] = 3
     curvature: ClassVar[Literal["gauss_newton", "hessian"]] = "gauss_newton"
-    matches: ClassVar[bool] = True
     solved: ClassVar[int | None] = 8
-    plain_depth: ClassVar[int] = 5000
-
-    depth: int | None = None
-    repeats: int = 1
-    batch_size: int = 64
-    scale: float | None = None
-    preconditioner: Literal["ekfac"] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.depth is None:
-            self.settle(depth=PRECONDITIONED_DEPTH if self.preconditioner else self.plain_depth)
-        assert self.depth is not None
-        self.require(min(self.depth, self.repeats, self.batch_size) >= 1, "depth, repeats and batch_size must be ≥ 1")
-        self.require(self.scale is None or self.scale > 0, "scale must be positive")
 
     def unsuited(self, problem: Problem) -> str | None:
         """The Gauss-Newton matrix is 0, or EK-FAC covers nothing."""
@@ -156,12 +127,10 @@ class LiSSA(Influence):
 
 
 @dataclass(frozen=True)
-class LiSSAH(LiSSA):
+class LiSSAH(declared.LiSSAH, LiSSA):
     """LiSSA with the Hessian. Directions of negative curvature beyond λ make it grow, which is an error."""
 
-    name: ClassVar[str] = "lissa_h"
     curvature: ClassVar[Literal["gauss_newton", "hessian"]] = "hessian"
-    plain_depth: ClassVar[int] = 500
 
 
 Inverse = Callable[[Tensor, float], Tensor]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +18,12 @@ from torch import Tensor
 from fimo.estimators.amounts import SGDMatched
 from fimo.estimators.base import Notes, Pair, Pairing, Problem
 from fimo.estimators.counts import Work, of_curvature
+from fimo.estimators.declared import shipped as declared
 from fimo.estimators.operators.gradients import dot_products
 from fimo.estimators.operators.optimizers import Descent
 from fimo.estimators.operators.spaces import MatrixFree, make_curvature, outputs_of
 from fimo.workers import batches
+from fimo.workers.amounts import BASELINE
 from fimo.workers.errors import DivergedError, UsageError
 from fimo.workers.settings import FurtherTraining
 
@@ -31,18 +32,11 @@ GROWTH = 100
 
 
 @dataclass(frozen=True)
-class LiSSAMatched(SGDMatched):
+class LiSSAMatched(declared.LiSSAMatched, SGDMatched):
     """The recursion over the Gauss-Newton matrices of the sweep's own batches, one estimate per recorded step.
-
-    Attributes:
-        seed: of the batch order, which is that of the sweep's cell with this seed.
 
     Cost: t products with the curvature of a batch, for every evaluation gradient.
     """
-
-    name: ClassVar[str] = "lissa_matched"
-
-    seed: int = 0
 
     def work(self, problem: Problem) -> Work:
         """A product with a batch's curvature at every step."""
@@ -88,7 +82,7 @@ class LiSSAMatched(SGDMatched):
 
 
 def _orders(problem: Problem, settings: FurtherTraining, seed: int) -> Iterator[list[int]]:
-    for blocks in batches.schedule(len(problem.train), [batches.BASELINE], settings, seed):
+    for blocks in batches.schedule(len(problem.train), [BASELINE], settings, seed):
         if len(blocks) != 1:
             raise UsageError("the baseline has one batch a step")
         yield blocks[0].indices.flatten().tolist()

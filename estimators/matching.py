@@ -23,11 +23,13 @@ from torch import Tensor
 from torch.func import grad
 
 from fimo.estimators.amounts import linear
-from fimo.estimators.base import JSON, Notes, Problem
+from fimo.estimators.base import Notes, Problem
 from fimo.estimators.counts import Work
+from fimo.estimators.declared.base import JSON
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.optimizers import Descent, clipped
 from fimo.workers import batches
+from fimo.workers.amounts import BASELINE, epoch_steps
 from fimo.workers.forward import observe
 from fimo.workers.randomness import kept, seed_all, step_seed
 from fimo.workers.settings import FurtherTraining, Optimizer
@@ -109,11 +111,11 @@ def _batch_gradients(problem: Problem, settings: FurtherTraining) -> Iterator[tu
     model, train, layout = problem.model, problem.train, Layout.of(problem.model.params)
     mode = "eval" if observe(model, train, settings).mutable else settings.mode
     plain = replace(settings, removal_mode="reweight")
-    epoch = batches.epoch_steps(len(train), batches.BASELINE, plain)
+    epoch = epoch_steps(len(train), BASELINE, plain)
     steps = epoch if epoch == 1 else epoch * math.ceil(BATCHES / epoch)
     row = layout.rows(model.params)
     with kept(model.device), model.mode(mode):
-        schedule = batches.schedule(len(train), [batches.BASELINE], plain, ORDER)
+        schedule = batches.schedule(len(train), [BASELINE], plain, ORDER)
         for number, [block] in zip(range(1, steps + 1), schedule, strict=False):
             batch, weights = train.batch(block.indices), block.weights.to(model.device, model.dtype)
             seed_all(step_seed(ORDER, number, "batch"), model.device)

@@ -6,13 +6,14 @@ The mathematics, and the training on the sweep's own stacks, are ``fimo.workers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
 from fimo.estimators.amounts import settings_of
-from fimo.estimators.base import CHECKPOINTING, JSON, Estimate, Problem, finite, undifferentiable
+from fimo.estimators.base import CHECKPOINTING, Estimate, Problem, finite, undifferentiable
 from fimo.estimators.counts import Work
+from fimo.estimators.declared import shipped as declared
+from fimo.estimators.declared.base import JSON
 from fimo.estimators.own_seeds import OwnSeeds
 from fimo.workers.errors import WorkloadError
 from fimo.workers.forward import Forward, observe
@@ -23,7 +24,7 @@ from fimo.workers.start import Start, start_from
 
 
 @dataclass(frozen=True)
-class Mirrored(OwnSeeds):
+class Mirrored(declared.Mirrored, OwnSeeds):
     """Train on from θᶠ with g(z)/n subtracted from every step's loss; read the losses of training examples.
 
     An estimate for each recorded step, in units of g. It trains as reweight does, whatever the sweep's removal mode.
@@ -34,14 +35,6 @@ class Mirrored(OwnSeeds):
 
     Cost: a run for each evaluation example and seed, and one more for each seed and block of evaluation examples.
     """
-
-    name: ClassVar[str] = "mirrored"
-    units: ClassVar[str] = "an effect, in units of g"
-    # With their baseline a stack of 32, or whole stacks of 16, 8, 4.
-    evals_together: ClassVar[int] = 31
-    trains: ClassVar[bool] = True
-
-    seeds: int | None = 4
 
     def unsuited(self, problem: Problem) -> str | None:
         """Nothing to follow, a training forward that mixes examples or writes to buffers, or a measure without a

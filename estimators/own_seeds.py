@@ -6,53 +6,19 @@ the runs have seeds outside of the sweep's, and follow the sweep's own as a labe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
 from fimo.estimators.base import Hyperparameters, Problem
+from fimo.estimators.declared import families as declared
 
 
 @dataclass(frozen=True)
-class OwnSeeds(Hyperparameters):
+class OwnSeeds(declared.OwnSeeds, Hyperparameters):
     """Base of the estimators whose values are a mean over seeds that they train with.
 
     ``estimate`` trains with the first ``seeds`` of ``problem.seeds``, whatever these are.
-
-    Attributes:
-        seeds: how many; None = as many as the sweep has, at most ``most_seeds``.
-        own_seeds: the sweep's own, the first ones: a check of the estimator, not an estimate to be scored.
-        last_step: estimate no amounts beyond this step, and train no further; None = all.
     """
-
-    most_seeds: ClassVar[int | None] = None
-    """Seeds at most if their number is not given."""
-
-    seeds: int | None = None
-    own_seeds: bool = False
-    last_step: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.seeds is None or self.seeds >= 1, "seeds must be at least 1")
-        self.require(self.last_step is None or self.last_step >= 1, "last_step must be at least 1")
-
-    def follows_training(self) -> bool:
-        """Every step is the sweep's own."""
-        return True
-
-    def runs(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
-        """Those directly after the sweep's largest, or from ``after`` on; with ``own_seeds`` the sweep's first ones."""
-        count = self.seeds if self.seeds is not None else len(seeds[: self.most_seeds])
-        if self.own_seeds or not seeds:
-            return tuple(seeds)[:count]
-        first = max(seeds) + 1 if after is None else after
-        return tuple(range(first, first + count))
-
-    def follows_seeds(self, seeds: Sequence[int], after: int | None = None) -> tuple[int, ...]:
-        """``runs``: a sweep that grows into them has the values computed anew."""
-        return self.runs(seeds, after)
 
     def unsuited(self, problem: Problem) -> str | None:
         """There is no further training, or no seed, to train with."""

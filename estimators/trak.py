@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fimo.estimators.base import Layered, Notes, Problem, estimating
 from fimo.estimators.counts import POSITIONS, Work, dense_size
+from fimo.estimators.declared import shipped as declared
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, PerExample
@@ -43,33 +44,14 @@ UNKNOWN_OUTPUT = (
 
 
 @dataclass(frozen=True)
-class TRAK(Influence):
+class TRAK(declared.TRAK, Influence):
     """TRAK; see the module.
-
-    Attributes:
-        dimension: d, columns of S; at most n for ΦS to have full rank.
-        projection: entries ±1/√d (rademacher), normal with variance 1/d (gaussian), one ±1 a row (sparse: a count
-            sketch), or S = I (identity). auto: rademacher if S may be held (``gradients.HELD``), else sparse: a dense S
-            of a large model costs many times the gradients that it projects.
-        seed: of S.
 
     Cost: n + R + E backward passes and as many projections, of P·d operations, or of P if S is sparse. A dense S is
     drawn again for every block of gradients if it has more than ``gradients.HELD`` entries.
     """
 
-    name: ClassVar[str] = "trak"
-    units: ClassVar[str] = "of no known scale"
     by_layers: ClassVar[bool] = True
-    default_scale: ClassVar[float] = 0.0
-
-    dimension: int = 512
-    projection: Literal["auto", "rademacher", "gaussian", "sparse", "identity"] = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.dimension >= 1, "dimension must be at least 1")
-        self.require(0 <= self.seed < 2**31, "seed must lie between 0 and 2^31 − 1")
 
     def unsuited(self, problem: Problem) -> str | None:
         """The output function is not known: neither cross-entropy of classes, nor one output an example."""

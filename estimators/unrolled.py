@@ -23,21 +23,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fimo.estimators.amounts import settings_of
-from fimo.estimators.base import JSON, Estimate, Problem, estimating, finite
+from fimo.estimators.base import Estimate, Problem, estimating, finite
 from fimo.estimators.counts import Work
+from fimo.estimators.declared import shipped as declared
+from fimo.estimators.declared.base import JSON
 from fimo.estimators.operators import changes, gradients
 from fimo.estimators.operators.changes import Changes
 from fimo.estimators.operators.cotangents import Checkpoints, cotangents
 from fimo.estimators.operators.gradients import Layout, directional, each_example
 from fimo.estimators.operators.trajectory import Trajectory, why_not
 from fimo.estimators.own_seeds import OwnSeeds
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import Removal
 from fimo.workers.errors import DivergedError, WorkloadError
 from fimo.workers.examples import Batch
 from fimo.workers.forward import observe
@@ -47,24 +48,12 @@ WATCHED = 4
 
 
 @dataclass(frozen=True)
-class Unrolled(OwnSeeds):
+class Unrolled(declared.Unrolled, OwnSeeds):
     """Linearised further training, averaged over seeds: an estimate for each recorded step, in units of g.
-
-    Attributes:
-        direction: forward, adjoint (unclipped SGD alone), or auto: whichever needs fewer Hessian-vector products.
 
     Cost a seed, in Hessian-vector products of a batch: T·R forward; Σ_t t·E over the recorded steps t, and as many
     derivatives of the removals' losses, adjoint.
     """
-
-    name: ClassVar[str] = "unrolled"
-    units: ClassVar[str] = "an effect, in units of g"
-    version: ClassVar[int] = 2
-    # Forwards, the changes are carried once for all evaluation examples of a block.
-    evals_together: ClassVar[int] = 1024
-    most_seeds: ClassVar[int | None] = 4
-
-    direction: Literal["auto", "forward", "adjoint"] = "auto"
 
     def unsuited(self, problem: Problem) -> str | None:
         """There is no further training, or no seed, to follow; no adjoint; or steps that no linearisation follows."""

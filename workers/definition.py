@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from fimo.workers.batches import Removal, amounts, check, removed_weight
+from fimo.workers.amounts import Removal, amounts
+from fimo.workers.batches import check, removed_weight
 from fimo.workers.draws import Draws
 from fimo.workers.examples import Batch, Examples, to
 from fimo.workers.final_model import final_copy

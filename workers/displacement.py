@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fimo.workers.batches import BASELINE
+from fimo.workers.amounts import BASELINE
 from fimo.workers.errors import DivergedError, UsageError
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import further_train

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fimo.workers import batches
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import BASELINE, Removal
 from fimo.workers.device import is_gpu
 from fimo.workers.errors import UsageError
 from fimo.workers.examples import Batch
@@ -90,7 +90,7 @@ class Training:
         # Of several seeds no forward draws, so that any of them seeds it.
         self._stack = _Stack(start, lanes, seeds[0], origin)
         # What lanes subtract instead of what they remove is in no batch.
-        removals = lanes if start.subtracted is None else [batches.BASELINE] * len(lanes)
+        removals = lanes if start.subtracted is None else [BASELINE] * len(lanes)
         self._record = Record(start, removals, self.step)
         device = start.model.device
         recorded = start.captures is not None

@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fimo.workers.batches import BASELINE, Block, Removal
+from fimo.workers.amounts import BASELINE, Removal
+from fimo.workers.batches import Block
 from fimo.workers.device import deterministic
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fimo.workers.batches import BASELINE, Removal, epoch_steps, orders
+from fimo.workers.amounts import BASELINE, Removal, epoch_steps
+from fimo.workers.batches import orders
 from fimo.workers.definition import train_cell
 from fimo.workers.errors import FimoError
 from fimo.workers.examples import Examples

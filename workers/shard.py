@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fimo.workers.batches import BASELINE, Removal, amounts, first_difference, steps_recorded
+from fimo.workers.amounts import BASELINE, Removal, amounts, steps_recorded
+from fimo.workers.batches import first_difference
 from fimo.workers.device import forget_peak, peak
 from fimo.workers.errors import FimoError
 from fimo.workers.further_training import Deltas, further_train
 from fimo.workers.stacking.forking import Stack, stacks_of, trained
 from fimo.workers.start import Start
-
-BASELINE_ROW, FLOOR_ROW = -1, -2
 
 
 @dataclass(frozen=True)

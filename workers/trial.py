@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.errors import FimoError, WorkloadError
 from fimo.workers.further_training import further_train

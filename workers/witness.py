@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fimo.workers.batches import BASELINE, Removal
+from fimo.workers.amounts import BASELINE, Removal
 from fimo.workers.draws import Draws
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel

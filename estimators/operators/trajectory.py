@@ -26,7 +26,7 @@ from fimo.estimators.operators import gradients, optimizers
 from fimo.estimators.operators.gradients import Layout, directional, each_example
 from fimo.estimators.operators.optimizers import State
 from fimo.workers import batches
-from fimo.workers.batches import BASELINE, Removal
+from fimo.workers.amounts import BASELINE, Removal, epoch_steps
 from fimo.workers.errors import UsageError
 from fimo.workers.examples import Batch, Examples, shapes, stack
 from fimo.workers.forward import Forward, observe
@@ -258,8 +258,8 @@ def why_not(forward: Forward, settings: FurtherTraining, n: int, removals: Seque
         return None
     if forward.random:
         return "in drop mode dropout differs between the cells of a seed; use reweight or mode: eval"
-    steps = batches.epoch_steps(n, BASELINE, settings)
-    if any(batches.epoch_steps(n, removal, settings) != steps for removal in removals):
+    steps = epoch_steps(n, BASELINE, settings)
+    if any(epoch_steps(n, removal, settings) != steps for removal in removals):
         return "in drop mode a removal shortens the epoch by a batch; use removal_mode: reweight"
     return None
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from fimo.orchestrator.report.show import duration, task_label
+from fimo.orchestrator.report.course import course_lines
+from fimo.orchestrator.report.show import task_label
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.driver import Listener
 from fimo.orchestrator.run.places import Failed, Lost, Result
@@ -24,8 +23,6 @@ LOG_EVERY_S, LOG_SHARE, LOG_AT_MOST_S = 10.0, 0.05, 300.0
 """Seconds between two log lines: at first, as a share of the time so far, and at most."""
 WAITS_S = 5.0
 """Seconds of waiting after which it is said."""
-SHOWN = 6
-"""Running tasks that are named."""
 
 
 class ProgressReport:
@@ -112,38 +109,3 @@ class ProgressReport:
                 self._live.update(Text(line))
             return
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def course_lines(course: Mapping[str, Any]) -> list[str]:
-    """How fast, what runs and what is left, from a ``Course`` as JSON; a line each, those that there are."""
-    lines = []
-    if course.get("cells_per_second"):
-        left = course.get("finish_in_s")
-        until = f", its cells done in about {duration(left)}" if left is not None else ""
-        lines.append(f"{_pace(course['cells_per_second'])}{until}")
-    waits = course.get("waits")
-    if isinstance(waits, Mapping):
-        lines.append(f"waits for {waits.get('for')} ({duration(float(waits.get('seconds', 0)))} so far)")
-    running = [f"{task['task']} ({duration(task['seconds'])})" for task in course["running"] if not waits]
-    if running:
-        more = f" and {len(running) - SHOWN} more" if len(running) > SHOWN else ""
-        lines.append(f"running: {', '.join(running[:SHOWN])}{more}")
-    if course["left"]:
-        lines.append(f"not finished: {_left(course['left'])}")
-    return lines
-
-
-def _pace(cells_per_second: float) -> str:
-    if cells_per_second >= 0.1:
-        return f"{cells_per_second:.2g} cells a second"
-    return f"{cells_per_second * 3600:.2g} cells an hour"
-
-
-def _left(left: Mapping[str, int]) -> str:
-    """Tasks by name: "6 shards, datainf, 3 of cg, 1 witness"."""
-    plural = {"shard": "shards", "witness": "witnesses"}
-    told: Sequence[str] = [
-        f"{count} {name if count == 1 else plural[name]}" if name in plural else name + (f" × {count}" * (count > 1))
-        for name, count in left.items()
-    ]
-    return ", ".join(told)

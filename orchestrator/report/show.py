@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from fimo import estimators
+from fimo.estimators import declared
 from fimo.orchestrator.run.plan import EstimateTask, Task, task_name
 
 COLUMNS = 6
@@ -26,9 +26,9 @@ def spread(steps: Sequence[int], count: int = COLUMNS) -> list[int]:
 
 def label(estimator: str, params: str, swept: Collection[str] = ()) -> str:
     """An estimator with the hyper-parameters that are not its defaults, and those that are ``swept``."""
-    if estimator not in estimators.REGISTRY:
+    if estimator not in declared.DECLARED:
         return f"{estimator} (imported)"
-    [plain] = estimators.parse(estimator)
+    [plain] = declared.parse(estimator)
     usual, given = plain.params(), dict[str, Any](json.loads(params))
     values = {k: v for k, v in given.items() if v != usual.get(k) or k in swept}
     shown = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
@@ -40,7 +40,7 @@ def labels(entries: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     kept = list(dict.fromkeys(entries))
     found: dict[tuple[str, str], str] = {}
     for estimator, params in kept:
-        others = [json.loads(p) for name, p in kept if name == estimator] if estimator in estimators.REGISTRY else []
+        others = [json.loads(p) for name, p in kept if name == estimator] if estimator in declared.DECLARED else []
         swept = {key for other in others for key in other if any(o.get(key) != other[key] for o in others)}
         found[estimator, params] = label(estimator, params, swept)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fimo.orchestrator.report.progress import course_lines
+from fimo.orchestrator.report.course import course_lines
 from fimo.orchestrator.report.show import duration, size
 from fimo.orchestrator.report.trust import trust_lines
 

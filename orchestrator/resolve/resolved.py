@@ -32,7 +32,7 @@ from fimo.orchestrator.spec.training import FurtherTraining
 from fimo.orchestrator.store import open_store
 from fimo.orchestrator.sweep.manifest import Manifest, check_sweep
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.batches import steps_recorded
+from fimo.workers.amounts import steps_recorded
 from fimo.workers.contract import check_contract, names_of
 from fimo.workers.errors import StoreError, UsageError, WorkloadError
 from fimo.workers.examples import Examples

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fimo import estimators
-from fimo.orchestrator.run.estimating import estimate_identity
+from fimo.estimators.declared import DECLARED, declared
 from fimo.orchestrator.run.plan import shard_size
 from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.orchestrator.spec.spec import Spec
 from fimo.orchestrator.store import Entry
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block
@@ -23,6 +23,18 @@ from fimo.workers.errors import StoreError
 
 Named = tuple[str, str]
 """An estimator's name and its canonical params."""
+
+
+def estimate_identity(result_digest: str, at_final_digest: str, spec: Spec, estimator: str, params: str) -> str:
+    """The digest in the keys of an estimator's blocks: of all that its values depend on, which it declares itself.
+
+    θᶠ, the workload, the data and the estimator's version for all; the further-training section and the seeds for those
+    that follow them.
+    """
+    named = declared(estimator, json.loads(params))
+    source = result_digest if named.follows_training() else at_final_digest
+    seeds = named.follows_seeds(tuple(spec.seeds), spec.seeds.after)
+    return digest([source, list(seeds), named.version])
 
 
 def value_digest(manifest: Manifest, estimator: str, params: str, at: int | None = None) -> str:
@@ -55,14 +67,13 @@ def held_removals(sweep: Sweep, manifest: Manifest, key: str, set_name: str) -> 
 
 def runs_of(manifest: Manifest, estimator: str, params: str) -> tuple[int, ...]:
     """The seeds that an estimator trains with on a sweep, ascending; none if it trains no runs of its own."""
-    [named] = estimators.parse({"name": estimator, **json.loads(params)})
     seeds = manifest.spec.seeds
-    return tuple(sorted(named.runs(tuple(seeds), seeds.after)))
+    return tuple(sorted(declared(estimator, json.loads(params)).runs(tuple(seeds), seeds.after)))
 
 
 def shares(manifest: Manifest, estimator: str, params: str) -> Iterator[tuple[int | None, int, int]]:
     """(seed, first, count) of an estimator's blocks: lowest seeds first; None if it trains no runs of its own."""
-    kind = estimators.REGISTRY[estimator]
+    kind = DECLARED[estimator]
     size = kind.evals_together
     if kind.trains:
         # A run is as dear as a cell. With its baseline a block is no more than a shard, whatever ``resources`` say.

@@ -1,4 +1,4 @@
-"""One estimator on one sweep: what its values depend on, and their computation from a prepared workload."""
+"""One estimator on one sweep: its values from a prepared workload."""
 
 from __future__ import annotations
 
@@ -12,24 +12,10 @@ import torch
 from fimo import estimators
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.budget import TooDearError, too_dear
-from fimo.orchestrator.spec.canonical import digest
-from fimo.orchestrator.spec.spec import Spec
 from fimo.workers.displacement import mean_displacement
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.start import Start
-
-
-def estimate_identity(result_digest: str, at_final_digest: str, spec: Spec, estimator: str, params: str) -> str:
-    """The digest in the keys of an estimator's blocks: of all that its values depend on, which it declares itself.
-
-    θᶠ, the workload, the data and the estimator's version for all; the further-training section and the seeds for those
-    that follow them.
-    """
-    [named] = estimators.parse({"name": estimator, **json.loads(params)})
-    source = result_digest if named.follows_training() else at_final_digest
-    seeds = named.follows_seeds(tuple(spec.seeds), spec.seeds.after)
-    return digest([source, list(seeds), named.version])
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fimo.orchestrator.run.blocks import value_digest
 from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, WitnessTask, task_name
-from fimo.orchestrator.run.schedule import SetAside
 from fimo.orchestrator.spec.canonical import canonical, digest
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.store.base import is_key
@@ -25,6 +24,9 @@ from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.records import GivenUp
 from fimo.orchestrator.sweep.records import read as read_record
 from fimo.orchestrator.sweep.sweep import Sweep
+
+if TYPE_CHECKING:
+    from fimo.orchestrator.run.schedule import SetAside
 
 OUT_OF_MEMORY = ("out of memory", "outofmemoryerror", "memoryerror", "can't allocate memory")
 """What errors of too little memory say: torch's on a GPU and on a CPU, Python's, Ray's."""

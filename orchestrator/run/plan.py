@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fimo.orchestrator.spec.limits import FEWEST, MOST_NUMBERS
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.manifest import Manifest
-from fimo.workers.batches import steps_recorded
+from fimo.workers.amounts import steps_recorded
 from fimo.workers.settings import FurtherTraining
 
 SHARD_WORK = 4e12

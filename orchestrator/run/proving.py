@@ -22,7 +22,7 @@ from fimo.orchestrator.store import MemoryStore, NotFound
 from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import Removal
 from fimo.workers.device import device_name
 from fimo.workers.errors import StoreError
 from fimo.workers.proof import UnprovenError, prove

@@ -29,7 +29,7 @@ from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, device_name, pick_device
 from fimo.workers.errors import UsageError

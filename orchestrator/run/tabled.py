@@ -14,7 +14,7 @@ from fimo.orchestrator.tables.attributed import amounts_table, attribution_table
 from fimo.orchestrator.tables.reduce import Reduction
 from fimo.orchestrator.tables.score import EstimateMatrix, Scorer
 from fimo.orchestrator.tables.similarity import similarity_table
-from fimo.workers.batches import BASELINE, epoch_steps
+from fimo.workers.amounts import BASELINE, epoch_steps
 
 
 def about(manifest: Manifest) -> dict[str, Any]:

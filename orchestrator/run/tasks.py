@@ -30,7 +30,7 @@ from fimo.orchestrator.sweep import estimates, keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables.score import EstimateMatrix
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import Removal
 from fimo.workers.device import clock, deterministic, device_name, pick_device, prepare_environment
 from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
 from fimo.workers.shard import run_shard

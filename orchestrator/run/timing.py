@@ -21,7 +21,7 @@ from fimo.orchestrator.run.blocks import shares
 from fimo.orchestrator.run.budget import too_dear, too_large
 from fimo.orchestrator.run.plan import EstimateTask, WitnessTask
 from fimo.orchestrator.run.proving import Proven
-from fimo.workers.batches import BASELINE, Removal, steps_recorded
+from fimo.workers.amounts import BASELINE, Removal, steps_recorded
 from fimo.workers.device import clock
 from fimo.workers.errors import FimoError
 from fimo.workers.shard import out_of_memory

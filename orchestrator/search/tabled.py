@@ -15,7 +15,7 @@ from fimo.orchestrator.search.points import damping_of
 from fimo.orchestrator.search.training import FoundTraining
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.tables import schemas
-from fimo.workers.batches import BASELINE, epoch_steps
+from fimo.workers.amounts import BASELINE, epoch_steps
 
 
 def matched_dampings(manifest: Manifest, steps: Sequence[int]) -> list[float | None]:

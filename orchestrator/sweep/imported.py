@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fimo import estimators
+from fimo.estimators.declared import DECLARED
 from fimo.orchestrator.spec.parquet import read_parquet
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.csv import LONG, from_csv
@@ -136,7 +136,7 @@ def import_scores(
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UsageError(f"'{name}' is no name for scores: use letters, digits, '.', '_' and '-'")
-    if name in estimators.REGISTRY:
+    if name in DECLARED:
         raise UsageError(f"'{name}' is one of fimo's own estimators; choose another name")
     values, steps, told = read_matrix(data, file, manifest, layout)
     if told is not None:

@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fimo import estimators
+from fimo.estimators import declared
 from fimo.orchestrator.spec import limits
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.removals import NamedRemoval, check_removals
 from fimo.orchestrator.spec.spec import Spec, parse
-from fimo.workers.batches import steps_recorded
+from fimo.workers.amounts import steps_recorded
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _digest(value: Any) -> str:
 def _params(estimator: str, params: Any) -> str:
     """Canonical JSON of the hyper-parameters of an estimator that there is."""
     values = json.loads(_name(params))
-    if canonical(values) != params or len(estimators.parse({**values, "name": estimator})) != 1:
+    if canonical(values) != params or len(declared.parse({**values, "name": estimator})) != 1:
         raise ValueError(f"the hyper-parameters of {estimator} in it are none")
     return str(params)
 

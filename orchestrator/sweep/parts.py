@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,12 @@ from fimo.orchestrator.spec.canonical import SCHEMA_VERSION, canonical, is_seale
 from fimo.orchestrator.spec.parquet import TooLargeError, read_about, read_parquet
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.errors import FimoError
-from fimo.workers.shard import BASELINE_ROW, FLOOR_ROW, ShardResult
+
+if TYPE_CHECKING:
+    from fimo.workers.shard import ShardResult
+
+BASELINE_ROW, FLOOR_ROW = -1, -2
+"""Numbers of the baselines in a part's column of removals."""
 
 SCHEMA = pa.schema(
     [

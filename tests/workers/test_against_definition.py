@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fimo.workers.batches import amounts, orders
+from fimo.workers.amounts import amounts
+from fimo.workers.batches import orders
 from fimo.workers.definition import train_cell
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer

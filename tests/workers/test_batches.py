@@ -11,7 +11,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, RandomSampler
 
-from fimo.workers.batches import amounts, first_difference, orders, schedule, steps_recorded
+from fimo.workers.amounts import amounts, steps_recorded
+from fimo.workers.batches import first_difference, orders, schedule
 from fimo.workers.settings import Evaluate
 from fimo.workers.stacking.folding import folded
 from tests.workers.problems import settings

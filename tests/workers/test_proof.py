@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fimo.workers import further_training
-from fimo.workers.batches import Block, Removal
+from fimo.workers.amounts import Removal
+from fimo.workers.batches import Block
 from fimo.workers.errors import WorkloadError
 from fimo.workers.proof import UnprovenError, Verdict, prove
 from fimo.workers.settings import FurtherTraining, Optimizer

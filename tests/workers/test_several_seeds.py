@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fimo.workers import shard
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.errors import UsageError
 from fimo.workers.further_training import further_train

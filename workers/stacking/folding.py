@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fimo.workers import batches
-from fimo.workers.batches import Block, Part, Removal
+from fimo.workers.amounts import Removal
+from fimo.workers.batches import Block, Part
 from fimo.workers.settings import FurtherTraining
 
 

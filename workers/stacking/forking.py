@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fimo.workers.batches import BASELINE, Removal, amounts, first_difference
+from fimo.workers.amounts import BASELINE, Removal, amounts
+from fimo.workers.batches import first_difference
 from fimo.workers.further_training import Deltas, Training
 from fimo.workers.start import Start
 

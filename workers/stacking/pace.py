@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fimo.workers.batches import Removal, steps_recorded
+from fimo.workers.amounts import Removal, steps_recorded
 from fimo.workers.device import clock
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import further_train

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimo.workers import batches
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import Removal, amounts, steps_recorded
 from fimo.workers.functional import Tensors
 from fimo.workers.stacking import replicas
 from fimo.workers.start import Start
@@ -56,11 +55,11 @@ class Record:
 
     def __init__(self, start: Start, lanes: Sequence[Removal], after: int = 0) -> None:
         n, settings = len(start.train), start.settings
-        self.steps = batches.steps_recorded(n, settings)
+        self.steps = steps_recorded(n, settings)
         # Lanes by own step and place: those that are due together are written together.
         self._due: dict[int, dict[int, list[int]]] = {}
         for lane, removal in enumerate(lanes):
-            for place, (own_step, _) in enumerate(batches.amounts(n, removal, settings)):
+            for place, (own_step, _) in enumerate(amounts(n, removal, settings)):
                 if own_step > after:
                     self._due.setdefault(own_step, {}).setdefault(place, []).append(lane)
         shape = (len(lanes), len(self.steps), len(start.at_final))

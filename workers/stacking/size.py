@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from fimo.workers.batches import BASELINE, Removal
+from fimo.workers.amounts import BASELINE, Removal
 from fimo.workers.device import clock, forget_peak, is_gpu, peak, room
 from fimo.workers.errors import FimoError
 from fimo.workers.functional import Tensors

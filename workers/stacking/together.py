@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fimo.workers.batches import Removal
+from fimo.workers.amounts import Removal
 from fimo.workers.device import deterministic
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel

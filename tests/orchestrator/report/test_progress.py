@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from fimo.estimators.base import Hyperparameters
+from fimo.estimators.declared import Declaration
 from fimo.orchestrator.report.progress import ProgressReport
 from fimo.orchestrator.run.plan import EstimateTask
 from tests.support.small_sweep import make_spec, run_here
@@ -22,7 +22,7 @@ def lines_of_estimators(beside) -> list[str]:
 
 
 def test_blocks_of_one_estimator_are_told_apart(beside, monkeypatch):
-    monkeypatch.setattr(Hyperparameters, "evals_together", 3)
+    monkeypatch.setattr(Declaration, "evals_together", 3)
     lines = lines_of_estimators(beside)
     assert len(lines) == len(set(lines)) == 6
     assert "estimator grad_dot, evaluation examples 0 to 2" in lines

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fimo.estimators.mirrored import Mirrored
+from fimo.estimators.declared import DECLARED
 from fimo.orchestrator.notebook import OpenSweep
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run.gather import gather
@@ -41,7 +41,7 @@ def beside(tmp_path_factory):
 def once(beside):
     """Three evaluation examples in a block: the seven make three blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Mirrored, "evals_together", 3)
+        patch.setattr(DECLARED["mirrored"], "evals_together", 3)
         report, store, _ = run_here(make_spec(**SPEC), beside)
     assert report.exit_code == 0
     return store
@@ -57,7 +57,7 @@ def store(once):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(Mirrored, "evals_together", 3)
+    monkeypatch.setattr(DECLARED["mirrored"], "evals_together", 3)
 
 
 def test_it_is_the_arithmetic_of_runs_of_the_same_and_of_other_seeds(store, beside):

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from fimo.estimators import REGISTRY
+from fimo.estimators.declared import DECLARED
 from fimo.orchestrator.report.ending import complaints, listed_tables, report_json
 from fimo.orchestrator.report.progress import ProgressReport
 from fimo.orchestrator.report.status import status_lines
@@ -164,7 +165,7 @@ def test_what_is_too_dear_is_left_out_until_it_is_named_or_its_budget_is_another
 def test_an_estimator_at_its_budget_s_edge_is_not_dropped_with_half_of_its_values_there(beside, monkeypatch):
     """Each of its tasks was timed anew, and one timing over the budget threw away what the others had computed."""
     spec = default_set(monkeypatch)
-    monkeypatch.setattr(REGISTRY["grad_dot"], "evals_together", 3)
+    monkeypatch.setattr(DECLARED["grad_dot"], "evals_together", 3)
     timed: list[str] = []
 
     def at_the_edge(named, *_):

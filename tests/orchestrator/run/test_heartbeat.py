@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from fimo.orchestrator.report import progress as progress_report
-from fimo.orchestrator.report.progress import ProgressReport, course_lines
+from fimo.orchestrator.report.course import course_lines
+from fimo.orchestrator.report.progress import ProgressReport
 from fimo.orchestrator.report.status import driver_lines, status_lines
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import driver as runs

@@ -22,7 +22,7 @@ from fimo.orchestrator.run.suited import judged, refuse_unsuited
 from fimo.orchestrator.run.timing import Shards, extrapolated, part_of, parts_of
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.batches import BASELINE
+from fimo.workers.amounts import BASELINE
 from fimo.workers.errors import UsageError, WorkloadError
 from fimo.workers.stacking.pace import Pace, pace
 from tests.support.small_sweep import make_spec, run_here

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fimo import estimators
-from fimo.estimators.mirrored import Mirrored
+from fimo.estimators.declared import DECLARED
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import estimating, failures, plan, proving, tasks
 from fimo.orchestrator.run.blocks import runs_of, value_digest
@@ -40,7 +40,7 @@ SPEC = {
 def small_blocks():
     """Three evaluation examples in a block: the seven make three blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Mirrored, "evals_together", 3)
+        patch.setattr(DECLARED["mirrored"], "evals_together", 3)
         yield
 
 

@@ -13,7 +13,7 @@ from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables import schemas
-from fimo.workers.batches import BASELINE
+from fimo.workers.amounts import BASELINE
 from fimo.workers.definition import train_cell
 from fimo.workers.errors import UsageError, WorkloadError
 from tests.support.small_sweep import make_spec, run_here

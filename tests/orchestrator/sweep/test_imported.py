@@ -152,7 +152,7 @@ def test_estimates_alone_need_no_further_training(beside):
 
 def test_estimators_that_follow_training_depend_on_it_and_others_do_not(beside):
     from fimo.orchestrator.resolve.resolved import resolve
-    from fimo.orchestrator.run.estimating import estimate_identity
+    from fimo.orchestrator.run.blocks import estimate_identity
 
     def identity(estimator, params="{}", **changes):
         m = resolve(make_spec(**changes), beside).manifest

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fimo.workers import further_training
-from fimo.workers.batches import Block, Removal
+from fimo.workers.amounts import Removal
+from fimo.workers.batches import Block
 from fimo.workers.settings import Evaluate, Optimizer
 from fimo.workers.stacking import replicas
 from fimo.workers.start import Engine, Start

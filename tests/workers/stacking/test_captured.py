@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fimo.workers import further_training
-from fimo.workers.batches import Block, Removal
+from fimo.workers.amounts import Removal
+from fimo.workers.batches import Block
 from fimo.workers.definition import train_cell
 from fimo.workers.further_training import Deltas, further_train
 from fimo.workers.proof import prove
