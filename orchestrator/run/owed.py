@@ -5,7 +5,7 @@ Resuming is this and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
 
@@ -26,10 +26,17 @@ from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 
+Done = Mapping[int, set[tuple[int, ...]]]
+"""Seed -> the removals (as index tuples) that its parts hold."""
 
-def current_plan(manifest: Manifest, sweep: Sweep | None) -> Plan:
-    """The plan against what the store holds; against nothing if there is no sweep."""
-    done = sweep.done(manifest, sweep.list_parts(manifest.digest)) if sweep is not None else {}
+
+def current_plan(manifest: Manifest, sweep: Sweep | None, done: Done | None = None) -> Plan:
+    """The plan against what the store holds; against nothing if there is no sweep.
+
+    ``done``: what it holds, if that is known; else its parts are listed.
+    """
+    if done is None:
+        done = sweep.done(manifest, sweep.list_parts(manifest.digest)) if sweep is not None else {}
     return make_plan(
         manifest.removals,
         manifest.spec.seeds,
@@ -74,12 +81,14 @@ def missing_witnesses(manifest: Manifest, sweep: Sweep, failures: Failures) -> l
     return [task for task in wanted if task.seed not in held]
 
 
-def owed_tasks(manifest: Manifest, sweep: Sweep, failures: Failures) -> tuple[list[Task], Plan]:
+def owed_tasks(
+    manifest: Manifest, sweep: Sweep, failures: Failures, done: Done | None = None
+) -> tuple[list[Task], Plan]:
     """What a run would compute now, in order: shards by seed, estimates in between, witnesses last.
 
-    What was set aside is left out.
+    What was set aside is left out. ``done`` as for ``current_plan``.
     """
-    plan = current_plan(manifest, sweep)
+    plan = current_plan(manifest, sweep, done)
     shards = [s for s in plan.shards if task_id(manifest, s) not in failures.ids]
     missing = missing_estimates(manifest, sweep, failures)
     owed = [e for e in missing if task_id(manifest, e) not in failures.ids]

@@ -63,16 +63,16 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
         "failed": [failure.line for failure in recorded.aside],
         "complete": complete,
         "estimated_only": bool(manifest.estimators) and not (listed or missing or recorded.aside or complete),
-        "resumable": not complete and bool(owed_tasks(manifest, sweep, recorded)[0]),
+        "resumable": not complete and bool(owed_tasks(manifest, sweep, recorded, done)[0]),
         "exit_code": 1 if recorded.aside else 0 if complete else 3,
-        **_told(sweep, manifest),
+        **_told(sweep, manifest, listed),
     }
     return status | _pace(listed, finished, manifest.cells)
 
 
-def _told(sweep: Sweep, manifest: Manifest) -> dict[str, Any]:
+def _told(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed]) -> dict[str, Any]:
     """What the tables say of themselves; nothing while they are not of what the store holds."""
-    if not is_current(sweep, manifest):
+    if not is_current(sweep, manifest, listed):
         return {"warnings": [], "reliability": []}
     try:
         rows = read_table(sweep, "reliability").to_pylist()

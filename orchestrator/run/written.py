@@ -85,10 +85,12 @@ def write_tables(
     return written
 
 
-def is_current(sweep: Sweep, manifest: Manifest) -> bool:
-    """Whether the store's tables were made from what it holds now."""
+def is_current(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed] | None = None) -> bool:
+    """Whether the store's tables were made from what it holds now; ``listed``: all parts of its digest, if known."""
     try:
-        return bool(_made_from(sweep)["stamp"] == stamp(sweep, manifest, listed_parts(sweep, manifest)))
+        made_from, seeds = _made_from(sweep)["stamp"], set(manifest.spec.seeds)
+        every = sweep.list_parts(manifest.digest) if listed is None else listed
+        return bool(made_from == stamp(sweep, manifest, [part for part in every if part.seed in seeds]))
     except (StoreError, KeyError):
         return False
 

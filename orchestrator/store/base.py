@@ -10,6 +10,7 @@ is what a sweep expects.
 from __future__ import annotations
 
 import contextlib
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,9 +94,13 @@ def validate_key(key: str) -> None:
         raise StoreError(f"{short(key)} is not a key of a store: it {mistake}")
 
 
+_PLAIN = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
+"""As nearly all keys are: of a long listing, most are told by it at once."""
+
+
 def is_key(key: str) -> bool:
     """Whether `validate_key` accepts `key`."""
-    return _mistake_in(key) is None
+    return (len(key) <= MAX_SEGMENT_BYTES and _PLAIN.fullmatch(key) is not None) or _mistake_in(key) is None
 
 
 def validate_prefix(prefix: str) -> None:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from fimo.orchestrator.store.base import Entry, NotFound, check_store, is_key, short, validate_key, validate_prefix
@@ -142,7 +143,7 @@ class S3Store:
                     entries[key] = Entry(key, item["Size"], item["LastModified"].astimezone(UTC))
             following = page.get("NextContinuationToken")
             if not page.get("IsTruncated"):
-                return iter(sorted(entries.values()))
+                return iter(sorted(entries.values(), key=attrgetter("key")))
             if not following or following == token:
                 raise StoreError(f"store {self.uri}: the server's listing does not advance; is this an S3 endpoint?")
             token = following

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fimo.orchestrator.store import LocalStore
 from fimo.orchestrator.sweep import keys
 from tests.support.shell import Shell
@@ -34,7 +36,7 @@ for words in (["status", SWEEP], ["list", STORE], ["status", SWEEP, "--json"], [
 
 
 def test_looking_at_a_sweep_imports_neither_torch_nor_ray_and_says_the_same(
-    shell: Shell, beside: Path, tmp_path: Path
+    shell: Shell, beside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = LocalStore(str(tmp_path / "store"), tmp_path / "store")
     entries = ["grad_dot", {"name": "mirrored", "seeds": 2}]
@@ -50,10 +52,15 @@ def test_looking_at_a_sweep_imports_neither_torch_nor_ray_and_says_the_same(
     done = subprocess.run([sys.executable, "-c", words + LOOKS], capture_output=True, text=True, check=False)
     ends = [line for line in done.stdout.splitlines() if line.startswith("ended with")]
     assert ends == ["ended with status 3", "ended with list 0", "ended with status 3", "ended with pull 3"], done.stderr
+    listed: list[str] = []
+    every = LocalStore.list
+    monkeypatch.setattr(LocalStore, "list", lambda self, prefix: listed.append(prefix) or every(self, prefix))
     here = json.loads(shell("status", sweep, "--json").out)
     there = json.loads(done.stdout.partition("ended with list 0\n")[2].partition("\nended with status")[0])
     assert there["missing"] == 1
     assert (there["estimates_missing"], there["witnesses_missing"]) == (["mirrored"], here["witnesses_missing"])
+    # Of a large sweep a listing takes seconds, and longer on S3.
+    assert sum("/parts/" in prefix for prefix in listed) == 1
     for values in (here, there):
         values.pop("last_commit_age_s")
     assert there == here
