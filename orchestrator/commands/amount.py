@@ -44,8 +44,7 @@ def amount(
     from fimo.orchestrator.sweep.sweep import open_sweep
 
     opened, stop = open_sweep(sweep), stop_on_signal()
-    with ProgressReport(talk) as progress:
-        where = on_ray(address, progress.say)
+    with ProgressReport(talk) as progress, on_ray(address, progress.say) as where:
         found = how_much(opened, where, progress.listener, train, stop, Own(code, trust))
     values = amounts_json(found)
     if as_json:

@@ -63,8 +63,7 @@ def rank(
     opened = open_sweep(sweep)
     named, places = read_estimator(estimator), read_places(evals)
     resolved, stop = resolve_again(opened, Own(code, trust)), stop_on_signal()
-    with ProgressReport(talk) as progress:
-        where = on_ray(address, progress.say)
+    with ProgressReport(talk) as progress, on_ray(address, progress.say) as where:
         ranked = rank_all(resolved, opened, where, progress.listener, places, named, top, step, cells, stop)
     key, names = keys.table(opened.name, "ranking"), names_of(resolved.workload, resolved.manifest.train)
     with tempfile.TemporaryDirectory() as folder:

@@ -71,8 +71,7 @@ def run_resolved(
     from fimo.orchestrator.run.pool import on_ray
 
     stop = stop_on_signal()
-    with ProgressReport(talk, cells=shards) as progress:
-        where = on_ray(address, progress.say)
+    with ProgressReport(talk, cells=shards) as progress, on_ray(address, progress.say) as where:
         report = driver.run(resolved, store, progress.listener, stop, where, retry_failed, shards, replace)
     if as_json:
         print_json(report_json(report))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from fimo.orchestrator.resolve.resolved import Resolved
+    from fimo.orchestrator.search.place import Place
     from fimo.orchestrator.spec.search import Search, SearchedTraining
     from fimo.orchestrator.store import Store
 
@@ -44,6 +45,7 @@ def search(
 ) -> None:
     """The best hyper-parameters of estimators, and further training, by the spec's section `search`; on Ray Tune."""
     from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.search.place import on_tune
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import open_store
     from fimo.workers.errors import UsageError
@@ -54,15 +56,16 @@ def search(
     resolved, stop = resolve(parsed, spec.resolve().parent), stop_on_signal()
     tell_store()
     again, told, codes = f"{shlex.quote(str(spec))} --store {shlex.quote(store)}", dict[str, Any](), list[int]()
-    if parsed.search.estimators is not None:
-        told["estimators"] = _estimators(resolved, opened, parsed.search, stop, again, to, as_json)
-        codes.append(told["estimators"]["exit_code"])
-    if parsed.search.further_training is not None and stop() is None:
-        section = parsed.search.further_training
-        told["further_training"] = _training(resolved, opened, section, stop, again, to, as_json)
-        codes.append(told["further_training"]["exit_code"])
-    if stop() is not None and max(codes, default=0) == 0 and parsed.search.further_training is not None:
-        codes.append(3 if "further_training" not in told else 0)
+    with on_tune() as place:
+        if parsed.search.estimators is not None:
+            told["estimators"] = _estimators(resolved, opened, parsed.search, place, stop, again, to, as_json)
+            codes.append(told["estimators"]["exit_code"])
+        if parsed.search.further_training is not None and stop() is None:
+            section = parsed.search.further_training
+            told["further_training"] = _training(resolved, opened, section, place, stop, again, to, as_json)
+            codes.append(told["further_training"]["exit_code"])
+        if stop() is not None and max(codes, default=0) == 0 and parsed.search.further_training is not None:
+            codes.append(3 if "further_training" not in told else 0)
     # Stopped counts before failed: what is missing is told by running it again.
     code = 3 if 3 in codes else max(codes, default=0)
     if as_json:
@@ -74,6 +77,7 @@ def _estimators(
     resolved: Resolved,
     store: Store,
     section: Search,
+    place: Place,
     stop: Callable[[], str | None],
     again: str,
     to: Path | None,
@@ -81,11 +85,10 @@ def _estimators(
 ) -> dict[str, Any]:
     from fimo.orchestrator.report.search import SearchProgress, found_json, found_lines, found_table
     from fimo.orchestrator.search.estimators import search_estimators
-    from fimo.orchestrator.search.place import on_tune
     from fimo.orchestrator.search.tabled import matched_dampings, search_table
 
     with SearchProgress(talk) as progress:
-        found = search_estimators(resolved, store, section, on_tune, progress.listener, stop, typed=f"fimo run {again}")
+        found = search_estimators(resolved, store, section, place, progress.listener, stop, typed=f"fimo run {again}")
     manifest = resolved.manifest
     table = search_table(found, manifest)
     written = [_put(store, manifest.spec.name, "search", table), *(_files(table, to) if to is not None else [])]
@@ -105,6 +108,7 @@ def _training(
     resolved: Resolved,
     store: Store,
     section: SearchedTraining,
+    place: Place,
     stop: Callable[[], str | None],
     again: str,
     to: Path | None,
@@ -112,12 +116,11 @@ def _training(
 ) -> dict[str, Any]:
     from fimo.orchestrator.report.search import SearchProgress
     from fimo.orchestrator.report.search_training import training_found_table, training_json, training_lines
-    from fimo.orchestrator.search.place import on_tune
     from fimo.orchestrator.search.tabled import training_table
     from fimo.orchestrator.search.training import search_training
 
     with SearchProgress(talk, "candidates") as progress:
-        found = search_training(resolved, store, section, on_tune, progress.listener, stop)
+        found = search_training(resolved, store, section, place, progress.listener, stop)
     table = training_table(found, resolved.manifest)
     written = [_put(store, resolved.manifest.spec.name, "search_training", table)]
     if to is not None:

@@ -6,6 +6,7 @@ subtracts what is there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -122,7 +123,9 @@ def run(
         sweep = Sweep(watched, resolved.manifest.spec.name)
         if not replace_other:
             refuse_other(resolved.manifest, sweep)
-        return _run(resolved.manifest, sweep, listener, should_stop, where, retry_failed, shards, replace_other)
+        with contextlib.ExitStack() as ours:
+            place = ours.enter_context(on_ray(None)) if where is None else where
+            return _run(resolved.manifest, sweep, listener, should_stop, place, retry_failed, shards, replace_other)
 
 
 def _run(
@@ -130,7 +133,7 @@ def _run(
     sweep: Sweep,
     listener: Listener,
     should_stop: Callable[[], str | None],
-    where: Where | None,
+    where: Where,
     retry_failed: bool,
     shards: bool,
     replace_other: bool,
@@ -148,7 +151,7 @@ def _run(
         note_sets(of, sweep, tasks)
         listener.start(plan, len(tasks))
         final_model, course = read_final(of.spec, Path(of.beside)), Course.of(plan.cells, plan.done, tasks)
-        with Heartbeat(sweep) as heartbeat, (where or on_ray(None))(sweep, of, final_model) as pool:
+        with Heartbeat(sweep) as heartbeat, where(sweep, of, final_model) as pool:
             heartbeat.follow(course)
             with Claims(sweep, of, heartbeat) as claims:
                 shared = SharedTasks(tasks, claims, lambda tasks: _remaining(of, sweep, tasks, course))

@@ -10,24 +10,20 @@ import dataclasses
 import os
 import pickle
 import re
-import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from fimo.orchestrator.resolve.code import code_files, write_files
 from fimo.orchestrator.run import placement
-from fimo.orchestrator.run.connect import cluster
 from fimo.orchestrator.run.entry import enter
-from fimo.orchestrator.run.nodes import Node, NodeWatch, slots, slots_of
+from fimo.orchestrator.run.kept import KeptRay
+from fimo.orchestrator.run.nodes import Node, NodeWatch, slots_of
 from fimo.orchestrator.run.places import Failed, Lost, Result
 from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.tasks import Receipt, UnableError, is_prepared, run_task
 from fimo.orchestrator.spec.spec import Resources
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.errors import UsageError
 
 UNABLE_S = 2.0
 HEAD_GONE_S, DOUBT_S = 20.0, 5.0
@@ -39,13 +35,16 @@ CANNOT_IMPORT = "failed to import on the worker"
 """What Ray says of a node on which fimo is not installed."""
 
 
-def on_ray(
-    address: str | None, say: Callable[[str], None] = lambda line: None
-) -> Callable[[Sweep, Manifest, bytes | None], contextlib.AbstractContextManager[RayPool]]:
+Where = Callable[[Sweep, Manifest, bytes | None], contextlib.AbstractContextManager["RayPool"]]
+
+
+@contextlib.contextmanager
+def on_ray(address: str | None, say: Callable[[str], None] = lambda line: None) -> Iterator[Where]:
     """Tasks on an embedded Ray, or on the one at ``address``, whose nodes get the workload's code.
 
-    Entering the place raises ClusterError if Ray cannot be reached, and UsageError if the embedded one is too small.
-    ``say`` is told once if GPUs are there and none is asked for.
+    Connected when the first pool is entered, for all pools of the body. Entering a pool raises ClusterError if Ray
+    cannot be reached, and UsageError if the embedded one is too small. ``say`` is told once if GPUs are there and none
+    is asked for.
     """
     told: list[str] = []
     where = "this machine" if address in (None, "local") else "the cluster"
@@ -55,40 +54,22 @@ def on_ray(
             told.append(line)
             say(line)
 
-    @contextlib.contextmanager
-    def pool(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[RayPool]:
-        with (
-            connected(address, manifest),
-            contextlib.closing(RayPool(sweep, manifest, final_model, tell_once)) as opened,
-        ):
-            yield opened
+    with KeptRay(address) as kept:
 
-    return pool
+        @contextlib.contextmanager
+        def pool(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[RayPool]:
+            kept.open(manifest)
+            ended = False
+            try:
+                with contextlib.closing(RayPool(sweep, manifest, final_model, tell_once)) as opened:
+                    yield opened
+                    ended = not opened.gave_up
+            finally:
+                # What was given up may run on for a moment, and write: no reader shall meet it.
+                if not ended:
+                    kept.close()
 
-
-@contextlib.contextmanager
-def connected(address: str | None, manifest: Manifest) -> Iterator[int]:
-    """Connect to Ray for the body, with the workload's code on its nodes; gives how many tasks it can run at once.
-
-    Raises:
-        ClusterError: Ray cannot be reached; UsageError: the embedded one is too small for a task.
-    """
-    resources = manifest.spec.resources
-    if address in (None, "local"):
-        with cluster(None):
-            here = slots(resources)
-            if here < 1:
-                # On a cluster a node may still come; here none will.
-                raise UsageError(
-                    f"resources ask for {placement.in_words(resources)} a task, more than this machine has: ask for "
-                    "less, or use `fimo submit`"
-                )
-            yield here
-        return
-    with tempfile.TemporaryDirectory(prefix="fimo-code-") as folder:
-        write_files(code_files(manifest.spec.workload, Path(manifest.beside)), Path(folder))
-        with cluster(address, Path(folder)):
-            yield slots(resources)
+        yield pool
 
 
 def _work(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Task) -> Receipt:
@@ -146,6 +127,7 @@ class RayPool:
         # In a list, the reference itself travels, not the bytes.
         self._final = [ray.put(final_model)]
         self._flying: dict[Any, Any] = {}
+        self._cancelled = False
         self._avoided: set[str] = set()
         self._frozen: set[str] = set()
         self._heard: dict[str, float] = {}
@@ -190,8 +172,14 @@ class RayPool:
     def cancel(self, handle: Hashable) -> None:
         """Kill a task's worker."""
         if self._flying.pop(handle, None) is not None:
+            self._cancelled = True
             with contextlib.suppress(Exception):
                 self._ray.cancel(handle, force=True)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether a task was cancelled, or has not ended."""
+        return self._cancelled or bool(self._flying)
 
     def slots(self) -> int:
         """How many tasks the cluster can run at once; see ``slots``."""

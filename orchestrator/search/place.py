@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from fimo.orchestrator.run.pool import connected
+from fimo.orchestrator.run.kept import KeptRay
 from fimo.orchestrator.sweep.manifest import Manifest
 
 Trials = Callable[..., dict[str, str]]
@@ -15,13 +15,24 @@ Place = Callable[[Manifest], contextlib.AbstractContextManager[Trials]]
 
 
 @contextlib.contextmanager
-def on_tune(manifest: Manifest) -> Iterator[Trials]:
-    """Trials on an embedded Ray, with the manifest's resources for each.
+def on_tune() -> Iterator[Place]:
+    """Trials on an embedded Ray, with the manifest's resources for each: one for all searches of the body.
 
-    Raises:
-        ClusterError: Ray cannot be started; UsageError: this machine is too small for a trial.
+    Entering the place raises ClusterError if Ray cannot be started, and UsageError if this machine is too small for a
+    trial.
     """
-    with connected(None, manifest) as together:
-        from fimo.orchestrator.search.tune import run_trials  # after the environment that Ray reads on import
+    with KeptRay(None) as kept:
 
-        yield partial(run_trials, resources=manifest.spec.resources, together=together)
+        @contextlib.contextmanager
+        def place(manifest: Manifest) -> Iterator[Trials]:
+            together = kept.open(manifest)
+            from fimo.orchestrator.search.tune import run_trials  # after the environment that Ray reads on import
+
+            try:
+                yield partial(run_trials, resources=manifest.spec.resources, together=together)
+            except BaseException:
+                # Trials may be running.
+                kept.close()
+                raise
+
+        yield place

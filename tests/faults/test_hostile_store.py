@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -75,7 +76,7 @@ def store(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalS
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(pool, "on_ray", lambda address, say=None: in_process)
+    monkeypatch.setattr(pool, "on_ray", lambda address, say=None: contextlib.nullcontext(in_process))
     opened = open_store(str(tmp_path / "store"))
     assert isinstance(opened, LocalStore)
     return opened

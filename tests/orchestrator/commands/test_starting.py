@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fimo.orchestrator.store import LocalStore
 from fimo.orchestrator.sweep import keys
@@ -40,7 +41,7 @@ def test_looking_at_a_sweep_imports_neither_torch_nor_ray_and_says_the_same(
 ) -> None:
     store = LocalStore(str(tmp_path / "store"), tmp_path / "store")
     entries = ["grad_dot", {"name": "mirrored", "seeds": 2}]
-    spec = make_spec(seeds=2, estimators=entries, resources={"witnesses": 1})
+    spec = make_spec(seeds=2, estimators=entries, resources={"witnesses": 1, "replay": False})
     _, _, heard = run_here(spec, beside, store)
     assert len(heard.tasks) == 2 * 3 + 1 + 2 + 1
     # Of each kind one is missing: what is owed is told by what estimators declare.
@@ -64,3 +65,33 @@ def test_looking_at_a_sweep_imports_neither_torch_nor_ray_and_says_the_same(
     for values in (here, there):
         values.pop("last_commit_age_s")
     assert there == here
+
+
+COMPUTES_NOTHING = """
+import sys
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ray":
+            raise ImportError(f"{name} is imported")
+sys.meta_path.insert(0, Refusing())
+from fimo.orchestrator.commands.main import main
+for words in (["run", SPEC, "--store", STORE], ["resume", SWEEP], ["amount", SWEEP, "--no-train"]):
+    sys.argv = ["fimo", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        print("ended with", words[0], ended.code, flush=True)
+"""
+
+
+def test_ray_is_not_imported_where_nothing_is_computed(beside: Path, tmp_path: Path) -> None:
+    """An embedded Ray takes seconds to start; a complete sweep is run again to see its table."""
+    store = LocalStore(str(tmp_path / "store"), tmp_path / "store")
+    spec = make_spec(seeds=2, estimators=["grad_dot"], resources={"replay": False})
+    assert run_here(spec, beside, store)[0].exit_code == 0
+    (beside / "spec.yaml").write_text(yaml.safe_dump(spec.canonical()))
+    words = f"SPEC, SWEEP, STORE = {str(beside / 'spec.yaml')!r}, {store.uri + '/flowers'!r}, {store.uri!r}\n"
+    program = [sys.executable, "-c", words + COMPUTES_NOTHING]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, cwd=beside)
+    ends = [line for line in done.stdout.splitlines() if line.startswith("ended with")]
+    assert ends == [f"ended with {word} 0" for word in ("run", "resume", "amount")], done.stderr

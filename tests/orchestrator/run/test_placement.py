@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fimo.orchestrator.run import nodes, placement, pool
+from fimo.orchestrator.run import kept, nodes, placement, pool
 from fimo.orchestrator.run.nodes import Node
 from fimo.orchestrator.run.pool import RayPool
 from fimo.orchestrator.spec.canonical import canonical
@@ -85,19 +84,21 @@ def test_idle_gpus_are_told_of_and_used_ones_are_not() -> None:
 def test_a_run_tells_once_however_often_it_looks_and_when_gpus_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers start from zero: at the beginning there is no GPU to be seen. A run may enter its place several times."""
     said: list[str] = []
-    monkeypatch.setattr(pool, "connected", lambda address, manifest: contextlib.nullcontext())
-    monkeypatch.setattr(pool, "RayPool", lambda sweep, manifest, final_model, see: SimpleNamespace(see=see, close=list))
-    where: Any = pool.on_ray("auto", said.append)
-    for _ in range(2):
-        with where(None, None, None) as opened:
-            opened.see([HEAD], Resources(gpus=1))
-            opened.see(MIXED, Resources(gpus=1))
-            opened.see([HEAD], Resources())
-    assert said == []
-    for _ in range(2):
-        with where(None, None, None) as opened:
-            opened.see(MIXED, Resources())
-            opened.see(MIXED, Resources())
+    monkeypatch.setattr(kept.KeptRay, "open", lambda self, manifest: 1)
+    made = lambda sweep, manifest, final_model, see: SimpleNamespace(see=see, close=list, gave_up=False)  # noqa: E731
+    monkeypatch.setattr(pool, "RayPool", made)
+    with pool.on_ray("auto", said.append) as where:
+        enter: Any = where
+        for _ in range(2):
+            with enter(None, None, None) as opened:
+                opened.see([HEAD], Resources(gpus=1))
+                opened.see(MIXED, Resources(gpus=1))
+                opened.see([HEAD], Resources())
+        assert said == []
+        for _ in range(2):
+            with enter(None, None, None) as opened:
+                opened.see(MIXED, Resources())
+                opened.see(MIXED, Resources())
     assert len(said) == 1
     assert said[0].startswith("the cluster has 6 GPUs")
 
@@ -125,7 +126,7 @@ def node_of(label):
 cluster = Cluster(initialize_head=True, head_node_args={**node_of("A10G"), "include_dashboard": False})
 cluster.add_node(**node_of("H100"))
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-from fimo.orchestrator.run import placement, pool
+from fimo.orchestrator.run import kept, placement, pool
 from fimo.orchestrator.spec.spec import Resources
 where = {node["NodeID"]: node["Labels"].get("ray.io/accelerator-type") for node in ray.nodes()}
 print("slots", *(pool.slots(Resources(accelerator=kind)) for kind in (None, "H100", "L4")))
