@@ -77,17 +77,16 @@ def _planned(spec: Spec, beside: Path, store: str | None, measure: bool, rank: b
     """All that a plan says, for ``--json``; the workload is loaded twice, the second time in another process."""
     from fimo.orchestrator.report.show import label
     from fimo.orchestrator.resolve.again import SecondLoad
-    from fimo.orchestrator.resolve.resolved import resolve
-    from fimo.orchestrator.run.measure import measure as timed
-    from fimo.orchestrator.run.measure import measured_json
     from fimo.orchestrator.run.owed import current_plan
-    from fimo.orchestrator.run.rank_cost import rank_cost
-    from fimo.orchestrator.run.suited import judged
     from fimo.orchestrator.store import open_store
     from fimo.orchestrator.sweep.sweep import Sweep
 
     again = SecondLoad(spec, beside)
     try:
+        # Only now: torch is imported here and there at the same time.
+        from fimo.orchestrator.resolve.resolved import resolve
+        from fimo.orchestrator.run.suited import judged
+
         resolved = resolve(spec, beside)
         again.check(resolved.manifest)
     finally:
@@ -101,8 +100,13 @@ def _planned(spec: Spec, beside: Path, store: str | None, measure: bool, rank: b
         values["left_out"] |= {label(*of): why for of, why in found.too_large.items()}
     values["unused"] = {} if sweep is None else _unused(resolved, sweep)
     if measure and not found.unsuited:
+        from fimo.orchestrator.run.measure import measure as timed
+        from fimo.orchestrator.run.measure import measured_json
+
         values |= measured_json(timed(resolved, planned, sweep, tell), again.seconds)
     if rank:
+        from fimo.orchestrator.run.rank_cost import rank_cost
+
         values["rank"] = rank_cost(resolved, resolved.manifest.evals, TOP)
     return values
 

@@ -3,7 +3,7 @@
 What is drawn without a seed, or read in the order of a set or folder, comes out otherwise in another process. Workers
 would find that out after the cluster was started; ``fimo plan`` says it before anything is spent.
 
-Run as a module, it reads a spec from stdin and prints the digests that it sees.
+The process reads a spec from stdin and prints the digests that it sees.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import time
 from pathlib import Path
 
 from fimo.orchestrator.resolve.differences import UNSTABLE, in_words, what_differs
-from fimo.orchestrator.resolve.resolved import Digests, count_evals, digests, load_here
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.spec import Spec, parse
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.workers.errors import FimoError, WorkloadError
+
+PROGRAM = f"import gc; gc.set_threshold(10_000); from {__name__} import second; raise SystemExit(second())"
+"""With few looks for garbage: a fifth of an import of torch otherwise goes into them."""
 
 
 class SecondLoad:
@@ -37,7 +39,7 @@ class SecondLoad:
 
     def __init__(self, spec: Spec, beside: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(beside), str(time.time())],
+            [sys.executable, "-P", "-c", PROGRAM, str(beside), str(time.time())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -76,20 +78,17 @@ class SecondLoad:
             self._process.wait()
 
 
-def _digests(spec: Spec, beside: Path) -> Digests:
-    workload, state = load_here(spec, beside)
-    return digests(spec, beside, workload, state, count_evals(spec, workload))
+def second() -> int:
+    """The process: the folder and when it was started are its arguments."""
+    # The other process starts before it imports torch itself.
+    from fimo.orchestrator.resolve.resolved import count_evals, digests, load_here
 
-
-def _main() -> int:
     try:
-        seen = _digests(parse(json.load(sys.stdin), "the spec"), Path(sys.argv[1]))
+        spec, beside = parse(json.load(sys.stdin), "the spec"), Path(sys.argv[1])
+        workload, state = load_here(spec, beside)
+        seen = digests(spec, beside, workload, state, count_evals(spec, workload))
     except FimoError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     sys.stdout.write("\n" + json.dumps({"about": seen.about, "seconds": time.time() - float(sys.argv[2])}) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

@@ -7,6 +7,7 @@ standard library, what it is given is bytes, and a worker whose imports fail say
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import threading
@@ -32,10 +33,14 @@ def enter(shared: bytes, final_model: list[Any], task: bytes) -> Any:
         # The driver counts a worker's death, but no failure, against what waits here.
         time.sleep(60 * LAST_WORDS_S)
     try:
+        # What is imported for the first task is no garbage: to look for some takes a fifth of torch's import.
+        gc.disable()
         work, sweep, manifest = pickle.loads(shared)
         wanted = pickle.loads(task)
     except Exception:
         _broken.set()
         threading.Timer(LAST_WORDS_S, os._exit, [1]).start()
         raise
+    finally:
+        gc.enable()
     return work(sweep, manifest, final_model, wanted)
