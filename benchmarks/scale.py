@@ -115,7 +115,8 @@ def run(of: Manifest, store: Store, unclaimed: bool) -> None:
     print(f"exit {report.exit_code}, {report.gathered.done} of {report.gathered.cells} cells")
 
 
-def resume(of: Manifest, store: Store, folder: Path | None) -> None:
+def put_parts(of: Manifest, store: Store, folder: Path | None) -> list[str]:
+    """All parts of a sweep but one, each with the bytes of the first; as plain files if there is a folder."""
     sweep, effects = Sweep(store, of.spec.name), made.truth(of)
     sweep.write_manifest(of)
     for removals in made.shards(of):
@@ -130,6 +131,11 @@ def resume(of: Manifest, store: Store, folder: Path | None) -> None:
     else:
         with ThreadPoolExecutor(32) as threads:
             list(threads.map(lambda name: store.create(name, data), names))
+    return names
+
+
+def resume(of: Manifest, store: Store, folder: Path | None) -> None:
+    sweep, names = Sweep(store, of.spec.name), put_parts(of, store, folder)
     (tasks, plan), *spent = timed(lambda: owed_tasks(of, sweep, Failures((), {})))
     print(f"{len(names)} parts: {len(tasks)} tasks owed, {plan.done} cells done, {told(*spent)}")
     began, used = time.perf_counter(), children()
