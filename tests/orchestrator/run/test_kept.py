@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,16 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was done with the connection, in order."""
     seen: list[str] = []
 
-    @contextlib.contextmanager
-    def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
-        seen.append("connected")
-        try:
-            yield
-        finally:
+    class Cluster(contextlib.AbstractContextManager[None]):
+        """No generator, which Python would end when nobody holds it."""
+
+        def __init__(self, address: str | None, code: Path | None = None) -> None:
+            seen.append("connected")
+
+        def __exit__(self, *error: object) -> None:
             seen.append("closed")
 
-    monkeypatch.setattr(kept, "cluster", cluster)
+    monkeypatch.setattr(kept, "cluster", Cluster)
     monkeypatch.setattr(kept, "slots", lambda resources: 1)
     monkeypatch.setattr(pool, "RayPool", Here)
     gather = driver.gather
