@@ -23,6 +23,8 @@ class Refusing:
         if name.partition(".")[0] in absent:
             raise ImportError(f"{name} is imported")
 sys.meta_path.insert(0, Refusing())
+# Before `fimo plan` imports torch it has started the process that loads the workload a second time.
+from fimo.orchestrator.resolve import again
 from fimo.orchestrator.commands.main import main
 for words in (["status", SWEEP], ["list", STORE], ["status", SWEEP, "--json"], ["pull", SWEEP, "--to", TO]):
     if words[0] == "pull":

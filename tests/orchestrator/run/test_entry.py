@@ -7,7 +7,7 @@ import sys
 import time
 
 BROKEN = """
-import pickle, sys
+import gc, pickle, sys
 class Broken:
     def __reduce__(self):
         return __import__, ("no_such_module",)
@@ -18,6 +18,7 @@ try:
     entry.enter(pickle.dumps(Broken()), [], b"")
 except ImportError as error:
     print("said:", error, flush=True)
+assert gc.isenabled()
 entry.enter(pickle.dumps(Broken()), [], b"")
 print("took another task", flush=True)
 """
