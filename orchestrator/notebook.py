@@ -67,7 +67,7 @@ def run(
     folder = Path.cwd() if beside is None else Path(beside).resolve()
     opened = open_store(os.fspath(store))
     resolved = resolve(spec, folder)
-    refuse_unsuited(resolved)
+    refuse_unsuited(resolved, Sweep(opened, spec.name))
     report = driver.run(resolved, opened, where=in_process, replace_other=replace)
     if report.outcome.broken:
         raise WorkloadError(f"the sweep was stopped: {report.outcome.stopped}")

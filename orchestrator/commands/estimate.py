@@ -29,9 +29,10 @@ def estimate(
     from fimo.orchestrator.run.suited import refuse_unsuited
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import open_store
+    from fimo.orchestrator.sweep.sweep import Sweep
 
     opened = open_store(store)
     resolved = resolve(read_file(spec), spec.resolve().parent)
-    refuse_unsuited(resolved)
+    refuse_unsuited(resolved, Sweep(opened, resolved.spec.name))
     tell_store()
     run_resolved(resolved, opened, address, retry_failed, as_json, shards=False, replace=replace)

@@ -72,7 +72,7 @@ def main() -> None:
 
 
 COLLECT_EVERY = 10_000
-"""Objects made between two looks for garbage. By Python's 700 a fifth of an import of torch goes into them."""
+"""Objects made between two looks for garbage. By Python's 700 a tenth of an import of torch goes into them."""
 INTERRUPTED = 130
 """What Typer makes of a KeyboardInterrupt."""
 # Typer's own name for it changes with its version.

@@ -43,6 +43,7 @@ def run(
     from fimo.orchestrator.run.suited import refuse_unsuited
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import open_store
+    from fimo.orchestrator.sweep.sweep import Sweep
 
     opened = open_store(store)
     parsed = read_file(spec)
@@ -50,7 +51,7 @@ def run(
     tell_store()
     if parsed.further_training.removal_mode is None and resolved.spec.further_training.removal_mode == "mask":
         tell("removal mode mask: this model's training forward mixes the examples of a batch")
-    refuse_unsuited(resolved)
+    refuse_unsuited(resolved, Sweep(opened, parsed.name))
     run_resolved(resolved, opened, address, retry_failed, as_json, replace=replace)
 
 

@@ -22,7 +22,7 @@ from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.workers.errors import FimoError, WorkloadError
 
 PROGRAM = f"import gc; gc.set_threshold(10_000); from {__name__} import second; raise SystemExit(second())"
-"""With few looks for garbage: a fifth of an import of torch otherwise goes into them."""
+"""With few looks for garbage: a tenth of an import of torch otherwise goes into them."""
 
 
 class SecondLoad:

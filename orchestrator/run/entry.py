@@ -33,7 +33,7 @@ def enter(shared: bytes, final_model: list[Any], task: bytes) -> Any:
         # The driver counts a worker's death, but no failure, against what waits here.
         time.sleep(60 * LAST_WORDS_S)
     try:
-        # What is imported for the first task is no garbage: to look for some takes a fifth of torch's import.
+        # What is imported for the first task is no garbage: to look for some takes a tenth of torch's import.
         gc.disable()
         work, sweep, manifest = pickle.loads(shared)
         wanted = pickle.loads(task)

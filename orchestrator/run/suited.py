@@ -6,6 +6,7 @@ Nothing is computed but a gradient or two. How long an estimator takes is anothe
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,9 @@ from fimo import estimators
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.blocks import Named, shares
 from fimo.orchestrator.run.budget import too_large
+from fimo.orchestrator.run.failures import Failures
+from fimo.orchestrator.run.owed import estimators_in, missing_estimates
+from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.device import deterministic, pick_device
 from fimo.workers.errors import FimoError, UsageError
 
@@ -33,8 +37,8 @@ class Judged:
     too_large: dict[Named, str] = field(default_factory=dict)
 
 
-def judged(resolved: Resolved) -> Judged:
-    """The estimators of a sweep held against it on this machine."""
+def judged(resolved: Resolved, only: Collection[Named] | None = None) -> Judged:
+    """The estimators of a sweep, or ``only`` some of them, held against it on this machine."""
     manifest, spec, cpu = resolved.manifest, resolved.spec, torch.device("cpu")
     model, (train, evals) = resolved.model(cpu), resolved.examples(cpu)
     found = Judged()
@@ -43,6 +47,8 @@ def judged(resolved: Resolved) -> Judged:
     known = device.type == "cuda" or not spec.resources.gpus
     with deterministic(cpu):
         for name, params in manifest.estimators:
+            if only is not None and (name, params) not in only:
+                continue
             [named] = estimators.parse({"name": name, **json.loads(params)})
             seed, first, count = next(iter(shares(manifest, name, params)))
             problem = estimators.Problem(
@@ -80,15 +86,19 @@ def _held_against(
     return None, None if device is None else too_large(work, device)
 
 
-def refuse_unsuited(resolved: Resolved) -> None:
+def refuse_unsuited(resolved: Resolved, sweep: Sweep) -> None:
     """Refuse a spec that names an estimator which cannot be had for its model, data and settings.
+
+    One whose values the store holds could be had; to ask again takes longer than all else about a complete sweep.
 
     Raises:
         UsageError: one line: the first of them and why.
+        StoreError: the store cannot be read.
     """
     if resolved.spec.estimators is None:
         return
-    found = judged(resolved).unsuited
+    owed = estimators_in(missing_estimates(resolved.manifest, sweep, Failures((), {})))
+    found = judged(resolved, owed).unsuited if owed else {}
     if found:
         (name, _), reason = next(iter(found.items()))
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

@@ -83,6 +83,8 @@ for words in (["run", SPEC, "--store", STORE], ["resume", SWEEP], ["amount", SWE
         main()
     except SystemExit as ended:
         print("ended with", words[0], ended.code, flush=True)
+# A second of torch's own, when the first gradient is taken: of a complete sweep there is none to take.
+assert "torch._dynamo" not in sys.modules
 """
 
 
@@ -97,3 +99,4 @@ def test_ray_is_not_imported_where_nothing_is_computed(beside: Path, tmp_path: P
     done = subprocess.run(program, capture_output=True, text=True, check=False, cwd=beside)
     ends = [line for line in done.stdout.splitlines() if line.startswith("ended with")]
     assert ends == [f"ended with {word} 0" for word in ("run", "resume", "amount")], done.stderr
+    assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from fimo.orchestrator.report.planned import plan_lines, short
 from fimo.orchestrator.resolve.again import SecondLoad
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import budget, timing
+from fimo.orchestrator.run import suited as suiting
 from fimo.orchestrator.run.measure import Measured, measure, measured_json
 from fimo.orchestrator.run.owed import current_plan
 from fimo.orchestrator.run.plan import EstimateTask, Shard, WitnessTask
@@ -26,6 +27,8 @@ from fimo.workers.amounts import BASELINE
 from fimo.workers.errors import UsageError, WorkloadError
 from fimo.workers.stacking.pace import Pace, pace
 from tests.support.small_sweep import make_spec, run_here
+
+NOTHING = Sweep(MemoryStore(), "flowers")
 
 UNSTABLE = """
 import dataclasses
@@ -93,7 +96,7 @@ def test_what_hangs_on_the_order_of_a_set_is_found_in_another_process(beside, mo
     assert said == {"the workload is not deterministic: loaded twice, the evaluation examples"}
 
 
-def test_named_estimators_that_do_not_apply_are_told_before_anything_runs(beside):
+def test_named_estimators_that_do_not_apply_are_told_before_anything_runs(beside, monkeypatch):
     adam = {"optimizer": {"name": "adamw", "lr": 0.01}}
     spec = make_spec(
         further_training=adam, estimators=["grad_dot", "ekfac_matched", {"name": "unrolled", "last_step": 1}]
@@ -101,8 +104,15 @@ def test_named_estimators_that_do_not_apply_are_told_before_anything_runs(beside
     resolved = resolve(spec, beside)
     assert [name for name, _ in judged(resolved).unsuited] == ["ekfac_matched", "unrolled"]
     with pytest.raises(UsageError, match=r"estimator ekfac_matched does not apply \(and 1 more\): follows SGD alone"):
-        refuse_unsuited(resolved)
-    assert judged(resolve(make_spec(further_training=adam, estimators=["grad_dot"]), beside)).unsuited == {}
+        refuse_unsuited(resolved, NOTHING)
+    suited = make_spec(further_training=adam, estimators=["grad_dot"])
+    assert judged(resolve(suited, beside)).unsuited == {}
+    # What a store has of one estimator is no word on the others; of all, nothing is asked once more.
+    _, store, _ = run_here(suited, beside, shards=False)
+    with pytest.raises(UsageError, match="ekfac_matched does not apply"):
+        refuse_unsuited(resolved, Sweep(store, "flowers"))
+    monkeypatch.setattr(suiting, "judged", lambda *_: pytest.fail("was held against the model again"))
+    refuse_unsuited(resolve(suited, beside), Sweep(store, "flowers"))
 
 
 def test_what_does_not_fit_in_memory_is_told_and_not_run(beside, monkeypatch):
@@ -110,7 +120,7 @@ def test_what_does_not_fit_in_memory_is_told_and_not_run(beside, monkeypatch):
     resolved = resolve(make_spec(estimators=["grad_dot"]), beside)
     [why] = judged(resolved).too_large.values()
     assert why.startswith("too large: it holds about ")
-    refuse_unsuited(resolved)  # tried all the same, since it is named
+    refuse_unsuited(resolved, NOTHING)  # tried all the same, since it is named
     on_gpus = resolve(make_spec(estimators=["grad_dot"], resources={"gpus": 1}), beside)
     if not torch.cuda.is_available():
         assert not judged(on_gpus).too_large, "the memory of a GPU is not known here"
@@ -150,11 +160,11 @@ def test_an_estimator_that_cannot_follow_batch_norm_is_told_before_the_cells_are
     mask = {"removal_mode": "mask"}
     resolved = resolve(make_spec(workload="normed:norm", further_training=mask, estimators=["unrolled"]), beside)
     with pytest.raises(UsageError, match=r"estimator unrolled does not apply: .*batch norm\); set mode: eval"):
-        refuse_unsuited(resolved)
+        refuse_unsuited(resolved, NOTHING)
     manifest = resolve(make_spec(workload="normed:norm", further_training=mask, estimators=None), beside).manifest
     assert "unrolled" not in {name for name, _ in manifest.estimators}
     frozen = make_spec(workload="normed:norm", further_training={**mask, "mode": "eval"}, estimators=["unrolled"])
-    refuse_unsuited(resolve(frozen, beside))
+    refuse_unsuited(resolve(frozen, beside), NOTHING)
 
 
 def test_a_model_that_cannot_be_stacked_is_timed_one_cell_at_a_time(beside, monkeypatch):
