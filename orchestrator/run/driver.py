@@ -20,7 +20,7 @@ from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import Gathered, gather
 from fimo.orchestrator.run.heartbeat import Heartbeat
-from fimo.orchestrator.run.owed import cells_in, estimators_in, owed_tasks, remaining
+from fimo.orchestrator.run.owed import cells_in, estimators_in, few_shards, owed_tasks, remaining
 from fimo.orchestrator.run.places import Pool, Result, Source
 from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask
 from fimo.orchestrator.run.pool import on_ray
@@ -153,6 +153,8 @@ def _run(
         final_model, course = read_final(of.spec, Path(of.beside)), Course.of(plan.cells, plan.done, tasks)
         with Heartbeat(sweep) as heartbeat, where(sweep, of, final_model) as pool:
             heartbeat.follow(course)
+            if (line := few_shards(tasks, pool.slots())) is not None:
+                listener.say(line)
             with Claims(sweep, of, heartbeat) as claims:
                 shared = SharedTasks(tasks, claims, lambda tasks: _remaining(of, sweep, tasks, course))
                 _compute(of, sweep, shared, pool, listener, should_stop, outcome, course)

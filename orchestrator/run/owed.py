@@ -29,6 +29,10 @@ from fimo.orchestrator.sweep.sweep import Sweep
 Done = Mapping[int, set[tuple[int, ...]]]
 """Seed -> the removals (as index tuples) that its parts hold."""
 
+LARGE, EACH = 8, 5
+"""Places from which on shards are counted, and how many each should have: with one each a thousand GPUs are busy for a
+quarter of the time, with five for two thirds (``benchmarks/fleet.py``)."""
+
 
 def current_plan(manifest: Manifest, sweep: Sweep | None, done: Done | None = None) -> Plan:
     """The plan against what the store holds; against nothing if there is no sweep.
@@ -128,6 +132,20 @@ def _block_of(task: EstimateTask) -> tuple[object, ...]:
 def cells_in(tasks: Sequence[Task]) -> int:
     """The cells that tasks would train, without the baselines."""
     return sum(len(task.removals) for task in tasks if isinstance(task, Shard))
+
+
+def few_shards(tasks: Sequence[Task], slots: int) -> str | None:
+    """What to do if a large cluster has so few shards that at the end all of it waits for the slowest; else None."""
+    shards = [task for task in tasks if isinstance(task, Shard)]
+    if slots < LARGE or not shards or len(shards) >= EACH * slots:
+        return None
+    size = max(1, cells_in(shards) // (EACH * slots))
+    if size >= max(len(shard.removals) for shard in shards):
+        return None
+    return (
+        f"{len(shards)} shards for {slots} places: at the end they wait for the slowest; "
+        f"`resources: {{shard: {size}}}` makes about {EACH} for each (a shard trains two baselines besides)"
+    )
 
 
 def estimators_in(tasks: Sequence[Task]) -> set[Named]:
