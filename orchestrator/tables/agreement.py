@@ -34,8 +34,12 @@ def cosine(a: Array, b: Array, norm_a: Array | None = None, norm_b: Array | None
 
 
 def divide(dots: Array, norms: Array) -> Array:
-    """``dots / norms``, NaN for a norm of zero."""
-    out: Array = np.divide(dots, norms, out=np.full(dots.shape, np.nan), where=norms > 0)
+    """``dots / norms``, NaN for a norm of zero; in C order, which later sums depend on in their last bit."""
+    out: Array = np.empty(dots.shape)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        np.divide(dots, norms, out=out)
+    if not (norms > 0).all():
+        np.copyto(out, np.nan, where=~(norms > 0))
     return out
 
 
@@ -56,7 +60,9 @@ def undefined(effects: Array, floor: Array | float, norms: Array | None = None) 
         floor: the noise of such an effect, broadcast against the rest of the shape.
         norms: those of the vectors, if the caller has them already.
     """
-    constant = np.ptp(effects, axis=0) == 0
+    constant = effects[0] == effects[min(1, len(effects) - 1)]
+    if constant.any():
+        constant = np.ptp(effects, axis=0) == 0
     rms = (norm(effects) if norms is None else norms) / np.sqrt(len(effects))
     out: NDArray[np.bool_] = constant | (rms <= floor)
     return out

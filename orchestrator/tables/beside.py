@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fimo.orchestrator.tables.agreement import divide, dot, norm
-from fimo.orchestrator.tables.ordering import ranks_last
+from fimo.orchestrator.tables.ordering import Ranks, ranks_last
 
 Array = NDArray[np.float64]
 
@@ -24,54 +24,67 @@ class Beside:
         aligned: of each, its places among the T steps, and its values there, (R, 1 or T', m).
 
     Attributes:
-        places: of each.
+        groups: the numbers of those that are at the same places, in the order given; agreements come group by group.
+        places: of each group.
     """
 
     def __init__(self, aligned: Sequence[tuple[Sequence[int], Array]], steps: int) -> None:
-        self.places = [list(places) for places, _ in aligned]
-        self._values = [self._lies(values) for _, values in aligned]
-        self._norms = [norm(values) for values in self._values]
-        self._everywhere = [places == list(range(steps)) for places in self.places]
-        ranked = [ranks_last(values) for values in self._values]
-        self._rank_norms = [_rank_norm(of) for of in ranked]
-        # Of those that are of every amount, (m, E, R): one product for all steps and all of them.
-        self._fixed = [number for number, of in enumerate(ranked) if len(of) == 1 and self._everywhere[number]]
-        self._fixed_ranks = np.stack([ranked[n][0] for n in self._fixed], axis=1) if self._fixed else None
-        self._ranked = {number: of for number, of in enumerate(ranked) if number not in self._fixed}
-
-    def spearman(self, effects: Array) -> list[Array]:
-        """Spearman correlations over the removals with each estimate, (T', m) each; NaN for a constant vector."""
-        ranked = ranks_last(effects)
-        norms = _rank_norm(ranked)
-        dots: dict[int, Array] = {}
-        if self._fixed_ranks is not None:
-            products = np.matmul(self._fixed_ranks, ranked.transpose(1, 2, 0))
-            for place, number in enumerate(self._fixed):
-                dots[number] = products[:, place].T.astype(np.float64)
-        for number, own in self._ranked.items():
-            at = ranked if self._everywhere[number] else ranked[self.places[number]]
-            dots[number] = _inner(own, at)
-        return [
-            divide(dots[number], self._at(number, norms, 0) * self._rank_norms[number])
-            for number in range(len(self.places))
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number, (places, _) in enumerate(aligned):
+            alike.setdefault(tuple(places), []).append(number)
+        self.groups, self.places = list(alike.values()), [list(places) for places in alike]
+        self._alike = [
+            _Alike(places, [aligned[number][1] for number in numbers], steps) for places, numbers in alike.items()
         ]
 
+    def spearman(self, effects: Array) -> list[Array]:
+        """Spearman correlations over the removals, (E, T', m) of each group's E; NaN for a constant vector."""
+        ranked = ranks_last(effects)
+        norms = _rank_norm(ranked)
+        return [of.spearman(ranked, norms) for of in self._alike]
+
     def cosine(self, gold: Array, norms: Array) -> list[Array]:
-        """Cosines over the removals with each estimate, (T', m) each; NaN for a vector of zeros.
+        """Cosines over the removals, (E, T', m) of each group's E; NaN for a vector of zeros.
 
         Args:
             gold: adjusted effects; ``norms``: of its vectors, (T, m).
         """
-        return [
-            divide(dot(self._at(number, gold, 1), values), self._at(number, norms, 0) * self._norms[number])
-            for number, values in enumerate(self._values)
-        ]
+        return [of.cosine(gold, norms) for of in self._alike]
 
-    def _at(self, number: int, of: Array, axis: int) -> Array:
-        """An array over the T steps where an estimate has them."""
-        if self._everywhere[number]:
-            return of
-        return self._lies(of[:, self.places[number]] if axis else of[self.places[number]])
+
+class _Alike:
+    """Estimates that are at the same places among the steps."""
+
+    def __init__(self, places: Sequence[int], values: Sequence[Array], steps: int) -> None:
+        self._places = None if list(places) == list(range(steps)) else list(places)
+        self._values = [self._lies(of) for of in values]
+        shape = len(places), values[0].shape[-1]
+        self._norms = np.stack([np.broadcast_to(norm(of), shape) for of in self._values])
+        ranked = [ranks_last(of) for of in self._values]
+        self._rank_norms = np.stack([np.broadcast_to(_rank_norm(of), shape) for of in ranked])
+        # Of those that are of every amount, (m, E, R): one product for all steps and all of them.
+        self._fixed = [number for number, of in enumerate(ranked) if len(of) == 1]
+        self._fixed_ranks = np.stack([ranked[n][0] for n in self._fixed], axis=1) if self._fixed else None
+        self._ranked = {number: of for number, of in enumerate(ranked) if number not in self._fixed}
+
+    def spearman(self, ranked: Ranks, norms: Array) -> Array:
+        """Of ranks (T, m, R) and their norms (T, m)."""
+        at, norms = (of if self._places is None else of[self._places] for of in (ranked, norms))
+        dots = np.empty(self._rank_norms.shape)
+        if self._fixed_ranks is not None:
+            dots[self._fixed] = np.matmul(self._fixed_ranks, at.transpose(1, 2, 0)).transpose(1, 2, 0)
+        for number, own in self._ranked.items():
+            dots[number] = _inner(own, at)
+        return divide(dots, norms * self._rank_norms)
+
+    def cosine(self, gold: Array, norms: Array) -> Array:
+        """Of adjusted effects (R, T, m) and their norms (T, m)."""
+        at = gold if self._places is None else self._lies(gold[:, self._places])
+        norms = norms if self._places is None else norms[self._places]
+        dots = np.empty(self._norms.shape)
+        for number, values in enumerate(self._values):
+            dots[number] = dot(at, values)
+        return divide(dots, norms * self._norms)
 
     @staticmethod
     def _lies(of: Array) -> Array:

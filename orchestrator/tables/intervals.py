@@ -45,7 +45,8 @@ class Spread:
         self.count += 1
         # Less the first: replicates are alike, and a variance is a small difference of squares.
         offset = values - self._first
-        np.copyto(offset, 0.0, where=np.isnan(offset))
+        if (nowhere := np.isnan(offset)).any():
+            np.copyto(offset, 0.0, where=nowhere)
         mean = offset.sum(axis=-1) / self._examples
         self._mean_sum, self._mean_square = self._mean_sum + mean, self._mean_square + mean**2
         if self.count == 1:

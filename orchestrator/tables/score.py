@@ -81,7 +81,10 @@ class _Agreements:
             self.spread = [Spread() for _ in found]
         for group, values in enumerate(found):
             defined = ~np.isnan(values)
-            np.add(self.total[group], values, out=self.total[group], where=defined)
+            if defined.all():
+                self.total[group] += values
+            else:
+                np.add(self.total[group], values, out=self.total[group], where=defined)
             self.count[group] += defined
             self.spread[group].add(values)
 
@@ -154,35 +157,28 @@ class Scorer:
 
     def _grouped(self) -> dict[Key, tuple[int, int]]:
         """Of each key, its group, those of estimates at the same steps, and its place there."""
-        groups: dict[tuple[int, ...], int] = {}
-        sizes: list[int] = []
         out: dict[Key, tuple[int, int]] = {}
-        for adjust in ADJUSTMENTS:
-            for number, places in enumerate(self._beside.places):
-                group = groups.setdefault(tuple(places), len(groups))
-                sizes += [0] * (group == len(sizes))
-                for metric in self.metrics:
-                    out[number, metric, adjust] = group, sizes[group]
-                    sizes[group] += 1
+        for group, numbers in enumerate(self._beside.groups):
+            keys = [(number, metric, adjust) for adjust in ADJUSTMENTS for number in numbers for metric in self.metrics]
+            out.update({key: (group, place) for place, key in enumerate(keys)})
         return out
 
     def _agreements(self, effects: Array, floor: Array, beyond: NDArray[np.bool_]) -> list[Array]:
         """The same by group, (keys, T', m) each."""
-        found: dict[Key, Array] = {}
         by_rank = self._beside.spearman(effects)
-        for adjust in ADJUSTMENTS:
+        found = [
+            np.empty((len(ADJUSTMENTS), len(of), len(self.metrics), *of.shape[1:])) for of in by_rank
+        ]
+        for adjust, of_adjust in zip(ADJUSTMENTS, zip(*found, strict=True), strict=False):
             gold = adjusted(effects, adjust)
             norms = norm(gold)
             without = undefined(gold, floor, norms) | beyond[:, None]
-            for number, cosine in enumerate(self._beside.cosine(gold, norms)):
-                agreements, nowhere = {"cosine": cosine}, without[self._beside.places[number]]
-                for metric in self.metrics:
-                    values = agreements.get(metric, by_rank[number])
-                    found[number, metric, adjust] = np.where(nowhere, np.nan, values)
-        by_group: list[list[Array]] = [[] for _ in {group for group, _ in self._groups.values()}]
-        for key, (group, _) in self._groups.items():
-            by_group[group].append(found[key])
-        return [np.stack(values) for values in by_group]
+            for group, cosine in enumerate(self._beside.cosine(gold, norms)):
+                values, nowhere = of_adjust[group], without[self._beside.places[group]]
+                values[:, 0], values[:, 1:] = cosine, by_rank[group][:, None]
+                if nowhere.any():
+                    np.copyto(values, np.nan, where=nowhere)
+        return [of.reshape(-1, *of.shape[3:]) for of in found]
 
     def finish(self, reduction: Reduction) -> None:
         """Score the attribution itself: all seeds, removals without any finite seed left out."""
@@ -233,7 +229,7 @@ class Scorer:
         group, at = self._groups[key]
         agreements, seeds, both, count = scored[group]
         ceilings = self.reliability.ceilings(metric, adjust, k) if self.reliability is not None else None
-        for row, place in enumerate(self._beside.places[number]):
+        for row, place in enumerate(self._beside.places[group]):
             values = agreements[at, row]
             score, sem, evals = mean_and_sem(values)
             low, high = interval(values, float(seeds[at, row]), float(both[at, row]), count) or (None, None)

@@ -19,19 +19,23 @@ def ranks(a):
 
 class Beside:
     def __init__(self, aligned, steps):
-        self.places = [list(places) for places, _ in aligned]
-        self.steps, self.values = steps, [values for _, values in aligned]
+        every = [list(places) for places, _ in aligned]
+        self.places = [places for n, places in enumerate(every) if places not in every[:n]]
+        self.groups = [[n for n, own in enumerate(every) if own == places] for places in self.places]
+        self.steps, self.values = steps, [[aligned[n][1] for n in numbers] for numbers in self.groups]
 
-    def _at(self, number):
-        return slice(None) if len(self.places[number]) == self.steps else self.places[number]
+    def _groups(self):
+        for places, values in zip(self.places, self.values, strict=True):
+            yield slice(None) if len(places) == self.steps else places, values
 
     def spearman(self, effects):
         ranked = ranks(effects)
-        return [cosine(ranked[:, self._at(n)], ranks(v)) for n, v in enumerate(self.values)]
+        return [np.stack([cosine(ranked[:, at], ranks(v)) for v in values]) for at, values in self._groups()]
 
     def cosine(self, gold, norms):
-        at = map(self._at, range(len(self.values)))
-        return [cosine(gold[:, a], v, norms[a], norm(v)) for a, v in zip(at, self.values, strict=True)]
+        return [
+            np.stack([cosine(gold[:, at], v, norms[at], norm(v)) for v in values]) for at, values in self._groups()
+        ]
 
 
 def add_moments(self, values, present=None):
