@@ -6,7 +6,6 @@ are what its writer put there, so the header of every page is read too, before a
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pyarrow as pa
@@ -43,13 +42,15 @@ def read_parquet(data: bytes, most: int | None = None, columns: list[str] | None
         _check(data, most)
     except (AttributeError, TypeError, LookupError) as error:
         raise ValueError("its footer is none") from error
-    schema = pq.ParquetFile(io.BytesIO(data)).schema_arrow
+    file = pq.ParquetFile(pa.BufferReader(data))
+    schema = file.schema_arrow
     lacking = sorted(set(columns or ()) - set(schema.names))
     if lacking or len(set(schema.names)) != len(schema.names):
         raise ValueError(f"it has no column '{lacking[0]}'" if lacking else "two of its columns have one name")
     texts = [field.name for field in schema if pa.types.is_string(field.type)]
-    # As dictionaries: a text that stands in every row is held once until it is known how long all are.
-    file = pq.ParquetFile(io.BytesIO(data), read_dictionary=texts)
+    if texts:
+        # As dictionaries: a text that stands in every row is held once until it is known how long all are.
+        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts)
     # Not pq.read_table, which takes twice as long for a small object and imports all of Arrow's data sets.
     table = file.read(columns=columns, use_threads=False)
     for place, name in enumerate(table.column_names):
@@ -61,7 +62,7 @@ def read_parquet(data: bytes, most: int | None = None, columns: list[str] | None
 
 def read_about(data: bytes) -> dict[bytes, bytes]:
     """The metadata of Parquet bytes, from the footer alone; raises as ``read_parquet``."""
-    return dict(pq.ParquetFile(io.BytesIO(data)).schema_arrow.metadata or {})
+    return dict(pq.ParquetFile(pa.BufferReader(data)).schema_arrow.metadata or {})
 
 
 def _texts(column: pa.ChunkedArray, most: int) -> pa.ChunkedArray:

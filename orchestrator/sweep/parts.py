@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -160,7 +161,7 @@ def decode_part(data: bytes, key: str, steps: int | None = None, evals: int | No
     same_rows = np.array_equal(table["removal"].to_numpy(), np.repeat(numbers, len(named))) and np.array_equal(
         table["step"].to_numpy(), np.tile(np.array(named, dtype=np.int32), len(numbers))
     )
-    if not same_rows or set(table["seed"].to_pylist()) != {seed}:
+    if not same_rows or pc.unique(table["seed"]).to_pylist() != [seed]:
         raise BadPartError(f"part {key}: its rows are not those that its metadata names")
     if at_final is not None and at_final.shape != (m,):
         raise BadPartError(f"part {key}: g at the final model is not {m} numbers")
@@ -177,9 +178,10 @@ def _rows(
     scale: float,
     at_final: NDArray[np.float64] | None = None,
 ) -> str:
-    finite: Any = np.isfinite(deltas).all(axis=2)
+    whole = bool(np.isfinite(deltas).all())
+    finite: Any = whole or np.isfinite(deltas).all(axis=2)
     # Digest every diverged run as the same NaN: it is stored as null, which keeps no bits.
-    clean = deltas if finite.all() else np.where(finite[:, :, None], deltas, np.nan)
+    clean = deltas if whole else np.where(finite[:, :, None], deltas, np.nan)
     kept = np.where(finite & np.isfinite(distances), distances, np.nan)
     columns = {"removal": numbers, "step": steps, "deltas": clean, "distance": kept, "scale": np.array([scale])}
     # Parts from before it was kept have digests without it.
