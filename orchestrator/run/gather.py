@@ -36,10 +36,12 @@ from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError, Part
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.orchestrator.tables import schemas
+from fimo.orchestrator.tables.floor import measured
 from fimo.orchestrator.tables.planning import missed
-from fimo.orchestrator.tables.reduce import Reduction, SeedBlock, reduce, seed_block
+from fimo.orchestrator.tables.reduce import Reduction, SeedBlock, seed_block
 from fimo.orchestrator.tables.sanity import is_nonsense, warnings
-from fimo.orchestrator.tables.score import EstimateMatrix, Scorer
+from fimo.orchestrator.tables.score import EstimateMatrix
+from fimo.orchestrator.tables.shares import Course, reduced
 from fimo.workers.errors import StoreError
 
 READERS = 4
@@ -107,18 +109,24 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     costs: Costs = []
     notes: list[tuple[object, ...]] = []
     estimates = _estimates(sweep, manifest, gathered, costs, notes)
-    seeds = len({part.seed for part in listed})
-    scorer = Scorer(estimates, manifest.steps, seeds, manifest.spec.removals.random_groups)
     blocks = seed_blocks(sweep, manifest, listed, gathered, costs, say)
     # Known before the first seed is reduced: scores are taken under the floor as seeds stream past.
     witnesses = read_witnesses(sweep, manifest, listed)
     _note_witnesses(witnesses, gathered, costs)
-    blocks, reduction = reduce(blocks, len(manifest.removals), len(manifest.steps), manifest.evals, witnesses.pairs)
-    for block in blocks:
-        scorer.add(block, reduction.floor)
-    scorer.finish(reduction)
+    course = Course(
+        estimates=tuple(estimates),
+        steps=manifest.steps,
+        removals=len(manifest.removals),
+        evals=manifest.evals,
+        seeds=len({part.seed for part in listed}),
+        random_groups=manifest.spec.removals.random_groups,
+        rounding=measured(witnesses.pairs),
+        whole=8 * len(manifest.removals) * len(manifest.steps) * manifest.evals,
+    )
+    found = reduced(blocks, course)
+    reduction = found.reduction
     gathered.diverged = sorted(reduction.diverged)
-    gathered.tables = tables_of(manifest, reduction, scorer, estimates, costs, notes)
+    gathered.tables = tables_of(manifest, found, estimates, costs, notes)
     _look(gathered, manifest, reduction)
     gathered.devices = sorted({str(row[3]) for row in costs if row[0] == "shard"})
     gathered.stamp = stamp(sweep, manifest, listed)

@@ -11,8 +11,8 @@ import pyarrow as pa
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.tables import schemas
 from fimo.orchestrator.tables.attributed import amounts_table, attribution_table, removals_table, training_only_table
-from fimo.orchestrator.tables.reduce import Reduction
-from fimo.orchestrator.tables.score import EstimateMatrix, Scorer
+from fimo.orchestrator.tables.score import EstimateMatrix
+from fimo.orchestrator.tables.shares import Reduced
 from fimo.orchestrator.tables.similarity import similarity_table
 from fimo.workers.amounts import BASELINE, epoch_steps
 
@@ -26,8 +26,7 @@ def about(manifest: Manifest) -> dict[str, Any]:
 
 def tables_of(
     manifest: Manifest,
-    reduction: Reduction,
-    scorer: Scorer,
+    found: Reduced,
     estimates: Sequence[EstimateMatrix],
     costs: Sequence[tuple[object, ...]],
     notes: Sequence[tuple[object, ...]],
@@ -37,15 +36,17 @@ def tables_of(
     Args:
         costs, notes: rows of ``costs`` and ``estimator_notes``.
     """
+    reduction = found.reduction
+    scores, reliability = found.tables()
     plain = {
         "attribution": attribution_table(reduction, manifest.removals, manifest.steps),
         "training_only": training_only_table(reduction, manifest.steps),
         "amounts": amounts_table(reduction, manifest.steps),
         "estimates": _estimates_table(estimates, manifest),
         "estimator_notes": schemas.from_rows(schemas.NOTES, notes),
-        "scores": scorer.table(),
+        "scores": scores,
         "similarity": similarity_table(estimates),
-        "reliability": scorer.reliability_table(),
+        "reliability": reliability,
         "removals": removals_table(manifest.removals, manifest.names),
         "costs": schemas.from_rows(schemas.COSTS, costs),
     }

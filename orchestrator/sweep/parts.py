@@ -80,6 +80,8 @@ class Part:
     @property
     def diverged(self) -> list[tuple[int, int]]:
         """(row, step) of every run that is not finite, in row order."""
+        if np.isfinite(self.deltas).all():
+            return []
         rows, places = np.nonzero(~np.isfinite(self.deltas).all(axis=2))
         return [(int(r), self.steps[int(p)]) for r, p in zip(rows, places, strict=True)]
 

@@ -65,7 +65,9 @@ class _Alike:
         # Of those that are of every amount, (m, E, R): one product for all steps and all of them.
         self._fixed = [number for number, of in enumerate(ranked) if len(of) == 1]
         self._fixed_ranks = np.stack([ranked[n][0] for n in self._fixed], axis=1) if self._fixed else None
-        self._ranked = {number: of for number, of in enumerate(ranked) if number not in self._fixed}
+        # Of the others, (T', m, E, R).
+        self._moving = [number for number, of in enumerate(ranked) if len(of) > 1]
+        self._moving_ranks = np.stack([ranked[n] for n in self._moving], axis=2) if self._moving else None
 
     def spearman(self, ranked: Ranks, norms: Array) -> Array:
         """Of ranks (T, m, R) and their norms (T, m)."""
@@ -73,8 +75,8 @@ class _Alike:
         dots = np.empty(self._rank_norms.shape)
         if self._fixed_ranks is not None:
             dots[self._fixed] = np.matmul(self._fixed_ranks, at.transpose(1, 2, 0)).transpose(1, 2, 0)
-        for number, own in self._ranked.items():
-            dots[number] = _inner(own, at)
+        if self._moving_ranks is not None:
+            dots[self._moving] = np.matmul(self._moving_ranks, at[..., None])[..., 0].transpose(2, 0, 1)
         return divide(dots, norms * self._rank_norms)
 
     def cosine(self, gold: Array, norms: Array) -> Array:

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from fimo.orchestrator.tables import schemas as tables
 from fimo.orchestrator.tables.agreement import adjusted, cosine, dot, mean_and_sem, undefined
+from fimo.orchestrator.tables.moments import Welford
 from fimo.orchestrator.tables.ordering import ranks
-from fimo.orchestrator.tables.reduce import Reduction, SeedBlock, Welford, reduce
+from fimo.orchestrator.tables.reduce import Reduction, SeedBlock, reduce
 from fimo.orchestrator.tables.reliability import ADJUSTMENTS, trust_at
 from fimo.orchestrator.tables.score import METRICS
 
@@ -48,6 +49,7 @@ def cut(blocks: Iterable[SeedBlock], places: Sequence[int], m: int) -> Iterator[
             floor_squares=block.floor_squares[at, :m],
             distance=None if block.distance is None else block.distance[at],
             at_final=None if block.at_final is None else block.at_final[:m],
+            finite=None,
         )
 
 

@@ -102,6 +102,14 @@ class Measured:
     shares: Mapping[str, Array]
     of_runs: Mapping[str, Array] | None
 
+    def at(self, steps: slice) -> Measured:
+        """What they say of some steps."""
+        kept = [
+            None if of is None else {adjust: values[steps] for adjust, values in of.items()}
+            for of in (self.squares, self.shares, self.of_runs)
+        ]
+        return Measured(self.count, kept[0] or {}, kept[1] or {}, kept[2])
+
     def floor(self, second: Array, cells: int = 0) -> Floor:
         """The floor, nowhere below that of second baselines; by those alone where there is no witness.
 

@@ -18,16 +18,22 @@ BYTES = 512 * 2**20
 
 
 class SeedGroups:
-    """Sums of effects (R, T, m) over groups of whole seeds, dealt out in turn."""
+    """Sums of effects (R, T, m) over groups of whole seeds, dealt out in turn.
 
-    def __init__(self) -> None:
+    Args:
+        whole: bytes of a seed's effects at all steps, if these are of some of them: how many groups there are must not
+            depend on that.
+    """
+
+    def __init__(self, whole: int | None = None) -> None:
+        self._whole = whole
         self._sums: list[Array] = []
         self._counts: list[int] = []
         self.seeds = 0
 
     def add(self, effects: Array) -> None:
         """Take one whole seed."""
-        most = max(4, min(GROUPS, BYTES // max(1, effects.nbytes)))
+        most = max(4, min(GROUPS, BYTES // max(1, self._whole or effects.nbytes)))
         if len(self._sums) < most:
             self._sums.append(effects.copy())
             self._counts.append(1)

@@ -7,14 +7,15 @@ not by the number of seeds. Parts of a seed are taken in the order of their keys
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.parts import Part
-from fimo.orchestrator.tables.floor import Floor, Pair, measured
+from fimo.orchestrator.tables.floor import Floor, Measured, Pair, measured
+from fimo.orchestrator.tables.moments import Comoment, Welford
 from fimo.orchestrator.tables.sanity import exploded
 
 Array = NDArray[np.float64]
@@ -34,6 +35,8 @@ class SeedBlock:
         scale: the root mean square of g(z, θᶠ) over evaluation examples.
         distance: the baseline's ‖Δθ_t‖ (mean over the seed's parts), float64 (T,); NaN if it diverged.
         at_final: g(z, θᶠ), float64 (m,); None if no part has it.
+        finite: ``present``, if whoever made the block knows it.
+        whole: ``complete`` over all steps of the sweep, in a block that is cut to some of them.
     """
 
     seed: int
@@ -45,16 +48,35 @@ class SeedBlock:
     scale: float = 0.0
     distance: Array | None = None
     at_final: Array | None = None
+    finite: NDArray[np.bool_] | None = None
+    whole: bool | None = None
 
     @property
     def present(self) -> NDArray[np.bool_]:
         """Which removals have finite effects at which steps, bool (R, T)."""
-        return np.asarray(np.isfinite(self.effects).all(axis=2))
+        return np.asarray(np.isfinite(self.effects).all(axis=2)) if self.finite is None else self.finite
 
     @property
     def complete(self) -> bool:
-        """Whether every removal has a finite effect at every step."""
-        return bool(self.present.all())
+        """Whether every removal has a finite effect at every step of the sweep."""
+        return bool(self.present.all()) if self.whole is None else self.whole
+
+    def at(self, steps: slice, effects: Array | None = None) -> SeedBlock:
+        """The block cut to some steps.
+
+        Args:
+            effects: those at all steps, if they are not the block's own.
+        """
+        effects = self.effects if effects is None else effects
+        return replace(
+            self,
+            effects=np.ascontiguousarray(effects[:, steps]),
+            training_only=self.training_only[steps],
+            floor_squares=self.floor_squares[steps],
+            distance=None if self.distance is None else self.distance[steps],
+            finite=self.present[:, steps],
+            whole=self.complete,
+        )
 
 
 def witness_pair(sweep: Sequence[Part], witness: Part, weight: float = 1.0) -> Pair:
@@ -110,7 +132,7 @@ def seed_block(
             their noise are per unit of it.
     """
     shape = (len(removals), len(steps), m)
-    effects, taken = np.full(shape, np.nan), np.zeros(len(removals), dtype=bool)
+    effects, taken = np.empty(shape), np.zeros(len(removals), dtype=bool)
     rows: dict[tuple[int, ...], list[int]] = {}
     for place, removal in enumerate(removals):
         rows.setdefault(removal.indices, []).append(place)
@@ -121,10 +143,11 @@ def seed_block(
         difference = (second - baseline) / weight
         if np.isfinite(difference).all():
             squares, floors = squares + difference**2, floors + 1
-        for row, removal in enumerate(part.removals):
-            for place in rows.get(removal.indices, []):
-                if not taken[place]:
-                    effects[place], taken[place] = (part.deltas[row] - baseline) / weight, True
+        found = [(row, p) for row, r in enumerate(part.removals) for p in rows.get(r.indices, []) if not taken[p]]
+        # Of a removal that stands in it twice the first counts.
+        where = {p: row for row, p in reversed(found)}
+        _take(effects, list(where), part.deltas, list(where.values()), baseline, weight)
+        taken[list(where)] = True
         for row, step in part.diverged:
             number = removals[rows[part.removals[row].indices][0]].number if _known(part, row, rows) else -1
             diverged.append((number, step))
@@ -132,101 +155,37 @@ def seed_block(
         training_only = np.mean(baselines, axis=0) if baselines else np.full(shape[1:], np.nan)
         distance = np.mean([part.distances[-2] for part in parts], axis=0) if parts else None
     at_final = next((part.at_final for part in parts if part.at_final is not None), None)
-    finite, scale = np.isfinite(effects).all(axis=2, keepdims=True), max((part.scale for part in parts), default=0.0)
-    effects = effects if finite.all() else np.where(finite, effects, np.nan)
-    return SeedBlock(seed, effects, training_only, squares, floors, tuple(diverged), scale, distance, at_final)
+    scale = max((part.scale for part in parts), default=0.0)
+    effects[~taken] = np.nan
+    finite = np.ones(shape[:2], dtype=bool)
+    if not np.isfinite(effects).all():
+        finite = np.asarray(np.isfinite(effects).all(axis=2))
+        effects[~finite] = np.nan
+    return SeedBlock(seed, effects, training_only, squares, floors, tuple(diverged), scale, distance, at_final, finite)
+
+
+def _take(
+    effects: Array, places: Sequence[int], deltas: Array, rows: Sequence[int], baseline: Array, weight: float
+) -> None:
+    """Effects at ``places`` from a part's ``rows``."""
+    into, of = (_consecutive(numbers) for numbers in (places, rows))
+    if into is None or of is None:
+        effects[list(places)] = (deltas[list(rows)] - baseline) / weight
+        return
+    np.subtract(deltas[of], baseline, out=effects[into])
+    if weight != 1:
+        effects[into] /= weight
+
+
+def _consecutive(numbers: Sequence[int]) -> slice | None:
+    """Numbers as a slice, if each is one more than the last."""
+    if not numbers or list(numbers) != list(range(numbers[0], numbers[0] + len(numbers))):
+        return None
+    return slice(numbers[0], numbers[0] + len(numbers))
 
 
 def _known(part: Part, row: int, rows: dict[tuple[int, ...], list[int]]) -> bool:
     return row < len(part.removals) and part.removals[row].indices in rows
-
-
-TOGETHER = 2**15
-"""Numbers that are worked on at once: what fits into a core's cache with its temporaries."""
-
-
-def _together(values: Array) -> Iterator[slice]:
-    """Rows of an array (R, …) a few at a time."""
-    step = max(1, TOGETHER * len(values) // max(1, values.size))
-    return (slice(first, first + step) for first in range(0, len(values), step))
-
-
-class Welford:
-    """Running mean and sum of squared deviations, elementwise, over blocks in which cells may be missing.
-
-    Attributes:
-        count: int64 (R, T): blocks with a finite value for the cell.
-        mean, m2: float64 (R, T, m).
-    """
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.count = np.zeros(shape[:-1], dtype=np.int64)
-        self.mean, self.m2 = np.zeros(shape), np.zeros(shape)
-
-    def add(self, values: Array, present: NDArray[np.bool_] | None = None) -> None:
-        """Take one block, (R, T, m); cells that are NaN are left out.
-
-        Args:
-            present: which are not, bool (R, T), if the caller knows.
-        """
-        present = np.asarray(np.isfinite(values).all(axis=-1)) if present is None else present
-        self.count += present
-        for rows in _together(values):
-            self._add(values[rows], present[rows], self.count[rows], self.mean[rows], self.m2[rows])
-
-    @staticmethod
-    def _add(values: Array, present: NDArray[np.bool_], count: NDArray[np.int64], mean: Array, m2: Array) -> None:
-        delta = values - mean
-        if present.all():
-            mean += delta / count[..., None]
-            m2 += delta * (values - mean)
-            return
-        where = np.expand_dims(present, -1)
-        delta = np.where(where, delta, 0.0)
-        mean += delta / np.maximum(count, 1)[..., None]
-        m2 += np.where(where, delta * (values - mean), 0.0)
-
-    def sem(self) -> Array:
-        """Standard error of the mean, NaN with fewer than two blocks."""
-        k = self.count[..., None].astype(np.float64)
-        return np.where(k > 1, np.sqrt(self.m2 / np.maximum(k - 1, 1) / np.maximum(k, 1)), np.nan)
-
-
-class Comoment:
-    """Running covariance of effects with their seed's training-only effect, elementwise; cells may be missing."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._count = np.zeros(shape[:-1], dtype=np.int64)
-        self._mean, self._sum = np.zeros(shape), np.zeros(shape)
-
-    def add(self, values: Array, baseline: Array, after: Welford, finite: NDArray[np.bool_] | None = None) -> None:
-        """Take one block (R, T, m) with its baseline (T, m); ``after``: the moments of values, with this block.
-
-        Args:
-            finite: which values are not NaN, bool (R, T), if the caller knows.
-        """
-        finite = np.asarray(np.isfinite(values).all(axis=-1)) if finite is None else finite
-        present: NDArray[np.bool_] = finite & np.asarray(np.isfinite(baseline).all(axis=-1))
-        self._count += present
-        for rows in _together(values):
-            own, mean, total = values[rows], self._mean[rows], self._sum[rows]
-            offset, count = baseline - mean, self._count[rows]
-            if present[rows].all():
-                mean += offset / count[..., None]
-                total += offset * (own - after.mean[rows])
-                continue
-            where = present[rows][..., None]
-            offset = np.where(where, offset, 0.0)
-            mean += offset / np.maximum(count, 1)[..., None]
-            total += offset * np.where(where, own - after.mean[rows], 0.0)
-
-    def spread(self, effects: Welford) -> Array:
-        """Var(Δ_i) − Var(Δ) over seeds, float64 (R, T, m): by how much removing i spreads g; NaN below two seeds.
-
-        With Δ_i = effect + Δ this is Var(effect) + 2 Cov(effect, Δ) (distributional attribution, arXiv 2506.12965).
-        """
-        k = effects.count[..., None]
-        return np.where(k > 1, (effects.m2 + 2 * self._sum) / np.maximum(k - 1, 1), np.nan)
 
 
 @dataclass
@@ -268,50 +227,66 @@ class Reduction:
         return exploded(self.training_only.mean[0], self.scale)
 
 
+class Reducer:
+    """Averages over seeds, given one after another.
+
+    Args:
+        rounding: known beforehand, since the floor is asked for while seeds are given.
+
+    Attributes:
+        reduction: of the seeds given so far.
+    """
+
+    def __init__(self, removals: int, steps: int, m: int, rounding: Measured) -> None:
+        each, one = (removals, steps, m), (1, steps, m)
+        self._rounding, self._removals = rounding, removals
+        self._squares, self._parts = np.zeros((steps, m)), 0
+        self.reduction = Reduction(
+            effects=Welford(each),
+            training_only=Welford(one),
+            centred=Welford(each),
+            shift=Welford(one),
+            joint=Comoment(each),
+            floors=rounding.floor(np.zeros((steps, m))),
+            seeds=[],
+            diverged=[],
+            distance=Welford((1, steps, 1)),
+        )
+
+    def add(self, block: SeedBlock) -> None:
+        """Take one seed."""
+        result, present = self.reduction, block.present
+        result.effects.add(block.effects, present)
+        result.joint.add(block.effects, block.training_only, result.effects, present)
+        if block.complete:
+            shift = block.effects.mean(axis=0, keepdims=True)
+            result.centred.add(block.effects - shift, present)
+            result.shift.add(shift)
+        result.training_only.add(block.training_only[None])
+        if block.distance is not None:
+            result.distance.add(block.distance[None, :, None])
+        result.at_final = block.at_final if result.at_final is None else result.at_final
+        self._squares, self._parts = self._squares + block.floor_squares, self._parts + block.floor_parts
+        result.seeds.append(block.seed)
+        second = np.sqrt(self._squares / max(self._parts, 1))
+        result.floors = self._rounding.floor(second, self._removals * len(result.seeds))
+        result.scale = max(result.scale, block.scale)
+        result.diverged += [(number, block.seed, step) for number, step in block.diverged]
+
+
 def reduce(
     blocks: Iterable[SeedBlock], removals: int, steps: int, m: int, witnesses: Sequence[Pair] = ()
 ) -> tuple[Iterator[SeedBlock], Reduction]:
     """Average over seeds as blocks stream past.
 
-    Args:
-        witnesses: known beforehand, since the floor is asked for while blocks stream past.
-
     Returns:
         The blocks again, for whoever else needs them, and the reduction, which is final once they are consumed.
     """
-    each, one = (removals, steps, m), (1, steps, m)
-    rounding = measured(witnesses)
-    result = Reduction(
-        effects=Welford(each),
-        training_only=Welford(one),
-        centred=Welford(each),
-        shift=Welford(one),
-        joint=Comoment(each),
-        floors=rounding.floor(np.zeros((steps, m))),
-        seeds=[],
-        diverged=[],
-        distance=Welford((1, steps, 1)),
-    )
+    reducer = Reducer(removals, steps, m, measured(witnesses))
 
     def stream() -> Iterator[SeedBlock]:
-        squares, parts = np.zeros((steps, m)), 0
         for block in blocks:
-            present = block.present
-            result.effects.add(block.effects, present)
-            result.joint.add(block.effects, block.training_only, result.effects, present)
-            if present.all():
-                shift = block.effects.mean(axis=0, keepdims=True)
-                result.centred.add(block.effects - shift, present)
-                result.shift.add(shift)
-            result.training_only.add(block.training_only[None])
-            if block.distance is not None:
-                result.distance.add(block.distance[None, :, None])
-            result.at_final = block.at_final if result.at_final is None else result.at_final
-            squares, parts = squares + block.floor_squares, parts + block.floor_parts
-            result.seeds.append(block.seed)
-            result.floors = rounding.floor(np.sqrt(squares / max(parts, 1)), removals * len(result.seeds))
-            result.scale = max(result.scale, block.scale)
-            result.diverged += [(number, block.seed, step) for number, step in block.diverged]
+            reducer.add(block)
             yield block
 
-    return stream(), result
+    return stream(), reducer.reduction

@@ -104,10 +104,13 @@ class Reliability:
 
         ``ceiling`` is that of a cosine. ``significant`` is known for the sweep's own seeds alone.
         """
-        rows = [
-            row for place, step in enumerate(steps) for adjust in ADJUSTMENTS for row in self._rows(place, step, adjust)
-        ]
-        return tables.from_rows(tables.RELIABILITY, rows)
+        return tables.from_rows(tables.RELIABILITY, self.rows(steps))
+
+    def rows(self, steps: Sequence[int]) -> Iterator[tuple[object, ...]]:
+        """The table's rows."""
+        for place, step in enumerate(steps):
+            for adjust in ADJUSTMENTS:
+                yield from self._rows(place, step, adjust)
 
     def _rows(self, place: int, step: int, adjust: str) -> Iterator[tuple[object, ...]]:
         seeds = len(self._reduction.seeds)

@@ -16,8 +16,9 @@ drop and mask, whose value is of the group as a whole, and for imported matrices
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +54,13 @@ class EstimateMatrix:
     values: Array
     steps: tuple[int, ...] | None = None
 
+    def at(self, steps: Sequence[int]) -> EstimateMatrix:
+        """The estimate at those of its steps that are among these."""
+        if self.steps is None or set(self.steps) <= set(steps):
+            return self
+        kept = [place for place, step in enumerate(self.steps) if step in steps]
+        return replace(self, values=self.values[kept], steps=tuple(self.steps[place] for place in kept))
+
     def against(self, steps: Sequence[int]) -> tuple[list[int], Array]:
         """Places among the sweep's steps that can be scored, and the values there, (R, 1 or S', m)."""
         if self.steps is None:
@@ -67,29 +75,34 @@ class EstimateMatrix:
 class _Agreements:
     """Sums over windows of per-example agreements, how many were defined, and their spread over windows.
 
+    ``count`` is of windows in which some were not, ``everywhere`` of the others.
+
     One array (keys, T', m) for each group of keys.
     """
 
     total: list[Array] = field(default_factory=list)
     count: list[NDArray[np.int64]] = field(default_factory=list)
+    everywhere: list[int] = field(default_factory=list)
     spread: list[Spread] = field(default_factory=list)
 
     def add(self, found: Sequence[Array]) -> None:
         if not self.total:
             self.total = [np.zeros(values.shape) for values in found]
             self.count = [np.zeros(values.shape, dtype=np.int64) for values in found]
+            self.everywhere = [0 for _ in found]
             self.spread = [Spread() for _ in found]
         for group, values in enumerate(found):
             defined = ~np.isnan(values)
             if defined.all():
                 self.total[group] += values
+                self.everywhere[group] += 1
             else:
                 np.add(self.total[group], values, out=self.total[group], where=defined)
-            self.count[group] += defined
+                self.count[group] += defined
             self.spread[group].add(values)
 
     def mean(self, group: int) -> Array:
-        count = self.count[group]
+        count = self.count[group] + self.everywhere[group]
         return np.where(count > 0, self.total[group] / np.maximum(count, 1), np.nan)
 
 
@@ -102,10 +115,16 @@ class Scorer:
         steps: the sweep's T steps.
         seeds: how many seeds the sweep is expected to have, which fixes the windows.
         random_groups: the removals are random groups of one size, so that ``lds`` is a metric too.
+        whole: as for ``SeedGroups``.
     """
 
     def __init__(
-        self, estimates: Sequence[EstimateMatrix], steps: Sequence[int], seeds: int, random_groups: bool = False
+        self,
+        estimates: Sequence[EstimateMatrix],
+        steps: Sequence[int],
+        seeds: int,
+        random_groups: bool = False,
+        whole: int | None = None,
     ) -> None:
         self.estimates, self.steps = list(estimates), list(steps)
         self.metrics = (*METRICS, LDS) if random_groups else METRICS
@@ -116,7 +135,7 @@ class Scorer:
         self._beyond: dict[int, NDArray[np.bool_]] = {}
         self._held: dict[int, int] = dict.fromkeys(self.results, 0)
         self._without_one: list[Spread] = []
-        self.groups = SeedGroups()
+        self.groups = SeedGroups(whole)
         self.reliability: Reliability | None = None
 
     def add(self, block: SeedBlock, floor: Array) -> None:
@@ -166,9 +185,7 @@ class Scorer:
     def _agreements(self, effects: Array, floor: Array, beyond: NDArray[np.bool_]) -> list[Array]:
         """The same by group, (keys, T', m) each."""
         by_rank = self._beside.spearman(effects)
-        found = [
-            np.empty((len(ADJUSTMENTS), len(of), len(self.metrics), *of.shape[1:])) for of in by_rank
-        ]
+        found = [np.empty((len(ADJUSTMENTS), len(of), len(self.metrics), *of.shape[1:])) for of in by_rank]
         for adjust, of_adjust in zip(ADJUSTMENTS, zip(*found, strict=True), strict=False):
             gold = adjusted(effects, adjust)
             norms = norm(gold)
@@ -178,11 +195,16 @@ class Scorer:
                 values[:, 0], values[:, 1:] = cosine, by_rank[group][:, None]
                 if nowhere.any():
                     np.copyto(values, np.nan, where=nowhere)
-        return [of.reshape(-1, *of.shape[3:]) for of in found]
+        return [of.reshape(math.prod(of.shape[:3]), *of.shape[3:]) for of in found]
 
-    def finish(self, reduction: Reduction) -> None:
-        """Score the attribution itself: all seeds, removals without any finite seed left out."""
-        everywhere = np.asarray((reduction.effects.count > 0).all(axis=1))
+    def finish(self, reduction: Reduction, everywhere: NDArray[np.bool_] | None = None) -> None:
+        """Score the attribution itself: all seeds, removals without any finite seed left out.
+
+        Args:
+            everywhere: the removals that have one at every step of the sweep, bool (R,), if these are not all steps.
+        """
+        if everywhere is None:
+            everywhere = np.asarray((reduction.effects.count > 0).all(axis=1))
         self.reliability = Reliability(reduction, self.groups, everywhere)
         if not reduction.seeds:
             return
@@ -205,16 +227,18 @@ class Scorer:
 
     def table(self) -> pa.Table:
         """``scores.parquet``, rows by estimator in spec order, metric, adjustment, seeds, step."""
+        return tables.from_rows(tables.SCORES, (row for rows in self.rows() for row in rows))
+
+    def rows(self) -> Iterator[list[tuple[object, ...]]]:
+        """Its rows, in lists of those that differ in their step alone."""
         scored = {k: self._scored(k) for k in sorted(self.results) if self.results[k].total}
-        rows: list[tuple[object, ...]] = []
         for number, estimate in enumerate(self.estimates):
             for metric in self.metrics:
                 for adjust in ADJUSTMENTS:
                     key = (number, metric, adjust)
                     for k, of in scored.items():
                         about = (estimate.estimator, estimate.params, metric, adjust, k)
-                        rows += ((*about, *row) for row in self._rows(key, k, of))
-        return tables.from_rows(tables.SCORES, rows)
+                        yield [(*about, *row) for row in self._rows(key, k, of)]
 
     def _scored(self, k: int) -> list[tuple[Array, Array, Array, int]]:
         """Of each group: agreements (keys, T', m), the variances of their means (keys, T'), how many replicates."""
@@ -225,7 +249,7 @@ class Scorer:
 
     def _rows(self, key: Key, k: int, scored: list[tuple[Array, Array, Array, int]]) -> Iterator[tuple[object, ...]]:
         """What a row says beside its names, for each step that can be scored."""
-        number, metric, adjust = key
+        _, metric, adjust = key
         group, at = self._groups[key]
         agreements, seeds, both, count = scored[group]
         ceilings = self.reliability.ceilings(metric, adjust, k) if self.reliability is not None else None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from fimo.orchestrator.tables import beside, compare, matrices, ordering, rank_ceilings, reduce
+from fimo.orchestrator.tables import beside, compare, matrices, moments, ordering, rank_ceilings
 from fimo.orchestrator.tables.agreement import cosine, norm
 
 
@@ -33,9 +33,7 @@ class Beside:
         return [np.stack([cosine(ranked[:, at], ranks(v)) for v in values]) for at, values in self._groups()]
 
     def cosine(self, gold, norms):
-        return [
-            np.stack([cosine(gold[:, at], v, norms[at], norm(v)) for v in values]) for at, values in self._groups()
-        ]
+        return [np.stack([cosine(gold[:, at], v, norms[at], norm(v)) for v in values]) for at, values in self._groups()]
 
 
 def add_moments(self, values, present=None):
@@ -60,6 +58,6 @@ def plainly(patch: pytest.MonkeyPatch) -> None:
     for module in (compare, matrices, rank_ceilings, ordering):
         patch.setattr(module, "ranks", ranks)
     patch.setattr("fimo.orchestrator.tables.score.Beside", Beside)
-    patch.setattr(reduce.Welford, "add", add_moments)
-    patch.setattr(reduce.Comoment, "add", add_comoments)
+    patch.setattr(moments.Welford, "add", add_moments)
+    patch.setattr(moments.Comoment, "add", add_comoments)
     assert beside.Beside is not Beside

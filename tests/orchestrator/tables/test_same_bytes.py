@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import rankdata
 
 from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.tables import reduce as reducing
+from fimo.orchestrator.tables import moments
 from fimo.orchestrator.tables.attributed import attribution_table, training_only_table
 from fimo.orchestrator.tables.ordering import ranks, ranks_last
 from fimo.orchestrator.tables.reduce import SeedBlock, reduce
@@ -84,7 +84,7 @@ def tables(kind: str, s: int, r: int, t: int, m: int) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_table_has_the_bytes_of_the_plain_arithmetic(kind, monkeypatch):
     # Few at a time, so that arrays of this size are worked on in several pieces.
-    monkeypatch.setattr(reducing, "TOGETHER", 100)
+    monkeypatch.setattr(moments, "TOGETHER", 100)
     monkeypatch.setattr("fimo.orchestrator.tables.ordering.TOGETHER", 500)
     fast = {shape: tables(kind, *shape) for shape in SHAPES}
     with pytest.MonkeyPatch.context() as patch:
