@@ -17,8 +17,9 @@ from fimo.orchestrator.resolve.at_hand import HERE, Own
 from fimo.orchestrator.resolve.resolved import resolve_again
 from fimo.orchestrator.run.blocks import Named
 from fimo.orchestrator.run.driver import Listener, Where
-from fimo.orchestrator.run.gather import Gathered, current_tables, seed_blocks
+from fimo.orchestrator.run.gather import current_tables
 from fimo.orchestrator.run.owed import current_plan
+from fimo.orchestrator.run.reading import Gathered, seed_blocks
 from fimo.orchestrator.run.weighing import Weighed, weigh
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.sweep.manifest import Manifest

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fimo.orchestrator.run.gather import Gathered, seed_blocks
+from fimo.orchestrator.run.reading import Gathered, seed_blocks
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.manifest import Manifest

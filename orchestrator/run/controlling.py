@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fimo import estimators
 from fimo.estimators.own_seeds import OwnSeeds
 from fimo.orchestrator.run.blocks import Named, assemble, common_steps, listed_blocks, runs_of, value_digest
-from fimo.orchestrator.run.gather import Costs, Gathered, seed_blocks
+from fimo.orchestrator.run.reading import Costs, Gathered, seed_blocks
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.sweep.estimates import EstimateBlock
 from fimo.orchestrator.sweep.manifest import Manifest

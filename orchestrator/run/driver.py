@@ -18,12 +18,13 @@ from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.claims import Claims, SharedTasks
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.failures import Failures
-from fimo.orchestrator.run.gather import Gathered, gather
+from fimo.orchestrator.run.gather import gather
 from fimo.orchestrator.run.heartbeat import Heartbeat
 from fimo.orchestrator.run.owed import cells_in, estimators_in, few_shards, owed_tasks, remaining
 from fimo.orchestrator.run.places import Pool, Result, Source
 from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask
 from fimo.orchestrator.run.pool import on_ray
+from fimo.orchestrator.run.reading import Gathered
 from fimo.orchestrator.run.schedule import Outcome, drive
 from fimo.orchestrator.run.seeds import next_seeds
 from fimo.orchestrator.run.tasks import Receipt

@@ -6,11 +6,7 @@ Reads the store and writes nothing; the arithmetic is in ``fimo.orchestrator.tab
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +14,8 @@ import pyarrow as pa
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.blocks import assemble, common_steps, listed_blocks, runs_of, value_digest
 from fimo.orchestrator.run.owed import is_complete
+from fimo.orchestrator.run.reading import Costs, Gathered, cost
+from fimo.orchestrator.run.sharing import reduce_parts
 from fimo.orchestrator.run.tabled import tables_of
 from fimo.orchestrator.run.witnesses import Witnesses, read_witnesses
 from fimo.orchestrator.run.written import (
@@ -33,72 +31,29 @@ from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.estimates import EstimateBlock
 from fimo.orchestrator.sweep.imported import imported
 from fimo.orchestrator.sweep.manifest import Manifest
-from fimo.orchestrator.sweep.parts import BadPartError, Part
-from fimo.orchestrator.sweep.sweep import Listed, Sweep
+from fimo.orchestrator.sweep.parts import BadPartError
+from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables import schemas
 from fimo.orchestrator.tables.floor import measured
 from fimo.orchestrator.tables.planning import missed
-from fimo.orchestrator.tables.reduce import Reduction, SeedBlock, seed_block
+from fimo.orchestrator.tables.reduce import Reduction
 from fimo.orchestrator.tables.sanity import is_nonsense, warnings
 from fimo.orchestrator.tables.score import EstimateMatrix
-from fimo.orchestrator.tables.shares import Course, reduced
+from fimo.orchestrator.tables.shares import Course
 from fimo.workers.errors import StoreError
 
-READERS = 4
-"""Parts that are read and verified at once."""
-Costs = list[tuple[object, ...]]
-"""Rows of ``costs.parquet``."""
 
-
-@dataclass
-class Gathered:
-    """Tables by name, and what was met on the way.
-
-    Attributes:
-        bad: (key, why) of objects that did not verify; they count as missing.
-        gone: keys of objects that were listed and were not there any more: another driver has set them aside.
-        diverged: (removal number or −1 for a baseline, seed, step).
-        cells, done: of the whole sweep, and those with a verified part.
-        estimators_wanted, estimators_done: those not left out of the default set, and those that are complete.
-        witnesses_missing: seeds whose witnesses are still to be trained.
-        devices: device types that parts come from.
-        stamp: digest of everything the tables were made from; none that the store can have if that was in motion.
-        warnings: what a reader of the tables must be told first.
-        nonsense: the results are beyond reason at every step.
-        coverage: share of the trainable scalars that an estimator's curvature covers, by (estimator, params).
-    """
-
-    tables: dict[str, pa.Table]
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    gone: list[str] = field(default_factory=list)
-    diverged: list[tuple[int, int, int]] = field(default_factory=list)
-    cells: int = 0
-    done: int = 0
-    estimators_wanted: int = 0
-    estimators_done: int = 0
-    witnesses_missing: int = 0
-    devices: list[str] = field(default_factory=list)
-    stamp: str = ""
-    warnings: list[str] = field(default_factory=list)
-    nonsense: bool = False
-    coverage: dict[tuple[str, str], float] = field(default_factory=dict)
-
-    @property
-    def estimated(self) -> bool:
-        """Whether every estimate is there."""
-        return self.estimators_done == self.estimators_wanted
-
-    @property
-    def complete(self) -> bool:
-        """Whether every cell, estimate and witness is there."""
-        return self.done == self.cells and self.estimated and not self.witnesses_missing
-
-
-def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda line: None) -> Gathered:
+def gather(
+    sweep: Sweep,
+    manifest: Manifest,
+    say: Callable[[str], None] = lambda line: None,
+    processes: int | None = None,
+) -> Gathered:
     """Reduce and score whatever the store holds of a sweep.
 
     Args:
         say: told of each seed as it is reduced.
+        processes: that share in it; None = as many as its parts are worth on this machine.
 
     Raises:
         StoreError: the store cannot be read.
@@ -109,7 +64,6 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     costs: Costs = []
     notes: list[tuple[object, ...]] = []
     estimates = _estimates(sweep, manifest, gathered, costs, notes)
-    blocks = seed_blocks(sweep, manifest, listed, gathered, costs, say)
     # Known before the first seed is reduced: scores are taken under the floor as seeds stream past.
     witnesses = read_witnesses(sweep, manifest, listed)
     _note_witnesses(witnesses, gathered, costs)
@@ -123,7 +77,7 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
         rounding=measured(witnesses.pairs),
         whole=8 * len(manifest.removals) * len(manifest.steps) * manifest.evals,
     )
-    found = reduced(blocks, course)
+    found = reduce_parts(sweep, manifest, listed, course, gathered, costs, say, processes)
     reduction = found.reduction
     gathered.diverged = sorted(reduction.diverged)
     gathered.tables = tables_of(manifest, found, estimates, costs, notes)
@@ -138,68 +92,6 @@ def gather(sweep: Sweep, manifest: Manifest, say: Callable[[str], None] = lambda
     return gathered
 
 
-def seed_blocks(
-    sweep: Sweep,
-    manifest: Manifest,
-    listed: Sequence[Listed],
-    gathered: Gathered,
-    costs: Costs,
-    say: Callable[[str], None],
-) -> Iterator[SeedBlock]:
-    """One seed after another, from those of its parts that verify; ``gathered`` and ``costs`` note what is met."""
-    weight, by_seed = manifest.spec.further_training.removal_weight, dict[int, list[Listed]]()
-    for one in listed:
-        by_seed.setdefault(one.seed, []).append(one)
-    wanted = {r.indices for r in manifest.removals}
-    every = [(seed, sorted(by_seed[seed], key=lambda p: p.key)) for seed in sorted(by_seed)]
-    for number, (seed, found) in enumerate(_ahead(sweep, manifest, every), start=1):
-        parts: list[Part] = []
-        for item, part in found:
-            if isinstance(part, NotFound):
-                gathered.gone.append(item.key)
-                continue
-            if isinstance(part, BadPartError):
-                gathered.bad.append((item.key, str(part)))
-                continue
-            if not wanted & {r.indices for r in part.removals}:
-                # Cells that a ranking has verified, or of an earlier form of the spec: no table's business.
-                continue
-            parts.append(part)
-            costs.append(_cost("shard", f"seed {seed} {item.set}", "", part.provenance))
-        held = {r.indices for part in parts for r in part.removals} & wanted
-        gathered.done += sum(r.indices in held for r in manifest.removals)
-        say(f"reducing seed {seed} ({number} of {len(by_seed)})")
-        if parts:
-            yield seed_block(seed, parts, manifest.removals, manifest.steps, manifest.evals, weight)
-
-
-def _ahead(
-    sweep: Sweep, manifest: Manifest, every: Sequence[tuple[int, list[Listed]]]
-) -> Iterator[tuple[int, list[tuple[Listed, Part | BadPartError | NotFound]]]]:
-    """The parts of each seed, in order; the next seeds' are read and verified meanwhile, in threads."""
-
-    def read(item: Listed) -> tuple[Listed, Part | BadPartError | NotFound]:
-        try:
-            return item, sweep.read_part(item.key, manifest)
-        except (BadPartError, NotFound) as error:
-            return item, error
-
-    items = iter([item for _, of in every for item in of])
-    with ThreadPoolExecutor(READERS, thread_name_prefix="fimo-parts") as threads:
-        # Few at once, whatever a seed has: so much memory do they take.
-        ahead = deque(threads.submit(read, item) for item in islice(items, READERS + 1))
-        try:
-            for seed, of in every:
-                found = []
-                for _ in of:
-                    found.append(ahead.popleft().result())
-                    ahead.extend(threads.submit(read, item) for item in islice(items, 1))
-                yield seed, found
-        finally:
-            for waiting in ahead:
-                waiting.cancel()
-
-
 def _note_witnesses(witnesses: Witnesses, gathered: Gathered, costs: Costs) -> None:
     gathered.bad += witnesses.bad
     gathered.witnesses_missing = witnesses.missing
@@ -207,7 +99,7 @@ def _note_witnesses(witnesses: Witnesses, gathered: Gathered, costs: Costs) -> N
         f"no witnesses of seed {seed}, so that the noise floor may be a lower bound: {why}"
         for seed, why in witnesses.left_out.items()
     ]
-    costs += [_cost("witness", f"seed {seed}", "", about) for seed, about in witnesses.provenance.items()]
+    costs += [cost("witness", f"seed {seed}", "", about) for seed, about in witnesses.provenance.items()]
 
 
 def _estimates(
@@ -285,17 +177,8 @@ def _look(gathered: Gathered, manifest: Manifest, reduction: Reduction) -> None:
     gathered.nonsense = is_nonsense(beyond)
 
 
-# -- tables --------------------------------------------------------------------------------------------------------
-
-
-def _cost(what: str, name: str, params: str, provenance: object) -> tuple[object, ...]:
-    values = provenance if isinstance(provenance, dict) else {}
-    device, seconds, peak = (values.get(k) for k in ("device", "device_seconds", "peak_bytes"))
-    return what, name, params, str(device or ""), float(seconds or 0.0), int(peak or 0)
-
-
 def _total_cost(estimator: str, params: str, blocks: Sequence[EstimateBlock]) -> tuple[object, ...]:
-    rows = [_cost("estimator", estimator, params, dict(block.provenance)) for block in blocks]
+    rows = [cost("estimator", estimator, params, dict(block.provenance)) for block in blocks]
     seconds = sum(float(str(row[4])) for row in rows)
     return ("estimator", estimator, params, rows[0][3], seconds, max(int(str(row[5])) for row in rows))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fimo.orchestrator.run.gather import Costs, Gathered, seed_blocks
+from fimo.orchestrator.run.reading import Costs, Gathered, seed_blocks
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep

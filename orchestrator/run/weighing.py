@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from fimo.orchestrator.resolve.resolved import Resolved, read_final
 from fimo.orchestrator.run.driver import Listener, Where, note_sets
-from fimo.orchestrator.run.gather import Costs, Gathered, seed_blocks
 from fimo.orchestrator.run.owed import current_plan
 from fimo.orchestrator.run.proving import ENGINE
+from fimo.orchestrator.run.reading import Costs, Gathered, seed_blocks
 from fimo.orchestrator.run.schedule import drive
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.spec.removals import NamedRemoval

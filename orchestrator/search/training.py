@@ -20,8 +20,9 @@ import pyarrow as pa
 from fimo.orchestrator.resolve.resolved import Resolved, read_final
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.driver import note_sets, refuse_other
-from fimo.orchestrator.run.gather import Gathered, gather
+from fimo.orchestrator.run.gather import gather
 from fimo.orchestrator.run.owed import current_plan, missing_witnesses
+from fimo.orchestrator.run.reading import Gathered
 from fimo.orchestrator.run.tasks import run_task
 from fimo.orchestrator.run.together import train_rates
 from fimo.orchestrator.run.weighing import proven_whole

@@ -11,8 +11,8 @@ import pytest
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import tasks as running
 from fimo.orchestrator.run import witnessing
-from fimo.orchestrator.run.gather import Gathered, seed_blocks
 from fimo.orchestrator.run.plan import WitnessTask, count_witnesses, witness_tasks
+from fimo.orchestrator.run.reading import Gathered, seed_blocks
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.run.verification import verify
 from fimo.orchestrator.run.witnesses import read_witnesses
