@@ -57,17 +57,20 @@ class _Alike:
 
     def __init__(self, places: Sequence[int], values: Sequence[Array], steps: int) -> None:
         self._places = None if list(places) == list(range(steps)) else list(places)
-        self._values = [self._lies(of) for of in values]
+        own = {number: self._lies(of) for number, of in enumerate(values)}
         shape = len(places), values[0].shape[-1]
-        self._norms = np.stack([np.broadcast_to(norm(of), shape) for of in self._values])
-        ranked = [ranks_last(of) for of in self._values]
+        self._norms = np.stack([np.broadcast_to(norm(of), shape) for of in own.values()])
+        ranked = [ranks_last(of) for of in own.values()]
         self._rank_norms = np.stack([np.broadcast_to(_rank_norm(of), shape) for of in ranked])
         # Of those that are of every amount, (m, E, R): one product for all steps and all of them.
         self._fixed = [number for number, of in enumerate(ranked) if len(of) == 1]
         self._fixed_ranks = np.stack([ranked[n][0] for n in self._fixed], axis=1) if self._fixed else None
-        # Of the others, (T', m, E, R).
+        # Of the others, (T', m, E, R); and their values, (R, E, T', m), so that effects are read once for all of them.
         self._moving = [number for number, of in enumerate(ranked) if len(of) > 1]
         self._moving_ranks = np.stack([ranked[n] for n in self._moving], axis=2) if self._moving else None
+        together = self._moving if shape[1] > 1 else []
+        self._moving_values = np.stack([own.pop(n) for n in together], axis=1) if together else None
+        self._values = own
 
     def spearman(self, ranked: Ranks, norms: Array) -> Array:
         """Of ranks (T, m, R) and their norms (T, m)."""
@@ -84,8 +87,11 @@ class _Alike:
         at = gold if self._places is None else self._lies(gold[:, self._places])
         norms = norms if self._places is None else norms[self._places]
         dots = np.empty(self._norms.shape)
-        for number, values in enumerate(self._values):
+        for number, values in self._values.items():
             dots[number] = dot(at, values)
+        if self._moving_values is not None:
+            # Summed over the removals in their order, as each by itself.
+            dots[self._moving] = np.einsum("rtm,retm->etm", at, self._moving_values)
         return divide(dots, norms * self._norms)
 
     @staticmethod
