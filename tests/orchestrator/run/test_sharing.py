@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from multiprocessing import Pipe
 
 import numpy as np
@@ -131,13 +132,22 @@ def same(one: Gathered, other: Gathered) -> bool:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_the_tables_and_what_was_met_are_one_process_s(sweep, alone, started, count):
-    said: list[str] = []
+def test_the_tables_and_what_was_met_are_one_process_s(sweep, alone, started, count, monkeypatch):
+    said, slots, tell = list[str](), list[int](), sharing._Process.tell
+
+    def noted(self: sharing._Process, what: object) -> None:
+        slots.extend([what.slot] if isinstance(what, share.Read) else [])
+        tell(self, what)
+
+    monkeypatch.setattr(sharing._Process, "tell", noted)
     assert same(gather(sweep, manifest(), said.append, processes=count), alone)
     assert len(alone.bad) == 1
     assert alone.done == (SEEDS - 2) * REMOVALS + 5 + 4
     assert said == [f"reducing seed {seed} ({seed + 1} of {SEEDS})" for seed in range(SEEDS)]
     assert [process.poll() for process in started] == [0] * count
+    # A seed is read while those of the round before are still being reduced.
+    rounds = [set(slots[first : first + count]) for first in range(0, SEEDS, count)]
+    assert not any(one & other for one, other in pairwise(rounds))
 
 
 @pytest.mark.parametrize("at", ["0", "4"])
