@@ -70,7 +70,7 @@ class SeedBlock:
         effects = self.effects if effects is None else effects
         return replace(
             self,
-            effects=np.ascontiguousarray(effects[:, steps]),
+            effects=effects[:, steps].copy(),
             training_only=self.training_only[steps],
             floor_squares=self.floor_squares[steps],
             distance=None if self.distance is None else self.distance[steps],

@@ -17,7 +17,7 @@ drop and mask, whose value is of the group as a whole, and for imported matrices
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -132,6 +132,7 @@ class Scorer:
         self._groups = self._grouped()
         self.results = {k: _Agreements() for k in windows(seeds)[:-1]}
         self._sums: dict[int, Array] = {}
+        self._arrays: list[Array] = []
         self._beyond: dict[int, NDArray[np.bool_]] = {}
         self._held: dict[int, int] = dict.fromkeys(self.results, 0)
         self._without_one: list[Spread] = []
@@ -147,8 +148,14 @@ class Scorer:
             # An agreement over one removal is none: rows of nothing would pass for a table of few seeds.
             return
         beyond = exploded(block.training_only, block.scale)
+        # Windows that began with the same seed have the same sum so far: one array, added to once.
+        summed = {0: block.effects}
         for k, result in self.results.items():
-            self._sums[k] = self._summed(k, block.effects)
+            held = self._held[k]
+            if held not in summed:
+                out = self._spare(summed, block.effects) if held == 1 else self._sums[k]
+                summed[held] = np.add(self._sums[k], block.effects, out=out)
+            self._sums[k] = summed[held]
             self._beyond[k] = self._beyond[k] | beyond if self._held[k] else beyond
             self._held[k] += 1
             if self._held[k] == k:
@@ -156,17 +163,14 @@ class Scorer:
                 result.add(self._agreements(effects, floor / np.sqrt(k), self._beyond[k]))
                 self._held[k] = 0
 
-    def _summed(self, k: int, effects: Array) -> Array:
-        """The sum of a window with one more seed, where the last window's was: a new array has to be paged in."""
-        if k == 1:
-            return effects
-        if k not in self._sums:
-            return effects.copy()
-        if self._held[k]:
-            self._sums[k] += effects
-        else:
-            self._sums[k][:] = effects
-        return self._sums[k]
+    def _spare(self, summed: Mapping[int, Array], like: Array) -> Array:
+        """An array that no window's sum lies in: a new one would have to be paged in."""
+        used = {id(self._sums[k]) for k, held in self._held.items() if held} | {id(of) for of in summed.values()}
+        for array in self._arrays:
+            if id(array) not in used:
+                return array
+        self._arrays.append(np.empty_like(like))
+        return self._arrays[-1]
 
     def agreements(self, effects: Array, floor: Array, beyond: NDArray[np.bool_]) -> Iterator[tuple[Key, Array]]:
         """Each agreement of each estimate with effects (R, T, m), per step and example; NaN where undefined."""
