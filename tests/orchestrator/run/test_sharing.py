@@ -18,7 +18,8 @@ import torch
 from fimo import estimators
 from fimo.orchestrator.run import share, sharing
 from fimo.orchestrator.run.blocks import value_digest
-from fimo.orchestrator.run.gather import Gathered, gather
+from fimo.orchestrator.run.gather import gather
+from fimo.orchestrator.run.reading import Gathered
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.spec.spec import parse
