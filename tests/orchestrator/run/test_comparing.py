@@ -91,6 +91,7 @@ def test_float32_against_float64_agrees_to_rounding(beside):
             assert row["score"] > row["joint_ceiling"]
 
 
+@pytest.mark.slow
 def test_reweight_and_drop_agree_to_what_their_noise_allows(beside):
     drop = swept(beside, seeds=40, further_training={"removal_mode": "drop", "epochs": 4})
     reweight = swept(beside, seeds={"first": 100, "count": 10}, further_training={**REWEIGHT, "epochs": 4})

@@ -94,7 +94,9 @@ def test_the_floor_is_what_float32_really_is_off_by_on_concrete(beside):
     assert rms(without.floor, 1)[-1] < 0.1 * rms(off, (0, 1, 3))[-1]
 
 
-@pytest.mark.parametrize("mode", [pytest.param("drop", marks=pytest.mark.slow), "mask", "reweight"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("drop", marks=pytest.mark.slow), pytest.param("mask", marks=pytest.mark.slow), "reweight"]
+)
 def test_the_witness_s_effect_is_the_float64_sweep_s_in_every_mode(beside, mode):
     spec = witnessed(further_training={"removal_mode": mode}, resources={"witnesses": 8})
     wide = witnessed(further_training={"removal_mode": mode, "precision": "float64"}, resources={"witnesses": 0})
