@@ -21,7 +21,8 @@ class Evals:
     """Examples that are read, in blocks.
 
     Attributes:
-        places: (m,), where the result of each example stands among those of all blocks; None = in order.
+        places: (m,), where the result of each example stands among those of all blocks, on the examples' device; None =
+            in order.
     """
 
     blocks: Sequence[Batch]
@@ -38,7 +39,7 @@ def in_blocks(evals: Examples, size: int, trimming: Trimming | None = None) -> E
         return Evals(tuple(batch for _, batch in evals.batches(size)))
     order = torch.argsort(trimming.lengths, stable=True)
     blocks = [trimming.cut(evals.batch(some), trimming.longest(some)) for some in order.split(size)]
-    return Evals(tuple(blocks), torch.argsort(order))
+    return Evals(tuple(blocks), torch.argsort(order).to(evals.device))
 
 
 class Fetched(Sequence[Batch]):
