@@ -98,7 +98,8 @@ class Training:
         self._optimizing = Optimizing(self._stack.params, start.settings, rates, launched, recorded)
         if origin is not None:
             self._optimizing.spread(origin.optimizer)
-        self._captured = Captured(self._take, self._tensors, start.captures)
+        self._one = _Step(self._stack, self._optimizing)
+        self._captured = Captured(self._one, self._one.tensors, start.captures)
         self._evaluated = _Evaluated(start, self._stack)
         for counted, calls in zip(self._counted(), origin.calls if origin is not None else (), strict=False):
             counted.update(calls)
@@ -113,18 +114,11 @@ class Training:
         with torch.no_grad(), kept(model.device), model.mode(self.start.settings.mode), model.buffers_kept():
             while not self._record.complete and (until is None or self.step < until):
                 self.step += 1
+                self._one.number = self.step
                 self._captured(next(self._schedule))
                 self._record.take(self.step, self._evaluated)
                 if watch is not None:
                     watch(self.step, self._stack.params)
-
-    def _take(self, blocks: Sequence[batches.Block]) -> None:
-        """One step, all of it on the device."""
-        self._optimizing.step(self._stack.gradients(self.step, blocks))
-
-    def _tensors(self) -> list[Tensor]:
-        stack = self._stack
-        return [*stack.params.values(), *stack.buffers.values(), *self._optimizing.tensors()]
 
     def _counted(self) -> tuple[Counter[object], ...]:
         """The calls of each signature so far, which decide what is replayed."""
@@ -140,6 +134,24 @@ class Training:
     def result(self) -> Deltas:
         """What was recorded so far."""
         return self._record.result()
+
+
+@dataclass
+class _Step:
+    """One step of a stack, all of it on the device, and the tensors that it changes; ``number``: which step it is.
+
+    It knows no ``Training``: one that knew itself would keep its memory until the garbage collector comes by.
+    """
+
+    stack: _Stack
+    optimizing: Optimizing
+    number: int = 0
+
+    def __call__(self, blocks: Sequence[batches.Block]) -> None:
+        self.optimizing.step(self.stack.gradients(self.number, blocks))
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.stack.params.values(), *self.stack.buffers.values(), *self.optimizing.tensors()]
 
 
 @dataclass(frozen=True)
@@ -278,9 +290,10 @@ class _Evaluated:
         self._start, self._stack, self._everyone = start, stack, tuple(range(stack.size))
         device = start.model.device
         # Where a launch leaves its results.
-        self._g = torch.empty(stack.size, len(start.at_final), dtype=torch.float64, device=device)
-        self._distances = torch.empty(stack.size, dtype=torch.float64, device=device)
-        self._captured = Captured(self._evaluate, lambda: [self._g, self._distances], start.captures)
+        g = torch.empty(stack.size, len(start.at_final), dtype=torch.float64, device=device)
+        far = torch.empty(stack.size, dtype=torch.float64, device=device)
+        self._results = g, far
+        self._captured = Captured(partial(_evaluate, start, stack, g, far), lambda: [g, far], start.captures)
 
     @property
     def calls(self) -> Counter[object]:
@@ -290,18 +303,20 @@ class _Evaluated:
     def __call__(self, lanes: tuple[int, ...]) -> Measured:
         """g (r, m) and distances (r,) of the given lanes."""
         if lanes != self._everyone or self._start.captures is None:
-            return self._measured(lanes)
+            return _measured(self._start, self._stack, lanes)
         self._captured()
-        return self._g, self._distances
+        return self._results
 
-    def _evaluate(self, _blocks: Sequence[batches.Block]) -> None:
-        g, far = self._measured(self._everyone)
-        self._g.copy_(g)
-        self._distances.copy_(far)
 
-    def _measured(self, lanes: tuple[int, ...]) -> Measured:
-        params, buffers = self._stack.take(lanes)
-        with self._start.model.mode("eval"):
-            blocks = [self._stack.measures(params, buffers, batch) for batch in self._start.evals.blocks]
-        g = self._start.evals.in_order(torch.cat(blocks, dim=1))
-        return g, distances(params, self._start.model.params)
+def _evaluate(start: Start, stack: _Stack, g: Tensor, far: Tensor, _blocks: Sequence[batches.Block]) -> None:
+    measured = _measured(start, stack, tuple(range(stack.size)))
+    g.copy_(measured[0])
+    far.copy_(measured[1])
+
+
+def _measured(start: Start, stack: _Stack, lanes: tuple[int, ...]) -> Measured:
+    params, buffers = stack.take(lanes)
+    with start.model.mode("eval"):
+        blocks = [stack.measures(params, buffers, batch) for batch in start.evals.blocks]
+    g = start.evals.in_order(torch.cat(blocks, dim=1))
+    return g, distances(params, start.model.params)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -117,6 +119,22 @@ def test_steps_that_are_counted_on_the_device_are_those_of_plain_torch(optimizer
     for row, removal in enumerate(LANES):
         plain = train_cell(regression(), chosen, removal, 5)
         torch.testing.assert_close(got.deltas[row], plain.deltas, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("recorder", [record, None])
+def test_a_pass_that_has_ended_leaves_its_memory_at_once(recorder: Recorder | None) -> None:
+    # Not when the garbage collector comes by: the next stack of a shard needs it.
+    start = with_recorder(make(regression(), settings(SGD, removal_mode="drop", epochs=3)), recorder)
+    gc.collect()
+    gc.disable()
+    try:
+        training = further_training.Training(start, LANES, 5)
+        training.advance()
+        left = [weakref.ref(p) for p in training._stack.params.values()]
+        del training
+        assert not [one for one in left if one() is not None]
+    finally:
+        gc.enable()
 
 
 # -- what cannot be recorded, and what is recorded wrongly ----------------------------------------------------------
