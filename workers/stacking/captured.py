@@ -16,8 +16,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -45,17 +45,29 @@ def recorder_of(device: torch.device) -> Recorder | None:
     return _cuda_graph if device.type == "cuda" else None
 
 
-@lru_cache
-def _pool() -> Any:
-    """The memory in which all graphs of a process compute: none of them leaves anything there for another."""
-    return torch.cuda.graph_pool_handle()
+_graphs: WeakSet[Any] = WeakSet()
+"""The graphs that live. All compute in the same memory: none of them leaves anything there for another."""
 
 
 def _cuda_graph(body: Callable[[], None]) -> Launch:
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as Ray's, may go on.
-    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
-        body()
+    # Ask a graph that lives for its memory: torch takes no pool again whose graphs have all died.
+    other = next(iter(_graphs), None)
+    pool = None if other is None else other.pool()
+    debugged = torch.cuda.get_sync_debug_mode()
+    # Come back to this stream even if the recording cannot be ended. Other threads, such as Ray's, may go on.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
+        # Have torch refuse to wait for the device before it tries: a recording that CUDA breaks off leaves torch's
+        # allocator and generator as if it went on, and whatever draws later in this process fails.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            body()
+        finally:
+            torch.cuda.set_sync_debug_mode(debugged)
+    _graphs.add(graph)
     replay: Launch = graph.replay
     return replay
 
