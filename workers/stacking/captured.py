@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fimo.workers.batches import Block
+from fimo.workers.stacking.read import Read
 from fimo.workers.stacking.replay import AFTER
 
 Launch = Callable[[], None]
@@ -74,11 +75,15 @@ def _cuda_graph(body: Callable[[], None]) -> Launch:
 
 @dataclass
 class _Recorded:
-    """A step's launch and the blocks whose memory it reads; ``checked``: launches held against the body so far."""
+    """A step's launch and the blocks whose memory it reads; ``checked``: launches held against the body so far.
+
+    ``read``: all else that its kernels read, which must live as long.
+    """
 
     launch: Launch
     blocks: Sequence[Block]
     given: list[Tensor]
+    read: Read
     checked: int = 0
 
     def fill(self, blocks: Sequence[Block]) -> None:
@@ -128,16 +133,21 @@ class Captured:
 
     def _record_or_none(self, record: Recorder, blocks: Sequence[Block]) -> _Recorded | None:
         static = [replace(b, indices=b.indices.clone(), weights=b.weights.clone()) for b in blocks]
-        before = self._copies()
+        before, read = self._copies(), Read()
+
+        def reading() -> None:
+            with read:
+                self.body(static)
+
         try:
-            launch = record(lambda: self.body(static))
+            launch = record(reading)
         except Exception as error:
             # Run it, whatever the device objects to: that always works.
             log.debug("not recorded: %s: %s", type(error).__name__, error)
             return None
         finally:
             self._put(before)
-        return _Recorded(launch, static, [block.weights for block in blocks])
+        return _Recorded(launch, static, [block.weights for block in blocks], read)
 
     def _launches_as_it_runs(self, recorded: _Recorded, blocks: Sequence[Block]) -> bool:
         """Take the step both ways from the same state; go on from what the body gives if they differ."""

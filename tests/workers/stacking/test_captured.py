@@ -260,6 +260,24 @@ def test_the_proof_holds_what_is_launched_against_the_definition(recorder: Any, 
     assert verdict.engine.replay == (recorder is record)
 
 
+def test_what_a_recorded_step_reads_lives_as_long_as_it() -> None:
+    # A graph has addresses: the index of some lanes is forgotten after a thousand others.
+    kept, total = [torch.full((3,), 2.0)], torch.zeros(3)
+
+    def body(_blocks: Sequence[Block]) -> None:
+        total.add_((kept[0] * 2).exp())
+
+    captured = Captured(body, lambda: [total], lambda run: (run(), lambda: total.add_(54.598150033144236))[1])
+    for _ in range(AFTER + CHECKED + 1):
+        captured()
+    storage = weakref.ref(kept[0].untyped_storage()), kept[0].untyped_storage()._cdata
+    (recorded,) = captured._recorded.values()
+    assert recorded is not None
+    assert set(recorded.read.held) == {storage[1], total.untyped_storage()._cdata}, "and nothing that it makes"
+    kept.clear()
+    assert storage[0]() is not None
+
+
 # -- batches that are brought ahead ---------------------------------------------------------------------------------
 
 
