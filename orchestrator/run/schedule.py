@@ -69,11 +69,12 @@ class Outcome:
 
 @dataclass
 class _Flight:
-    """A task that was handed over; ``twin``: the handle of its other copy."""
+    """A task that was handed over; ``twin``: the handle of its other copy; ``copied``: it has, or had, one."""
 
     task: Task
     running: float | None = None
     twin: Hashable | None = None
+    copied: bool = False
 
     def ran_s(self, now: float) -> float:
         """Seconds for which it has run, as far as is known."""
@@ -162,14 +163,14 @@ class _Loop:
         late = [
             (flight.ran_s(now), handle)
             for handle, flight in self.flying.items()
-            if flight.twin is None and isinstance(flight.task, Shard)
+            if not flight.copied and isinstance(flight.task, Shard)
             if self.lateness.is_late(flight.task, flight.ran_s(now))
         ]
         idle = max(0, self.slots - len(self.flying))
         for _, handle in sorted(late, key=itemgetter(0), reverse=True)[:idle]:
             flight = self.flying[handle]
-            flight.twin = self.pool.submit(flight.task)
-            self.flying[flight.twin] = _Flight(flight.task, twin=handle)
+            flight.twin, flight.copied = self.pool.submit(flight.task), True
+            self.flying[flight.twin] = _Flight(flight.task, twin=handle, copied=True)
 
     def _withdraw(self) -> None:
         """Hand what has not begun over again: it may wait for a node that has frozen, and Ray would let it."""
@@ -177,6 +178,9 @@ class _Loop:
         for handle in reversed(waiting):
             self.pool.cancel(handle)
             flight = self.flying.pop(handle)
+            if (other := self.flying.get(flight.twin)) is not None:
+                # The copy that is left has lost nothing but time: it may have another.
+                other.copied = False
             if not self._parted(flight):
                 self.again.appendleft(flight.task)
 
@@ -217,6 +221,8 @@ class _Loop:
         elif self._parted(flight):
             # The other copy's result is the task's.
             self.outcome.lost += isinstance(result, Lost)
+            if isinstance(result, Failed) and isinstance(result.error, UnableError):
+                self.pool.avoid(result.error.node)
         elif isinstance(result, Lost):
             self._lost(flight.task, result)
         else:

@@ -371,6 +371,27 @@ def test_a_copy_that_is_lost_leaves_the_shard_to_the_first(quick_copies):
     assert pool.started.count(Shard(9, ONE)) == 2, "what is lost of two copies is not owed again"
 
 
+@pytest.mark.parametrize("copy", [Lost("out of memory"), own_error(), own_error(UnableError("no module", "bad"))])
+def test_a_copy_that_comes_to_nothing_is_not_begun_again_and_again(quick_copies, copy):
+    class Patient(OneSlowNode):
+        """The first one ends long after the copy."""
+
+        avoided = ()
+
+        def wait(self, timeout_s):
+            self.late = receipt(Shard(9, ONE)) if time.monotonic() > began + 0.5 else None
+            return super().wait(timeout_s)
+
+        def avoid(self, node):
+            self.avoided = (*self.avoided, node)
+
+    began, pool = time.monotonic(), Patient(None, copy)
+    outcome = drive(shards(10), pool, poll_s=0.01)
+    assert len(outcome.receipts) == 10
+    assert pool.started.count(Shard(9, ONE)) == 2
+    assert pool.avoided == (("bad",) if isinstance(getattr(copy, "error", None), UnableError) else ())
+
+
 def test_both_copies_lost_are_one_shard_that_is_owed_again(quick_copies):
     class BothLost(OneSlowNode):
         def wait(self, timeout_s):
