@@ -122,7 +122,8 @@ def each_example(
     randomness: Literal["error", "same"] = "error",
     reseed: Callable[[], object] | None = None,
 ) -> Out:
-    """``function`` of every example of a batch, stacked: vmapped, or one at a time if vmap refuses.
+    """``function`` of every example of a batch, stacked: vmapped, in halves if memory runs out; or one at a time if
+    vmap refuses.
 
     It refuses a forward that decides on its data (transformers asks whether there is any padding) if examples decide
     differently, and operations that write in place or have no batching rule. A mistake of the workload's own is raised
@@ -131,17 +132,29 @@ def each_example(
     Args:
         function: of one example, without its batch dimension; returns a pytree of tensors.
         randomness: "same" lets every example draw the same random numbers.
-        reseed: called before each example if they are taken one at a time, to the same end.
+        reseed: called before each example, or half of them, that is taken by itself, to the same end.
     """
+    count = next(len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
     try:
         with Stacked():
             stacked: Out = vmap(function, in_dims=(over_examples(batch),), randomness=randomness)(batch)
             return stacked
     except torch.OutOfMemoryError:
-        raise
+        if count == 1:
+            raise
+        short = True
     except RuntimeError:
-        pass  # vmap's refusals have no class of their own, nor a common message.
-    count = next(len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+        short = False  # vmap's refusals have no class of their own, nor a common message.
+    if short:
+        # A block is as large as its gradients allow; what a model computes on the way to them may be far more.
+        halves = []
+        for part in (slice(0, count // 2), slice(count // 2, count)):
+            some = pytree.tree_map(lambda t, at=part: t[at] if isinstance(t, Tensor) else t, batch)
+            if reseed is not None:
+                reseed()
+            halves.append(each_example(function, some, randomness, reseed))
+        stacked = pytree.tree_map(lambda *leaves: torch.cat(leaves), *halves)
+        return stacked
     results = []
     for position in range(count):
         example = pytree.tree_map(lambda t, at=position: t[at] if isinstance(t, Tensor) else t, batch)

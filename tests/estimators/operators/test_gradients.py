@@ -22,3 +22,22 @@ def test_blocks_grow_with_a_gpus_memory_and_are_the_same_on_every_cpu(monkeypatc
     # A small GPU keeps no less than a CPU.
     monkeypatch.setattr(gradients, "memory", lambda device: 4 * 2**30)
     assert gradients.held(gpu) == gradients.HELD
+
+
+def test_a_block_that_does_not_fit_is_taken_in_halves_with_the_same_draws():
+    sizes, batch = [], {"x": torch.arange(21.0).reshape(7, 3), "name": "kept"}
+
+    def squares(example):
+        sizes.append(batch_size := torch._C._functorch.get_unwrapped(example["x"]).shape[0])
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"sum": example["x"].square().sum(), "noise": torch.rand(2)}
+
+    def reseed():
+        torch.manual_seed(3)
+
+    got = gradients.each_example(squares, batch, "same", reseed)
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    assert torch.equal(got["sum"], batch["x"].square().sum(dim=1))
+    reseed()
+    assert torch.equal(got["noise"], torch.rand(2).expand(7, 2))
