@@ -175,12 +175,15 @@ def _floors(start: Start, baselines: Sequence[_Lane], size: int) -> list[Deltas]
     if len({lane.seed for lane in baselines}) == 1:
         alone = 2 if size == 1 and start.engine.stack else 1
         return [_trained(start, [lane] * alone) for lane in baselines]
-    # Of several seeds in one stack, which one more replica makes another size.
-    together = [*baselines, *baselines[:1]] if len(baselines) == size else list(baselines)
-    done = _trained(start, together)
-    return [
-        replace(done, deltas=done.deltas[i : i + 1], distances=done.distances[i : i + 1]) for i in range(len(baselines))
-    ]
+    # Of several seeds together, in stacks of another size than the first's: smaller ones, since larger may not fit.
+    each, done = max(1, size - 1), list[Deltas]()
+    for first in range(0, len(baselines), each):
+        some = _trained(start, baselines[first : first + each])
+        done += [
+            replace(some, deltas=some.deltas[i : i + 1], distances=some.distances[i : i + 1])
+            for i in range(len(some.deltas))
+        ]
+    return done
 
 
 def _in_order(rows: Tensor, second: Tensor) -> Tensor:

@@ -74,20 +74,23 @@ def test_a_forward_that_draws_is_trained_seed_by_seed() -> None:
         further_train(start, [(), ()], [1, 2])
 
 
-def test_stacks_of_several_seeds_halve_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fit", "first"), [(4, [10, 8, 4, 4]), (2, [10, 8, 4, 2])])
+def test_stacks_of_several_seeds_halve_when_memory_runs_out(
+    monkeypatch: pytest.MonkeyPatch, fit: int, first: list[int]
+) -> None:
     start, right, sizes = make(regression(), settings(removal_mode="drop")), further_train, list[int]()
 
     def bounded(start, lanes, *more, **options):
         sizes.append(len(lanes))
-        if len(lanes) > 4:
+        if len(lanes) > fit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return right(start, lanes, *more, **options)
 
     expected = run_shards(start, SHARDS, 64)
     monkeypatch.setattr(shard, "further_train", bounded)
     got = run_shards(start, SHARDS, 16)
-    assert sizes[:4] == [10, 8, 4, 4]
-    assert {result.replicas for result in got} == {4}
+    assert sizes[:4] == first
+    assert {result.replicas for result in got} == {fit}
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one.deltas, other.deltas, rtol=1e-10, atol=1e-10)
 
@@ -101,4 +104,4 @@ def test_the_second_baselines_are_of_another_stack_size(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(shard, "further_train", counted)
     run_shards(start, [([(3,)], 5), ([(3,)], 6), ([(3,)], 7)], 3)
-    assert sizes == [3, 3, 4]
+    assert sizes == [3, 3, 2, 1]
