@@ -56,14 +56,20 @@ def memory(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Measure a GPU's ``peak`` anew."""
+    """Measure a GPU's ``peak`` and ``peak_reserved`` anew."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak(device: torch.device) -> int:
     """The most bytes that this process's tensors have taken on a GPU since ``forget_peak``; 0 on a CPU."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def peak_reserved(device: torch.device) -> int:
+    """As ``peak``, with what torch holds for recorded steps and between tensors; 0 on a CPU."""
+    return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else 0
 
 
 def room(device: torch.device) -> int:

@@ -38,6 +38,9 @@ Body = Callable[[Sequence[Block]], None]
 CHECKED = 2
 """Launches of a recorded step that are held against the step itself."""
 
+MOST = 64
+"""Steps of a pass that are recorded: batches that are hardly ever alike would fill the device with graphs."""
+
 log = logging.getLogger(__name__)
 
 
@@ -118,7 +121,7 @@ class Captured:
             return
         key = tuple(_signature(block) for block in blocks)
         self.calls[key] += 1
-        if self.calls[key] > AFTER and key not in self._recorded:
+        if self.calls[key] > AFTER and key not in self._recorded and len(self._recorded) < MOST:
             self._recorded[key] = self._record_or_none(self.record, blocks)
         recorded = self._recorded.get(key)
         if recorded is None:

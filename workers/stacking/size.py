@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 
 from fimo.workers.amounts import BASELINE, Removal
-from fimo.workers.device import clock, forget_peak, is_gpu, peak, room
+from fimo.workers.device import clock, forget_peak, is_gpu, peak_reserved, room
 from fimo.workers.errors import FimoError
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import further_train
@@ -57,7 +57,7 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
             if size == 1 or not (out_of_memory(error) or size == 2):
                 raise
             break
-        bytes_of[size] = peak(device)
+        bytes_of[size] = peak_reserved(device)
         if seconds[size] > 2 * min(seconds.values()) or time.monotonic() - started > budget_s:
             break
     return min(seconds, key=lambda s: seconds[s]), seconds

@@ -23,6 +23,7 @@ from fimo.workers.proof import prove
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.stacking import ahead
+from fimo.workers.stacking import captured as captured_module
 from fimo.workers.stacking.captured import CHECKED, Captured, Recorder
 from fimo.workers.stacking.replay import AFTER
 from fimo.workers.stacking.trimming import Trimming
@@ -309,3 +310,13 @@ def test_only_examples_that_are_tensors_are_brought_ahead(monkeypatch: pytest.Mo
     cut = Trimming(torch.full((23,), 4), 4)
     further_train(replace(make(regression(), settings(removal_mode="reweight")), trimming=cut), LANES, 5, last=1)
     assert len(brought) == 1
+
+
+def test_steps_that_are_hardly_ever_alike_are_not_all_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_module, "MOST", 2)
+    total = torch.zeros(())
+    captured = Captured(lambda blocks: total.add_(blocks[0].weights.sum()), lambda: [total], record)
+    for size in (1, 2, 3) * (AFTER + CHECKED + 2):
+        captured([Block((0,), torch.zeros(size, dtype=torch.long), torch.ones(size))])
+    assert Counted.recorded == 2
+    assert float(total) == 6 * (AFTER + CHECKED + 2)

@@ -47,7 +47,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], tuple[int, li
 
         monkeypatch.setattr(size, "is_gpu", lambda _: True)
         monkeypatch.setattr(size, "room", lambda _: memory)
-        monkeypatch.setattr(size, "peak", lambda _: (2 + 3 * sizes[-1]) * MIB)
+        monkeypatch.setattr(size, "peak_reserved", lambda _: (2 + 3 * sizes[-1]) * MIB)
         monkeypatch.setattr(size, "time_stack", time_stack)
         return measure_stack_size(make(regression(), settings()), cells)[0], sizes
 
