@@ -6,7 +6,7 @@
 cell at a time, batches taken out of the tensors at once. It is leaner than ``fimo.workers.definition.train_cell``,
 which is written to be read. *ours* is a shard as a sweep computes it, in stacks of the size that a sweep would choose;
 of BERT one at a time, since choosing takes minutes. Both give deltas: in float64, over fewer epochs, they must agree to
-1e-8 of the largest. In float32 *apart* is rounding: an example of Concrete may cross a ReLU's kink in the one and not in
+1e-8 of the largest. In float32 *apart* is rounding: an example of Concrete may cross a kink of ReLU in one and not in
 the other, which moves deltas by up to a hundredth, as far as the plain loop is from float64 itself. Both are
 warmed up and alternate; time is the process's own CPU time on one thread, and a row is the median of its rounds.
 
