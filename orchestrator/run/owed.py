@@ -30,8 +30,8 @@ Done = Mapping[int, set[tuple[int, ...]]]
 """Seed -> the removals (as index tuples) that its parts hold."""
 
 LARGE, EACH = 8, 5
-"""Places from which on shards are counted, and how many each should have: with one each a thousand GPUs are busy for a
-quarter of the time, with five for two thirds (``benchmarks/fleet.py``)."""
+"""Places from which on shards are counted, and how many each should have: with one each a thousand GPUs are busy for
+three tenths of the time, with five for two thirds (``benchmarks/fleet.py``)."""
 
 
 def current_plan(manifest: Manifest, sweep: Sweep | None, done: Done | None = None) -> Plan:
