@@ -155,10 +155,10 @@ class _Loop:
         return bool(self.flying or self.source.open)
 
     def _copy(self, now: float) -> None:
-        """At the end of a run start late shards once more where nothing runs: a slow or frozen GPU must not be waited for.
+        """At the end of a run start late shards once more where nothing runs: no slow or frozen GPU is waited for.
 
-        Who is first commits the part. Without it a run of five minutes on 1,000 GPUs takes twenty if one of them freezes
-        at its end (``benchmarks/fleet.py``).
+        Who is first commits the part. Without it a run of five minutes on 1,000 GPUs takes twenty if one of them
+        freezes at its end (``benchmarks/fleet.py``).
         """
         late = [
             (flight.ran_s(now), handle)
