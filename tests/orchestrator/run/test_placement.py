@@ -126,10 +126,10 @@ def node_of(label):
 cluster = Cluster(initialize_head=True, head_node_args={**node_of("A10G"), "include_dashboard": False})
 cluster.add_node(**node_of("H100"))
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-from fimo.orchestrator.run import kept, placement, pool
+from fimo.orchestrator.run import nodes, placement
 from fimo.orchestrator.spec.spec import Resources
 where = {node["NodeID"]: node["Labels"].get("ray.io/accelerator-type") for node in ray.nodes()}
-print("slots", *(pool.slots(Resources(accelerator=kind)) for kind in (None, "H100", "L4")))
+print("slots", *(nodes.slots(Resources(accelerator=kind)) for kind in (None, "H100", "L4")))
 def node():
     time.sleep(0.3)  # or one node takes them all
     return ray.get_runtime_context().get_node_id()
