@@ -6,6 +6,7 @@ What is added to an element depends on that element alone, so that an array may 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,11 @@ def _each(count: NDArray[np.int64]) -> NDArray[np.int64] | np.int64:
     """Counts (R, T) to divide (R, T, m) by: one number if they are all the same, which is faster."""
     first: np.int64 = count.flat[0]
     return first if (count == first).all() else count[..., None]
+
+
+def _joined(of: Sequence[object], *names: str) -> Iterator[NDArray[Any]]:
+    """Each named array of several objects, which follow on each other along their second axis."""
+    return (np.concatenate([getattr(one, name) for one in of], axis=1) for name in names)
 
 
 class Welford:
@@ -70,9 +76,7 @@ class Welford:
     def joined(cls, of: Sequence[Welford]) -> Welford:
         """Of arrays that follow on each other along their second axis."""
         out = cls((0, 0))
-        out.count, out.mean, out.m2 = (
-            np.concatenate([getattr(one, name) for one in of], axis=1) for name in ("count", "mean", "m2")
-        )
+        out.count, out.mean, out.m2 = _joined(of, "count", "mean", "m2")
         return out
 
     def sem(self) -> Array:
@@ -114,9 +118,7 @@ class Comoment:
     def joined(cls, of: Sequence[Comoment]) -> Comoment:
         """As ``Welford.joined``."""
         out = cls((0, 0))
-        out._count, out._mean, out._sum = (
-            np.concatenate([getattr(one, name) for one in of], axis=1) for name in ("_count", "_mean", "_sum")
-        )
+        out._count, out._mean, out._sum = _joined(of, "_count", "_mean", "_sum")
         return out
 
     def spread(self, effects: Welford) -> Array:
