@@ -58,7 +58,6 @@ def memory(device: torch.device) -> int:
 def forget_peak(device: torch.device) -> None:
     """Measure a GPU's ``peak`` and ``peak_reserved`` anew."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 

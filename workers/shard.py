@@ -151,7 +151,7 @@ def _grouped(start: Start, groups: Sequence[_Group], size: int) -> tuple[list[Sh
             if size == 1 or not out_of_memory(error):
                 raise
         size //= 2
-        _release()
+        release()
 
 
 def _of_groups(start: Start, groups: Sequence[_Group], size: int) -> list[ShardResult]:
@@ -228,7 +228,7 @@ def in_stacks(
             else:
                 # If memory is not short, vmap may have refused the model: one at a time tells that from a real error.
                 fork, replicas = fork and size > 1, size // 2 if short else 1
-            _release()
+            release()
     return replicas
 
 
@@ -244,7 +244,7 @@ def _floor(start: Start, seed: int, replicas: int) -> Deltas:
             raise
         both = None
     if both is None:
-        _release()
+        release()
         both = further_train(start, [BASELINE], seed)
     return Deltas(both.steps, both.deltas[-1:], both.distances[-1:])
 
@@ -269,7 +269,8 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in text or "out of memory" in text
 
 
-def _release() -> None:
+def release() -> None:
+    """Give back memory that nothing holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -26,7 +26,7 @@ from fimo.workers.stacking import probe
 from fimo.workers.stacking.captured import Recorder, recorder_of
 from fimo.workers.stacking.evaluation import Evals, in_blocks
 from fimo.workers.stacking.masks import Calls, StepMasks
-from fimo.workers.stacking.replay import Graphs
+from fimo.workers.stacking.replay import AFTER, Graphs
 from fimo.workers.stacking.trimming import Trimming, trimming
 
 LOOK_S = 10.0
@@ -114,6 +114,11 @@ class Start:
     def warms(self) -> bool:
         """Whether the first steps of a signature are slower than those that are replayed."""
         return self.graphs is not None or self.captures is not None
+
+    @property
+    def first_steps(self) -> int:
+        """A pass's first steps, which are not as those of a long run are."""
+        return AFTER + 2 if self.warms else 1
 
     @property
     def joins(self) -> bool:

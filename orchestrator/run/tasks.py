@@ -31,7 +31,7 @@ from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables.score import EstimateMatrix
 from fimo.workers.amounts import Removal
-from fimo.workers.device import clock, deterministic, device_name, pick_device, prepare_environment
+from fimo.workers.device import clock, deterministic, device_name, forget_peak, peak, pick_device, prepare_environment
 from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
 from fimo.workers.shard import run_shard
 
@@ -316,7 +316,7 @@ def _block(
     """The values of a block, and what a person should know of them."""
     manifest = resolved.manifest
     digest = value_digest(manifest, task.estimator, task.params, task.at)
-    _reset_peak(device)
+    forget_peak(device)
     removals, span, said = [r.indices for r in task.removals], (task.first, task.count), list[str]()
     named = task.estimator, task.params
     try:
@@ -336,7 +336,7 @@ def _block(
         **({} if engine is None else {"engine": dict(engine.record)}),
         "notes": json.loads(json.dumps(dict(estimate.notes), default=str)),
         "device_seconds": spent,
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes(),
+        "peak_bytes": peak(device) or peak_host_bytes(),
     }
     block = estimates.EstimateBlock(
         digest=digest,
@@ -387,8 +387,3 @@ def _run(
         return estimating.Run(task.seed), None
     engine = engine_of(sweep, resolved, device, tuple(r.indices for r in task.removals))
     return estimating.Run(task.seed, engine.start, engine.replicas), engine
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from fimo.orchestrator.run import tasks
 from fimo.orchestrator.run.owed import current_plan
 from fimo.orchestrator.run.plan import Shard
@@ -17,7 +15,7 @@ from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
 from fimo.orchestrator.sweep import keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.device import clock, deterministic, prepare_environment
+from fimo.workers.device import clock, deterministic, peak, prepare_environment
 from fimo.workers.shard import out_of_memory, run_rates
 
 
@@ -56,7 +54,7 @@ def train_rates(sweep: Sweep, manifests: Sequence[Manifest], final_model: bytes 
             "replicas": engine.replicas,
             "engine": {**engine.record, "rates_together": len(rates)},
             "device_seconds": spent,
-            "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes(),
+            "peak_bytes": peak(device) or peak_host_bytes(),
         }
         for of, result in zip(manifests, results, strict=True):
             data, _ = parts.encode_part(result, shard.removals, of.digest, about)

@@ -14,7 +14,6 @@ from fimo.workers.device import clock
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate
-from fimo.workers.stacking.replay import AFTER
 from fimo.workers.start import Start
 
 STEPS = 24
@@ -53,7 +52,7 @@ def pace(start: Start, lanes: Sequence[Removal], seed: int, budget_s: float) -> 
         FimoError: the stack cannot be trained; what torch raises, such as for want of memory.
     """
     last = steps_recorded(len(start.train), start.settings)[-1]
-    warm = min(last - 1, AFTER + 2 if start.warms else 1)
+    warm = min(last - 1, start.first_steps)
     until = min(last, warm + STEPS)
     due = sorted({*range(1, warm + 1), *range(warm + 2, until + 1, 2), until})
     settings = replace(start.settings, epochs=None, steps=until, evaluate=Evaluate(at_steps=tuple(due)))

@@ -14,8 +14,7 @@ from fimo.workers.device import clock, forget_peak, is_gpu, peak_reserved, room
 from fimo.workers.errors import FimoError
 from fimo.workers.functional import Tensors
 from fimo.workers.further_training import further_train
-from fimo.workers.shard import out_of_memory
-from fimo.workers.stacking.replay import AFTER
+from fimo.workers.shard import out_of_memory, release
 from fimo.workers.start import Start
 
 CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -49,6 +48,9 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
             break
         lanes = [BASELINE, *[removal] * (size - 1)]
         try:
+            if is_gpu(device):
+                # What the last size left would count as this one's.
+                release()
             forget_peak(device)
             seconds[size] = time_stack(start, lanes)
         except FimoError:
@@ -82,7 +84,7 @@ def time_stack(start: Start, lanes: list[Removal], steps: int = 9) -> float:
     device = start.model.device
     read = clock(device)
     # Time steps as a long run takes them: replayed, if the stack's steps are.
-    first = AFTER + 2 if start.warms else 1
+    first = start.first_steps
 
     def run() -> float:
         times: list[float] = []
