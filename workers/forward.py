@@ -200,13 +200,13 @@ def _leans(model: FunctionalModel, params: Tensors, train: Examples, random: boo
     for wide, tolerance in ((True, 1e-7), (False, 1e-3)):
         try:
             whole = _losses(model, params, train.batch(range(size)), wide)
-            scale = _largest(whole)
+            scale = largest(whole)
             for rest in _halves(size):
                 other = _without(train, random, size, rest)
                 if other is not None:
                     batch, places = other
                     losses = _losses(model, params, batch, wide)[places.to(model.device)]
-                    if not _close(whole[torch.tensor(rest, device=model.device)], losses, tolerance, scale):
+                    if not close(whole[torch.tensor(rest, device=model.device)], losses, tolerance, scale):
                         return True
             return False
         except Exception:
@@ -255,17 +255,19 @@ def agree(one: tuple[Tensor, Tensors], other: tuple[Tensor, Tensors], tolerance:
 
     The largest entry is that of all gradients together: one that is zero but for rounding has no scale of its own.
     """
-    scale = max((_largest(g) for g in one[1].values()), default=0.0)
-    return _close(one[0], other[0], tolerance, _largest(one[0])) and all(
-        _close(one[1][name], other[1][name], tolerance, scale) for name in one[1]
+    scale = max((largest(g) for g in one[1].values()), default=0.0)
+    return close(one[0], other[0], tolerance, largest(one[0])) and all(
+        close(one[1][name], other[1][name], tolerance, scale) for name in one[1]
     )
 
 
-def _largest(tensor: Tensor) -> float:
+def largest(tensor: Tensor) -> float:
+    """The largest size of a finite entry; 0 of none."""
     return float(tensor.abs().nan_to_num(0, 0, 0).max()) if tensor.numel() else 0.0
 
 
-def _close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:
+def close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:
+    """Whether two tensors agree to a tolerance, relative to their entries or to ``scale``; NaN agrees with NaN."""
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 

@@ -28,7 +28,7 @@ from fimo.workers.batches import Block
 from fimo.workers.device import deterministic
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
-from fimo.workers.forward import Forward, moved
+from fimo.workers.forward import Forward, largest, moved
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.further_training import Deltas
 from fimo.workers.randomness import kept
@@ -199,7 +199,7 @@ def _same_together(start: Start, subtracted: Subtracted) -> bool:
 
 
 def _agree(one: stacks.Gradients, other: stacks.Gradients, tolerance: float) -> bool:
-    scale = max((float(g.abs().nan_to_num(0, 0, 0).max()) for g in one.values() if g is not None), default=0.0)
+    scale = max((largest(g) for g in one.values() if g is not None), default=0.0)
     for name, a in one.items():
         b = other[name]
         if (a is None) != (b is None):

@@ -18,7 +18,7 @@ from fimo.workers.contract import check, not_finite_keys
 from fimo.workers.device import is_gpu
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
-from fimo.workers.forward import Forward, moved, observe, refuse_mixing
+from fimo.workers.forward import Forward, close, largest, moved, observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, PerExample
 from fimo.workers.randomness import kept, python_state, seed_all, torch_state
 from fimo.workers.settings import FurtherTraining
@@ -222,8 +222,7 @@ def _evaluated(
     except Exception:
         # Whatever the model objects to, nothing is cut.
         return plain, at_final
-    scale = float(at_final.abs().nan_to_num(0, 0, 0).max())
-    same = torch.allclose(again, at_final, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    same = close(again, at_final, tolerance, largest(at_final))
     return (cut, again) if same and away else (plain, at_final)
 
 
@@ -234,8 +233,7 @@ def _same_away(model: FunctionalModel, evals: Examples, cut: Evals, cuts: Trimmi
     away = moved(model.params, 3)
     with model.mode("eval"), kept(model.device):
         whole, short = (model.measure(away, batch) for batch in (evals.batch(chosen), cut.blocks[0]))
-    scale = float(whole.abs().nan_to_num(0, 0, 0).max())
-    return torch.allclose(short, whole, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    return close(short, whole, tolerance, largest(whole))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.errors import FimoError, WorkloadError
+from fimo.workers.forward import largest
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Evaluate, FurtherTraining
 from fimo.workers.shard import out_of_memory
@@ -170,14 +171,14 @@ class Trial:
 
     def _compare(self, size: int, places: list[int], got: Tensor, slack: float) -> Differences:
         plain, base = self.plain[places], self.plain[:1]
-        scale, largest = _largest(self.plain - base), _largest(self.plain)
+        scale, delta = largest(self.plain - base), largest(self.plain)
         least = RELATIVE[self.precision]
         rounding = slack * self.rounding
         off = _off(got, plain).amax(dim=2)
         # An effect is small beside its deltas. If the stack holds the baseline, it is compared for itself.
         off_effects = _off(got - (got[:1] if places[0] == 0 else base), plain - base).amax(dim=2)
-        bound = rounding + least * (scale if self.precision == "float64" else largest)
-        equal = bool((off <= rounding + least * largest).all()) and bool((off_effects <= bound).all())
+        bound = rounding + least * (scale if self.precision == "float64" else delta)
+        equal = bool((off <= rounding + least * delta).all()) and bool((off_effects <= bound).all())
         cell, step = divmod(int(off_effects.argmax()), off_effects.shape[1])
         removal, steps = self.cells[places[cell]], self.settings.evaluate.at_steps or ()
         what = f"the effect of removing {list(removal)}" if removal else "the baseline"
@@ -187,10 +188,6 @@ class Trial:
         )
         rounded = float(self.rounding.max())
         return Differences(equal, float(off.max()), float(off_effects.max()), float(bound.max()), scale, rounded, line)
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.abs().nan_to_num(0, 0, 0).max())
 
 
 def _off(a: Tensor, b: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fimo.workers.batches import Block
+from fimo.workers.forward import close, largest
 from fimo.workers.stacking.read import Read
 from fimo.workers.stacking.replay import AFTER
 
@@ -184,5 +185,4 @@ def _same_step(got: Tensor, expected: Tensor, before: Tensor) -> bool:
         return torch.equal(got, expected)
     tolerance = 1e-9 if got.dtype is torch.float64 else 1e-4
     change = expected - before
-    scale = float(change.abs().nan_to_num(0, 0, 0).max()) if change.numel() else 0.0
-    return torch.allclose(got - before, change, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    return close(got - before, change, tolerance, largest(change))
