@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recorded import under_heading
+from recorded import told
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import RandomSampler
@@ -304,9 +304,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|",
         *rows,
     ]
-    print("\n".join(["", f"## {HEADING}", "", *lines]))
-    if asked.to is not None:
-        under_heading(asked.to, HEADING, lines)
+    told(HEADING, lines, asked.to)
 
 
 if __name__ == "__main__":

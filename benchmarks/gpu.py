@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from engine import Case, image, plain_cell, products_of, tabular, text
-from recorded import under_heading
+from recorded import told
 from torch import Tensor
 
 from fimo.workers.amounts import Removal
@@ -200,9 +200,7 @@ def main() -> None:
         *rows,
         *(["", *whole] if whole else []),
     ]
-    print("\n".join(["", f"## {HEADING}", "", *lines]))
-    if given.to is not None:
-        under_heading(given.to, HEADING, lines)
+    told(HEADING, lines, given.to)
 
 
 if __name__ == "__main__":

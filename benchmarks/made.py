@@ -27,7 +27,7 @@ PROVENANCE = {"device": "made", "device_seconds": 1.0, "peak_bytes": 0}
 def manifest(
     seeds: int, removals: int, steps: int, evals: int, count: int = 0, shard: int = 100, name: str = "made"
 ) -> Manifest:
-    """Of single removals, with ``count`` estimators, half of which have a value for every step."""
+    """Of single removals, with ``count`` estimators."""
     entries: list[Any] = [{"name": "cg", "damping": 0.1 * (i + 1)} for i in range(count)]
     spec = parse(
         {
@@ -78,11 +78,22 @@ def part(of: Manifest, seed: int, removals: Sequence[NamedRemoval], effects: np.
     deltas = random.normal(size=(len(removals) + 2, *effects.shape[1:])) * 1e-3
     deltas[:-2] += effects[[r.number for r in removals]] + deltas[-2]
     deltas[-1] = deltas[-2] + 1e-9
+    return encoded(of, seed, removals, deltas, np.ones(deltas.shape[:2]))
+
+
+def encoded(
+    of: Manifest,
+    seed: int,
+    removals: Sequence[NamedRemoval],
+    deltas: np.ndarray[Any, Any],
+    distances: np.ndarray[Any, Any],
+) -> tuple[str, bytes]:
+    """The key and bytes of a part with these deltas (R + 2, T, m) and distances (R + 2, T)."""
     result = ShardResult(
         seed=seed,
         steps=of.steps,
         deltas=torch.from_numpy(deltas),
-        distances=torch.ones(deltas.shape[:2], dtype=torch.float64),
+        distances=torch.from_numpy(distances),
         replicas=1,
         seconds=1.0,
         peak_bytes=0,

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
+def told(heading: str, lines: Sequence[str], to: Path | None) -> None:
+    """Print the lines under their heading, and keep them in a file if there is one to."""
+    print("\n".join(["", f"## {heading}", "", *lines]))
+    if to is not None:
+        under_heading(to, heading, lines)
+
+
 def under_heading(path: Path, heading: str, lines: Sequence[str]) -> None:
     """Put ``lines`` in place of what stands under ``## heading``; other headings stay as they are.
 

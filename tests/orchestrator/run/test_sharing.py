@@ -13,70 +13,32 @@ from multiprocessing import Pipe
 
 import numpy as np
 import pytest
-import torch
 
-from fimo import estimators
+from benchmarks import made
 from fimo.orchestrator.run import share, sharing
 from fimo.orchestrator.run.blocks import value_digest
 from fimo.orchestrator.run.gather import gather
 from fimo.orchestrator.run.reading import Gathered
-from fimo.orchestrator.spec.canonical import canonical
-from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.spec.spec import parse
 from fimo.orchestrator.store import open_store
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.estimates import EstimateBlock, encode_block
 from fimo.orchestrator.sweep.manifest import Manifest
-from fimo.orchestrator.sweep.parts import encode_part
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.orchestrator.tables.schemas import encode_table
 from fimo.workers.errors import StoreError
-from fimo.workers.shard import ShardResult
 
 SEEDS, REMOVALS, STEPS, EVALS = 7, 9, 5, 11
-PROVENANCE = {"device": "made", "device_seconds": 1.0, "peak_bytes": 0}
 
 
 def manifest() -> Manifest:
-    entries = [{"name": "grad_dot"}, {"name": "cg", "damping": 0.1}, {"name": "cg", "damping": 0.2}]
-    spec = parse(
-        {
-            "name": "made",
-            "workload": "concrete",
-            "removals": {"indices": list(range(REMOVALS))},
-            "seeds": SEEDS,
-            "further_training": {
-                "optimizer": {"name": "sgd", "lr": 0.1},
-                "batch_size": 10,
-                "steps": STEPS,
-                "evaluate": {"every_steps": 1},
-                "removal_mode": "reweight",
-            },
-            "estimators": entries,
-            "resources": {"witnesses": 0, "proof": False},
-        }
-    )
-    named = [one for entry in entries for one in estimators.parse(entry)]
-    return Manifest(
-        spec=spec,
-        beside=".",
-        source="0" * 64,
-        digest="1" * 64,
-        estimate_digest="2" * 64,
-        train=REMOVALS,
-        evals=EVALS,
-        scalars=10,
-        steps=tuple(range(1, STEPS + 1)),
-        removals=tuple(NamedRemoval(i, str(i), (i,)) for i in range(REMOVALS)),
-        estimators=tuple((one.name, canonical(one.params())) for one in named),
-    )
+    return made.manifest(SEEDS, REMOVALS, STEPS, EVALS, count=3)
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory) -> Sweep:
     """Two parts a seed; one seed lacks a part, one has a torn one, cells of two and a baseline have diverged."""
     of, random = manifest(), np.random.default_rng(0)
-    made = Sweep(open_store(str(tmp_path_factory.mktemp("store"))), of.spec.name)
+    sweep = Sweep(open_store(str(tmp_path_factory.mktemp("store"))), of.spec.name)
     common = random.normal(size=(REMOVALS, STEPS, EVALS))
     for seed in range(SEEDS):
         for removals in (of.removals[:4], of.removals[4:]):
@@ -86,30 +48,18 @@ def sweep(tmp_path_factory) -> Sweep:
                 deltas[seed - 1, 2:] = np.nan
             if seed == 5:
                 deltas[-2, 3:] = np.nan
-            result = ShardResult(
-                seed=seed,
-                steps=of.steps,
-                deltas=torch.from_numpy(deltas),
-                distances=torch.from_numpy(random.random(deltas.shape[:2])),
-                replicas=1,
-                seconds=1.0,
-                peak_bytes=0,
-                scale=1.0,
-                at_final=torch.ones(EVALS, dtype=torch.float64),
-            )
-            data, _ = encode_part(result, removals, of.digest, PROVENANCE)
+            key, data = made.encoded(of, seed, removals, deltas, random.random(deltas.shape[:2]))
             if (seed, removals[0].number) != (2, 0):
-                data = data[:-9] if (seed, removals[0].number) == (3, 4) else data
-                made.store.put(keys.part(made.name, of.digest, seed, removals), data)
+                sweep.store.put(key, data[:-9] if (seed, removals[0].number) == (3, 4) else data)
     for number, (name, params) in enumerate(of.estimators):
         # Of every step, of some, and of the last alone, so that some share has no step of it.
         steps = [None, of.steps[:3:2], of.steps[-1:]][number]
         values = random.normal(size=(REMOVALS, EVALS) if steps is None else (len(steps), REMOVALS, EVALS))
         digest = value_digest(of, name, params)
-        block = EstimateBlock(digest, name, params, of.removals, 0, steps, values, {**PROVENANCE, "notes": {}})
-        key = keys.block(keys.estimates(made.name, digest, name, params), of.removals, 0, EVALS)
-        made.store.put(key, encode_block(block)[0])
-    return made
+        block = EstimateBlock(digest, name, params, of.removals, 0, steps, values, {**made.PROVENANCE, "notes": {}})
+        key = keys.block(keys.estimates(sweep.name, digest, name, params), of.removals, 0, EVALS)
+        sweep.store.put(key, encode_block(block)[0])
+    return sweep
 
 
 @pytest.fixture(scope="module")
