@@ -186,7 +186,7 @@ class _Loop:
 
     def _parted(self, flight: _Flight) -> bool:
         """Whether a copy of a task that has ended, or is given up, still runs; from now on by itself."""
-        other = self.flying.get(flight.twin) if flight.twin is not None else None
+        other = self.flying.get(flight.twin)
         if other is not None:
             other.twin = None
         return other is not None
