@@ -99,6 +99,7 @@ def test_rooms_import_only_the_rooms_below_them(room: str) -> None:
 def test_ray_is_imported_where_tasks_are_scheduled_and_where_jobs_are_submitted_and_nowhere_else() -> None:
     assert importers("ray") == {
         "orchestrator/run/connect.py",
+        "orchestrator/run/entry.py",
         "orchestrator/run/nodes.py",
         "orchestrator/run/pool.py",
         "orchestrator/search/tune.py",

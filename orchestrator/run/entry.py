@@ -2,7 +2,8 @@
 
 Python cannot import torch twice: after an import that failed halfway, every later one fails too, each time in another
 way. A worker in that state would take task after task and fail them all. So this module imports nothing but the
-standard library, what it is given is bytes, and a worker whose imports fail says why, once, and ends.
+standard library and Ray, which runs it; what it is given is bytes, and a worker whose imports fail says why, once, and
+ends.
 """
 
 from __future__ import annotations
@@ -20,22 +21,25 @@ LAST_WORDS_S = 1.0
 _broken = threading.Event()
 
 
-def enter(shared: bytes, final_model: list[Any], task: bytes) -> Any:
+def enter(shared: list[Any], final_model: list[Any], task: bytes) -> Any:
     """Run a task in this process and return its receipt.
 
     Args:
-        shared: the pickled function that runs tasks, sweep and manifest; ``task``: pickled too.
+        shared: a reference to the pickled function that runs tasks, sweep and manifest, in a list; ``task``: pickled.
 
     Raises:
         Exception: the task's own error, or that of the imports that it needs.
     """
+    import ray
+
     if _broken.is_set():
         # The driver counts a worker's death, but no failure, against what waits here.
         time.sleep(60 * LAST_WORDS_S)
+    pickled = ray.get(shared[0])
     try:
         # What is imported for the first task is no garbage: to look for some takes a tenth of torch's import.
         gc.disable()
-        work, sweep, manifest = pickle.loads(shared)
+        work, sweep, manifest = pickle.loads(pickled)
         wanted = pickle.loads(task)
     except Exception:
         _broken.set()

@@ -123,8 +123,9 @@ class RayPool:
         )
         self._enter = self._work = remote(enter)
         # Every task unpickles these, and carries removals of its own: the sweep's whole list stays here.
-        self._shared = ray.put(pickle.dumps((_work, sweep, dataclasses.replace(manifest, removals=()))))
-        # In a list, the reference itself travels, not the bytes.
+        # In a list, a reference itself travels. As an argument of its own Ray asks a node that holds the bytes for a
+        # worker, and waits for ever for one that has frozen, whatever nodes the task may run on.
+        self._shared = [ray.put(pickle.dumps((_work, sweep, dataclasses.replace(manifest, removals=()))))]
         self._final = [ray.put(final_model)]
         self._flying: dict[Any, Any] = {}
         self._cancelled = False
@@ -161,12 +162,14 @@ class RayPool:
             self._hear(receipt.node)
         except errors.RayTaskError as error:
             cause = getattr(error, "cause", None)
+            if isinstance(cause, errors.RayError):
+                return _lost(cause)
             if isinstance(cause, ImportError) or CANNOT_IMPORT in str(error):
                 return Failed(UnableError(_lacking(error, cause)), str(error))
             return Failed(cause if isinstance(cause, BaseException) else error, str(error))
         except errors.RayError as error:
             # Not the task's own error: worker, node, owner or object lost, memory, environment.
-            return Lost((str(error).strip().splitlines() or [type(error).__name__])[0])
+            return _lost(error)
         return receipt
 
     def cancel(self, handle: Hashable) -> None:
@@ -251,6 +254,10 @@ class RayPool:
     def close(self) -> None:
         """Look at the nodes no more."""
         self._watch.stop()
+
+
+def _lost(error: BaseException) -> Lost:
+    return Lost((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _lacking(error: Exception, cause: object) -> str:

@@ -163,11 +163,19 @@ class _Loop:
         late = [
             (flight.ran_s(now), handle)
             for handle, flight in self.flying.items()
-            if not flight.copied and isinstance(flight.task, Shard)
-            if self.lateness.is_late(flight.task, flight.ran_s(now))
+            if isinstance(flight.task, Shard) and self.lateness.is_late(flight.task, flight.ran_s(now))
         ]
-        idle = max(0, self.slots - len(self.flying))
-        for _, handle in sorted(late, key=itemgetter(0), reverse=True)[:idle]:
+        if not late:
+            return
+        if self.pool.doubt(max(late, key=itemgetter(0))[0]):
+            # A copy on the node that has frozen would wait as the first one does.
+            self._withdraw()
+            return
+        # What is late may be on nodes that are avoided now, and so be in no slot.
+        away = min(len(late), max(0, self.most - self.slots))
+        idle = max(0, self.slots - (len(self.flying) - away))
+        owed = [one for one in late if not self.flying[one[1]].copied]
+        for _, handle in sorted(owed, key=itemgetter(0), reverse=True)[:idle]:
             flight = self.flying[handle]
             flight.twin, flight.copied = self.pool.submit(flight.task), True
             self.flying[flight.twin] = _Flight(flight.task, twin=handle, copied=True)

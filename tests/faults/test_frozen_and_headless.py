@@ -16,13 +16,12 @@ from tests.faults.processes import FIMO, environment, fimo, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SEEDS = 12
-CELLS = 5 * SEEDS
+SEEDS, LONGER = 12, 240
+"""Seeds of a sweep in which a node freezes, and of one that outlasts the half minute in which a head is missed."""
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    return sweeps.write_project(tmp_path / "project", seeds=SEEDS, epochs=40).parent
+def project(folder: Path, seeds: int) -> Path:
+    return sweeps.write_project(folder / "project", seeds=seeds, epochs=40).parent
 
 
 @pytest.fixture
@@ -76,10 +75,10 @@ def undisturbed(project: Path) -> dict[str, bytes]:
 
 
 def test_while_one_of_two_nodes_is_frozen_the_other_goes_on_to_the_end(
-    cluster: subprocess.Popen[str], project: Path, tmp_path: Path
+    cluster: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    store, log = sweeps.folder_store(tmp_path / "store"), tmp_path / "log"
-    driver = start(cluster, project, store, log)
+    store, log, folder = sweeps.folder_store(tmp_path / "store"), tmp_path / "log", project(tmp_path, SEEDS)
+    driver = start(cluster, folder, store, log)
     tell(cluster, "freeze")
     try:
         frozen_at, parts = time.monotonic(), len(sweeps.part_keys(store))
@@ -88,14 +87,14 @@ def test_while_one_of_two_nodes_is_frozen_the_other_goes_on_to_the_end(
         assert time.monotonic() - frozen_at < 200
     finally:
         tell(cluster, "thaw")
-    sweeps.check_sound(store, undisturbed(project), CELLS)
+    sweeps.check_sound(store, undisturbed(folder), 5 * SEEDS)
 
 
 def test_a_driver_whose_head_is_killed_ends_within_a_minute_with_a_line_of_ours_and_resumes(
-    cluster: subprocess.Popen[str], project: Path, tmp_path: Path
+    cluster: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    store, log = sweeps.folder_store(tmp_path / "store"), tmp_path / "log"
-    driver = start(cluster, project, store, log)
+    store, log, folder = sweeps.folder_store(tmp_path / "store"), tmp_path / "log", project(tmp_path, LONGER)
+    driver = start(cluster, folder, store, log)
     tell(cluster, "behead")
     began = time.monotonic()
     assert driver.wait(timeout=90) == 3, log.read_text()
@@ -104,6 +103,6 @@ def test_a_driver_whose_head_is_killed_ends_within_a_minute_with_a_line_of_ours_
     assert "the Ray head has not answered for" in text
     assert "Traceback" not in text
     assert "The program will terminate" not in text
-    resumed = fimo("resume", f"{store.uri}/tiny", environment=environment({}), cwd=project)
+    resumed = fimo("resume", f"{store.uri}/tiny", environment=environment({}), cwd=folder)
     assert resumed.returncode == 0, resumed.stderr
-    sweeps.check_sound(store, undisturbed(project), CELLS)
+    sweeps.check_sound(store, undisturbed(folder), 5 * LONGER)

@@ -7,7 +7,8 @@ import sys
 import time
 
 BROKEN = """
-import gc, pickle, sys
+import gc, pickle, sys, types
+sys.modules["ray"] = types.SimpleNamespace(get=lambda reference: reference)
 class Broken:
     def __reduce__(self):
         return __import__, ("no_such_module",)
@@ -15,11 +16,11 @@ from fimo.orchestrator.run import entry
 assert "torch" not in sys.modules
 entry.LAST_WORDS_S = 0.2
 try:
-    entry.enter(pickle.dumps(Broken()), [], b"")
+    entry.enter([pickle.dumps(Broken())], [], b"")
 except ImportError as error:
     print("said:", error, flush=True)
 assert gc.isenabled()
-entry.enter(pickle.dumps(Broken()), [], b"")
+entry.enter([pickle.dumps(Broken())], [], b"")
 print("took another task", flush=True)
 """
 

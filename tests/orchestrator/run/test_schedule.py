@@ -430,3 +430,34 @@ def test_nothing_is_copied_while_there_is_other_work_or_no_idle_slot(quick_copie
     outcome = drive(shards(10), busy, should_stop=lambda: next(stop, "enough"), poll_s=0.01)
     assert busy.started.count(Shard(9, ONE)) == 1
     assert outcome.stopped == "enough"
+
+
+def test_a_copy_waits_until_the_node_that_has_frozen_is_avoided(quick_copies):
+    class OneFrozenNode(OneSlowNode):
+        """What runs on the frozen node ends never, and so does a copy begun before it is doubted."""
+
+        doubted, hangs = False, ()
+
+        def slots(self):
+            return 1 if self.doubted else 2
+
+        def doubt(self, seconds):
+            self.doubted, before = True, self.doubted
+            return not before
+
+        def submit(self, task):
+            handle = super().submit(task)
+            if task.seed == 9 and not self.doubted:
+                self.hangs = (*self.hangs, handle)
+            return handle
+
+        def wait(self, timeout_s):
+            time.sleep(0.01)
+            ended = [handle for handle in self.flying if handle not in self.hangs]
+            return [(handle, receipt(self.flying.pop(handle))) for handle in ended[:1]]
+
+    pool, stop = OneFrozenNode(None), iter([None] * 200)
+    outcome = drive(shards(10), pool, should_stop=lambda: next(stop, "hangs"), poll_s=0.01)
+    assert outcome.stopped is None
+    assert len(outcome.receipts) == 10
+    assert pool.started.count(Shard(9, ONE)) == 2
