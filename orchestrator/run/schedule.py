@@ -143,8 +143,7 @@ class _Loop:
         window = WINDOW * max(1, self.most)
         stuck = [f.ran_s(now) for f in self.flying.values() if self.lateness.is_stuck(f.task, f.ran_s(now))]
         window += len(stuck)
-        if stuck and self.pool.doubt(max(stuck)):
-            self._withdraw()
+        self._doubts(stuck)
         if (room := window - len(self.flying)) > 0:
             tasks = [self.again.popleft() for _ in range(min(room, len(self.again)))]
             tasks += self.source.take(room - len(tasks))
@@ -165,11 +164,8 @@ class _Loop:
             for handle, flight in self.flying.items()
             if isinstance(flight.task, Shard) and self.lateness.is_late(flight.task, flight.ran_s(now))
         ]
-        if not late:
-            return
-        if self.pool.doubt(max(late, key=itemgetter(0))[0]):
-            # A copy on the node that has frozen would wait as the first one does.
-            self._withdraw()
+        if self._doubts([seconds for seconds, _ in late]):
+            # A copy on the node that has frozen would wait as the first one does: it is made in the next turn.
             return
         # What is late may be on nodes that are avoided now, and so be in no slot.
         away = min(len(late), max(0, self.most - self.slots))
@@ -180,8 +176,13 @@ class _Loop:
             flight.twin, flight.copied = self.pool.submit(flight.task), True
             self.flying[flight.twin] = _Flight(flight.task, twin=handle, copied=True)
 
-    def _withdraw(self) -> None:
-        """Hand what has not begun over again: it may wait for a node that has frozen, and Ray would let it."""
+    def _doubts(self, seconds: Sequence[float]) -> bool:
+        """Whether a node is newly avoided, since tasks have run for so long; what has not begun is handed over again.
+
+        It may wait for a node that has frozen, and Ray would let it.
+        """
+        if not seconds or not self.pool.doubt(max(seconds)):
+            return False
         waiting = [handle for handle, flight in self.flying.items() if flight.running is None]
         for handle in reversed(waiting):
             self.pool.cancel(handle)
@@ -191,6 +192,7 @@ class _Loop:
                 other.copied = False
             if not self._parted(flight):
                 self.again.appendleft(flight.task)
+        return True
 
     def _parted(self, flight: _Flight) -> bool:
         """Whether a copy of a task that has ended, or is given up, still runs; from now on by itself."""
