@@ -167,8 +167,8 @@ class _Loop:
         if self._doubts([seconds for seconds, _ in late]):
             # A copy on the node that has frozen would wait as the first one does: it is made in the next turn.
             return
-        # What is late may be on nodes that are avoided now, and so be in no slot.
-        away = min(len(late), max(0, self.most - self.slots))
+        # What is late may be on nodes that are avoided now, or still wait for one: more of it than they have slots.
+        away = len(late) if self.most > self.slots else 0
         idle = max(0, self.slots - (len(self.flying) - away))
         owed = [one for one in late if not self.flying[one[1]].copied]
         for _, handle in sorted(owed, key=itemgetter(0), reverse=True)[:idle]:
