@@ -23,6 +23,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from torch import Tensor
 from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, device_name, forget_peak, peak
+from fimo.workers.joined import run_shards
 from fimo.workers.settings import Evaluate
-from fimo.workers.shard import run_shards
 from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.stacking.together import start_of
 from fimo.workers.start import Engine, Start
@@ -72,7 +73,7 @@ def apart(case: Case, start: Start, epochs: int) -> float:
     shards: list[tuple[Sequence[Removal], int]] = [([(7,), (14,)], seed) for seed in (0, 1)]
     got = run_shards(replace(start, settings=replace(few, removal_mode=start.settings.removal_mode)), shards, 6)
     worst, largest = 0.0, float(start.at_final.abs().max())
-    for result, (removals, seed) in zip(got, shards, strict=True):
+    for result, (removals, seed) in zip(chain.from_iterable(got), shards, strict=True):
         for row, removal in enumerate([*removals, ()]):
             with deterministic(torch.device("cpu")):
                 plain = train_cell(case.workload, few, removal, seed).deltas
@@ -122,7 +123,7 @@ def measured(name: str, case: Case, precision: Any, asked: Asked) -> str:
             continue
 
         def work(way: str = way, own: Start = own) -> None:
-            results[way] = [result.deltas for result in run_shards(own, shards, size)]
+            results[way] = [result.deltas for result in chain.from_iterable(run_shards(own, shards, size))]
 
         work()
         took[way] = per * seconds(work, asked.device)
@@ -153,9 +154,8 @@ def grid(asked: Asked) -> str:
     together = max(1, size // cells)
 
     def work() -> None:
-        for first in range(0, every, together):
-            seeds = range(first, min(first + together, every))
-            run_shards(start, [(removals, seed) for seed in seeds], size)
+        for _ in run_shards(start, [(removals, seed) for seed in range(every)], size):
+            pass
 
     took = seconds(work, asked.device)
     return (

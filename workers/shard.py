@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -87,114 +87,10 @@ def run_shard(
     order = [*range(1, len(cells)), 0]
     deltas = torch.stack([*(results[place][0] for place in order), floor.deltas[0]])
     distances = torch.stack([*(results[place][1] for place in order), floor.distances[0]])
-    _copy_before_first_difference(start, removals, seed, deltas, distances)
+    copy_before_first_difference(start, removals, seed, deltas, distances)
     scale, seconds = float(start.at_final.square().mean().sqrt()), time.monotonic() - started
     taken = peak(start.model.device)
     return ShardResult(seed, floor.steps, deltas, distances, replicas, seconds, taken, scale, start.at_final)
-
-
-@dataclass(frozen=True)
-class _Lane:
-    """A replica: what it removes, its seed, and its learning rate if that is not the settings'."""
-
-    removal: Removal
-    seed: int
-    rate: float | None = None
-
-
-def run_shards(start: Start, shards: Sequence[tuple[Sequence[Removal], int]], replicas: int) -> list[ShardResult]:
-    """``run_shard`` of several (removals, seed), in the same stacks where that may be: one result for each.
-
-    One seed's replicas may be too few to keep a GPU busy. A replica's numbers are those of its own stack to rounding.
-    ``seconds`` is an even share of the whole's. Nothing is forked; stacks halve when memory runs out.
-    """
-    if len(shards) == 1 or not start.joins or replicas <= 1:
-        return [run_shard(start, removals, seed, replicas) for removals, seed in shards]
-    started = time.monotonic()
-    forget_peak(start.model.device)
-    groups = [(removals, [_Lane(cell, seed) for cell in (BASELINE, *removals)]) for removals, seed in shards]
-    results, size = _grouped(start, groups, replicas)
-    spent, taken = (time.monotonic() - started) / len(shards), peak(start.model.device)
-    return [replace(result, replicas=size, seconds=spent, peak_bytes=taken) for result in results]
-
-
-def run_rates(
-    start: Start, removals: Sequence[Removal], seed: int, replicas: int, rates: Sequence[float]
-) -> list[ShardResult]:
-    """``run_shard`` at several learning rates, all in the same stacks: one result for each rate.
-
-    A replica's numbers are those of its own stack to rounding. ``seconds`` is an even share of the whole's, and peak
-    memory is not measured. Nothing is forked, and memory that runs out is the caller's to handle.
-
-    Args:
-        rates: in place of the settings' learning rate, each once.
-    """
-    started, cells = time.monotonic(), [BASELINE, *removals]
-    groups = [(removals, [_Lane(cell, seed, rate) for cell in cells]) for rate in rates]
-    results = _of_groups(start, groups, replicas if start.engine.stack else 1)
-    spent = (time.monotonic() - started) / len(rates)
-    return [replace(result, seconds=spent) for result in results]
-
-
-_Group = tuple[Sequence[Removal], Sequence[_Lane]]
-"""What makes one result: removals, and their lanes, the baseline's first."""
-
-
-def _grouped(start: Start, groups: Sequence[_Group], size: int) -> tuple[list[ShardResult], int]:
-    """The groups in stacks of at most ``size``, halved when memory runs out; and the size in the end."""
-    while True:
-        try:
-            return _of_groups(start, groups, size), size
-        except FimoError:
-            raise
-        except Exception as error:
-            if size == 1 or not out_of_memory(error):
-                raise
-        size //= 2
-        release()
-
-
-def _of_groups(start: Start, groups: Sequence[_Group], size: int) -> list[ShardResult]:
-    every = [lane for _, lanes in groups for lane in lanes]
-    done = [_trained(start, every[i : i + size]) for i in range(0, len(every), size)]
-    deltas, distances = (torch.cat([getattr(one, name) for one in done]) for name in ("deltas", "distances"))
-    scale, results, first = float(start.at_final.square().mean().sqrt()), list[ShardResult](), 0
-    floors = _floors(start, [lanes[0] for _, lanes in groups], size)
-    for (removals, lanes), floor in zip(groups, floors, strict=True):
-        rows = slice(first, first + len(lanes))
-        first = rows.stop
-        moved, far = _in_order(deltas[rows], floor.deltas), _in_order(distances[rows], floor.distances)
-        seed = lanes[0].seed
-        _copy_before_first_difference(start, removals, seed, moved, far)
-        results.append(ShardResult(seed, floor.steps, moved, far, size, 0.0, 0, scale, start.at_final))
-    return results
-
-
-def _floors(start: Start, baselines: Sequence[_Lane], size: int) -> list[Deltas]:
-    """Each group's second baseline, as in ``run_shard`` in a stack of another size than the first's."""
-    if len({lane.seed for lane in baselines}) == 1:
-        alone = 2 if size == 1 and start.engine.stack else 1
-        return [_trained(start, [lane] * alone) for lane in baselines]
-    # Of several seeds together, in stacks of another size than the first's: smaller ones, since larger may not fit.
-    each, done = max(1, size - 1), list[Deltas]()
-    for first in range(0, len(baselines), each):
-        some = _trained(start, baselines[first : first + each])
-        done += [
-            replace(some, deltas=some.deltas[i : i + 1], distances=some.distances[i : i + 1])
-            for i in range(len(some.deltas))
-        ]
-    return done
-
-
-def _in_order(rows: Tensor, second: Tensor) -> Tensor:
-    """The baseline first, to the order of a ``ShardResult``."""
-    return torch.cat([rows[1:], rows[:1], second[-1:]])
-
-
-def _trained(start: Start, lanes: Sequence[_Lane]) -> Deltas:
-    rates = [lane.rate for lane in lanes if lane.rate is not None]
-    seeds = [lane.seed for lane in lanes]
-    return further_train(start, [lane.removal for lane in lanes], seeds, rates=rates or None)
 
 
 def in_stacks(
@@ -249,7 +145,7 @@ def _floor(start: Start, seed: int, replicas: int) -> Deltas:
     return Deltas(both.steps, both.deltas[-1:], both.distances[-1:])
 
 
-def _copy_before_first_difference(
+def copy_before_first_difference(
     start: Start, removals: Sequence[Removal], seed: int, deltas: Tensor, distances: Tensor
 ) -> None:
     """Make the effect exactly 0 while a cell has seen only the baseline's batches, whatever the stack rounded."""

@@ -16,7 +16,8 @@ from fimo.orchestrator.sweep import keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.device import clock, deterministic, peak, prepare_environment
-from fimo.workers.shard import out_of_memory, run_rates
+from fimo.workers.joined import run_rates
+from fimo.workers.shard import out_of_memory
 
 
 def train_rates(sweep: Sweep, manifests: Sequence[Manifest], final_model: bytes | None, gpu: int = 0) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, prepare_environment
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
+from fimo.workers.joined import run_shards
 from fimo.workers.proof import prove
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
-from fimo.workers.shard import run_shard, run_shards
+from fimo.workers.shard import run_shard
 from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.trial import Case
@@ -90,7 +92,8 @@ def test_launched_steps_have_the_numbers_of_those_that_are_run(workload, optimiz
             return lambda: launches.append(launch())
 
         launched, run = (
-            run_shards(replace(start, captures=how), [(REMOVALS, 5), (REMOVALS, 6)], 10) for how in (counted, None)
+            chain.from_iterable(run_shards(replace(start, captures=how), [(REMOVALS, 5), (REMOVALS, 6)], 10))
+            for how in (counted, None)
         )
     assert len(launches) > 30
     for one, other in zip(launched, run, strict=True):

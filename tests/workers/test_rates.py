@@ -9,8 +9,9 @@ import torch
 
 from fimo.workers.definition import train_cell
 from fimo.workers.further_training import further_train
+from fimo.workers.joined import run_rates
 from fimo.workers.settings import FurtherTraining
-from fimo.workers.shard import run_rates, run_shard
+from fimo.workers.shard import run_shard
 from tests.workers.problems import classification, every_step, make, regression, settings
 from tests.workers.test_against_definition import OPTIMIZERS
 

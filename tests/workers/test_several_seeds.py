@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
 from torch import nn
 
-from fimo.workers import shard
+from fimo.workers import joined, shard
 from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.errors import UsageError
 from fimo.workers.further_training import further_train
+from fimo.workers.joined import run_shards, train_again
 from fimo.workers.settings import Evaluate, Optimizer
-from fimo.workers.shard import run_shard, run_shards
+from fimo.workers.shard import ShardResult, run_shard
 from fimo.workers.start import Engine
 from fimo.workers.workload import Workload
 from tests.support.recorded import Counted, record
@@ -23,6 +26,10 @@ from tests.workers.problems import classification, make, regression, sentences, 
 SHARDS: list[tuple[list[Removal], int]] = [([(3,), (4, 9), (22,)], 5), ([(3,), (4, 9), (22,)], 6), ([(0,)], 11)]
 ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
 SGD = Optimizer("sgd", lr=0.02, momentum=0.9)
+
+
+def all_of(stacks: Iterable[list[ShardResult]]) -> list[ShardResult]:
+    return list(chain.from_iterable(stacks))
 
 
 def normed() -> Workload:
@@ -46,7 +53,7 @@ def normed() -> Workload:
 def test_shards_together_are_each_as_by_the_definition(workload, optimizer, mode, replicas, fold) -> None:
     chosen = settings(optimizer, removal_mode=mode, epochs=2, evaluate=Evaluate(every_epochs=1), clip_norm=0.5)
     start = make(workload(), chosen).using(Engine(fold=fold))
-    for got, (removals, seed) in zip(run_shards(start, SHARDS, replicas), SHARDS, strict=True):
+    for got, (removals, seed) in zip(all_of(run_shards(start, SHARDS, replicas)), SHARDS, strict=True):
         assert (got.seed, got.replicas) == (seed, replicas)
         assert got.deltas.shape == (len(removals) + 2, 2, len(start.at_final))
         for row, removal in enumerate([*removals, (), ()]):
@@ -58,7 +65,7 @@ def test_shards_together_are_each_as_by_the_definition(workload, optimizer, mode
 def test_a_step_of_several_seeds_is_launched_with_the_same_numbers() -> None:
     start = make(regression(), settings(SGD, removal_mode="reweight", epochs=9, evaluate=Evaluate(every_epochs=1)))
     start, Counted.launched = replace(start, graphs=None), 0
-    launched, run = (run_shards(replace(start, captures=r), SHARDS, 64) for r in (record, None))
+    launched, run = (all_of(run_shards(replace(start, captures=r), SHARDS, 64)) for r in (record, None))
     assert Counted.launched > 20
     for got, expected in zip(launched, run, strict=True):
         torch.testing.assert_close(got.deltas, expected.deltas, rtol=1e-12, atol=1e-12)
@@ -67,41 +74,80 @@ def test_a_step_of_several_seeds_is_launched_with_the_same_numbers() -> None:
 def test_a_forward_that_draws_is_trained_seed_by_seed() -> None:
     chosen = settings(SGD, removal_mode="drop", precision="float32")
     start = make(regression(middle=nn.Dropout(0.5)), chosen)
-    together = run_shards(start, SHARDS, 4)
+    together = all_of(run_shards(start, SHARDS, 4))
     for got, (removals, seed) in zip(together, SHARDS, strict=True):
         assert torch.equal(got.deltas, run_shard(start, removals, seed, 4).deltas)
     with pytest.raises(UsageError, match="several seeds"):
         further_train(start, [(), ()], [1, 2])
 
 
-@pytest.mark.parametrize(("fit", "first"), [(4, [10, 8, 4, 4]), (2, [10, 8, 4, 2])])
-def test_stacks_of_several_seeds_halve_when_memory_runs_out(
-    monkeypatch: pytest.MonkeyPatch, fit: int, first: list[int]
-) -> None:
-    start, right, sizes = make(regression(), settings(removal_mode="drop")), further_train, list[int]()
-
-    def bounded(start, lanes, *more, **options):
-        sizes.append(len(lanes))
-        if len(lanes) > fit:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return right(start, lanes, *more, **options)
-
-    expected = run_shards(start, SHARDS, 64)
-    monkeypatch.setattr(shard, "further_train", bounded)
-    got = run_shards(start, SHARDS, 16)
-    assert sizes[:4] == first
-    assert {result.replicas for result in got} == {fit}
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one.deltas, other.deltas, rtol=1e-10, atol=1e-10)
-
-
-def test_the_second_baselines_are_of_another_stack_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    start, right, sizes = make(regression(), settings(removal_mode="drop")), further_train, list[int]()
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the stacks of several shards, as they are trained."""
+    right, sizes = further_train, list[int]()
 
     def counted(start, lanes, *more, **options):
         sizes.append(len(lanes))
         return right(start, lanes, *more, **options)
 
-    monkeypatch.setattr(shard, "further_train", counted)
-    run_shards(start, [([(3,)], 5), ([(3,)], 6), ([(3,)], 7)], 3)
-    assert sizes == [3, 3, 2, 1]
+    monkeypatch.setattr(joined, "further_train", counted)
+    return sizes
+
+
+EACH: list[tuple[list[Removal], int]] = [([(3,)], seed) for seed in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"),
+    [
+        (64, [14, 7]),
+        (8, [8, 4, 6, 3]),
+        (5, [4, 2, 4, 2, 4, 2]),
+        (3, []),
+        (1, []),
+    ],
+)
+def test_a_stack_holds_whole_shards_and_all_stacks_are_of_like_size(trained, size: int, sizes: list[int]) -> None:
+    start = make(regression(), settings(removal_mode="drop"))
+    assert [result.seed for result in all_of(run_shards(start, EACH, size))] == list(range(7))
+    assert trained == sizes, "each stack, and its second baselines in a stack of another size"
+
+
+@pytest.mark.parametrize(
+    ("fit", "sizes"),
+    [(14, [14, 7]), (8, [14, 6, 3, 4, 2, 4, 2]), (4, [14, 6, 1])],
+    ids=["it fits", "half fits", "no two fit"],
+)
+def test_a_stack_that_memory_does_not_hold_is_cut_and_what_is_done_stays_done(
+    monkeypatch: pytest.MonkeyPatch, fit: int, sizes: list[int]
+) -> None:
+    start, right, met = make(regression(), settings(removal_mode="drop")), further_train, list[int]()
+
+    def bounded(start, lanes, *more, **options):
+        met.append(len(lanes))
+        if len(lanes) > fit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return right(start, lanes, *more, **options)
+
+    expected = all_of(run_shards(start, EACH, 64))
+    monkeypatch.setattr(joined, "further_train", bounded)
+    monkeypatch.setattr(shard, "further_train", bounded)
+    got = all_of(run_shards(start, EACH, 64))
+    assert met[: len(sizes)] == sizes
+    assert [result.seed for result in got] == list(range(7))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.deltas, other.deltas, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
+@pytest.mark.parametrize(("size", "together"), [(64, True), (3, False), (2, False), (1, False)])
+def test_a_cell_is_trained_again_bit_for_bit_in_the_stack_that_it_was_part_of(mode, size, together) -> None:
+    chosen = settings(SGD, removal_mode=mode, precision="float32", epochs=2, evaluate=Evaluate(every_steps=1))
+    start = make(regression(), chosen)
+    shards: list[tuple[list[Removal], int]] = [([(3,), (4, 9), (22,), (0,)], 5), ([(1,), (17,)], 6), ([(3,)], 6)]
+    for which, result in enumerate(all_of(run_shards(start, shards, size))):
+        own = (shards, which) if together else ([shards[which]], 0)
+        for row in range(len(shards[which][0])):
+            cell, baseline = train_again(start, *own, row, size)
+            assert torch.equal(cell, result.deltas[row])
+            assert torch.equal(baseline, result.deltas[-2])
