@@ -1,8 +1,8 @@
 """The proof of the engine: a few cells of the sweep by the plain definition and as the sweep will train them.
 
 What makes further training fast (stacks, folded batches, traced steps) is trusted on a model, its data and a device
-only after it has given the definition's numbers there. A way that gives others is given up: first tracing, then
-folding, then stacking. If one replica at a time is still unequal, the sweep is refused.
+only after it has given the definition's numbers there. A way that gives others is given up: first several seeds in one
+stack, then tracing, then folding, then stacking. If one replica at a time is still unequal, the sweep is refused.
 
 ``fimo.workers.trial`` makes the comparison.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,14 +26,18 @@ from fimo.workers.functional import FunctionalModel
 from fimo.workers.settings import Evaluate
 from fimo.workers.stacking.replay import AFTER
 from fimo.workers.start import Engine, Start, start_from
-from fimo.workers.trial import LENIENT, SLACK, Case, Differences, Trial, where
+from fimo.workers.trial import LENIENT, SEEDS, SLACK, Case, Differences, Trial, where
 
-LEVELS = (
-    Engine(),
-    Engine(replay=False),
-    Engine(replay=False, trim=False),
-    Engine(replay=False, trim=False, fold=False),
-    Engine(replay=False, trim=False, fold=False, stack=False),
+LEVELS = tuple(
+    replace(level, join=join)
+    for level in (
+        Engine(),
+        Engine(replay=False),
+        Engine(replay=False, trim=False),
+        Engine(replay=False, trim=False, fold=False),
+        Engine(replay=False, trim=False, fold=False, stack=False),
+    )
+    for join in (True, False)
 )
 BUDGET_S = 60.0
 
@@ -86,14 +90,17 @@ def prove(case: Case, start: Start, budget_s: float = BUDGET_S) -> Verdict:
     begun = time.monotonic()
     step_s = _time_a_step(case, start)
     cells = choose_cells(case, len(start.train))
-    steps = choose_steps(start, len(cells), step_s, budget_s)
+    if not start.joins:
+        case = replace(case, joint=())
+    count = len(cells) + (2 * SEEDS if case.joint else 0)
+    steps = choose_steps(start, count, step_s, budget_s)
     trials = [Trial(case, start, cells, steps)]
-    if case.settings.precision != "float64" and 3 * len(cells) * steps[-1] * step_s < budget_s:
+    if case.settings.precision != "float64" and 3 * count * steps[-1] * step_s < budget_s:
         trials += _widened(case, start, cells, steps)
     lines: list[str] = []
-    for engine, path in _ways(start):
+    for engine, path in _ways(case, start):
         stacks = _stack_sizes(case) if engine.stack else [1]
-        outcome = _hold(trials, engine, stacks, len(cells))
+        outcome = _hold(trials, engine, stacks, case.joint)
         if all(o.equal for o in outcome):
             precisions: dict[str, Mapping[str, float]] = {
                 trial.precision: o.json() for trial, o in zip(trials, outcome, strict=False)
@@ -108,20 +115,21 @@ def prove(case: Case, start: Start, budget_s: float = BUDGET_S) -> Verdict:
     )
 
 
-def _hold(trials: Sequence[Trial], engine: Engine, stacks: Sequence[int], cells: int) -> list[Differences]:
+def _hold(trials: Sequence[Trial], engine: Engine, stacks: Sequence[int], joint: Sequence[int]) -> list[Differences]:
     """The engine held against the definition in the sweep's precision and, if there is memory for it, in float64."""
     own, *wide = trials
     # A stack that fits in float32 need not fit in float64.
-    small = sorted({min(size, cells) for size in stacks}, reverse=True)
+    small = sorted({min(size, own.own) for size in stacks}, reverse=True)
+    few = sorted({min(size, 2 + 2 * SEEDS) for size in joint}, reverse=True)
     try:
-        widened = [trial.differences(engine, small, optional=True) for trial in wide]
+        widened = [trial.differences(engine, small, optional=True, joint=few) for trial in wide]
     except MemoryError:
         widened = []
     shown = bool(widened) and all(outcome.equal for outcome in widened)
-    return [own.differences(engine, stacks, LENIENT if shown else SLACK), *widened]
+    return [own.differences(engine, stacks, LENIENT if shown else SLACK, joint=joint), *widened]
 
 
-def _ways(start: Start) -> Iterator[tuple[Engine, str]]:
+def _ways(case: Case, start: Start) -> Iterator[tuple[Engine, str]]:
     """The ways that differ for this model, fastest first; what the sweep's own engine lacks is not tried."""
     seen = set()
     for engine in LEVELS:
@@ -132,22 +140,24 @@ def _ways(start: Start) -> Iterator[tuple[Engine, str]]:
             allowed.trim and cut,
             allowed.fold and start.folds,
             allowed.stack,
+            allowed.stack and allowed.join and bool(case.joint),
         )
         if kind not in seen:
             seen.add(kind)
             yield allowed, _in_words(*kind)
 
 
-def _in_words(traced: bool, cut: bool, folded: bool, stacked: bool) -> str:
+def _in_words(traced: bool, cut: bool, folded: bool, stacked: bool, joined: bool) -> str:
     if not stacked:
         return "one replica at a time"
     words = (("traced", traced), ("trimmed", cut), ("folded", folded), ("stacked", True))
     used = [word for word, is_used in words if is_used]
-    return " and ".join([", ".join(used[:-1]), used[-1]] if len(used) > 1 else used)
+    path = " and ".join([", ".join(used[:-1]), used[-1]] if len(used) > 1 else used)
+    return f"{path}, several seeds together" if joined else path
 
 
 def _flags(engine: Engine) -> tuple[bool, ...]:
-    return engine.replay, engine.trim, engine.fold, engine.stack, engine.fork
+    return astuple(engine)
 
 
 # -- what is compared -----------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class Engine:
         fold: make one block of a step's blocks, if examples are proven independent.
         stack: train replicas together.
         fork: start a cell where it first differs from the baseline.
+        join: train replicas of several seeds together.
     """
 
     replay: bool = True
@@ -50,6 +51,7 @@ class Engine:
     fold: bool = True
     stack: bool = True
     fork: bool = True
+    join: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class Start:
     @property
     def joins(self) -> bool:
         """Whether replicas of several seeds may be trained together: nothing is drawn, or computed once for a batch."""
-        return self.engine.stack and not (self.forward.random or self.model.partial)
+        asked = self.engine.stack and self.engine.join
+        return asked and not (self.forward.random or self.model.partial)
 
     def using(self, engine: Engine) -> Start:
         """The same with no more than ``engine`` allows."""

@@ -45,6 +45,7 @@ class Case:
         removals: the sweep's.
         seed: the sweep's first.
         replicas: the stack size; ``shards``: the numbers of removals in a part.
+        joint: the sizes of stacks of several seeds; none if there are none.
     """
 
     workload: Workload
@@ -56,6 +57,7 @@ class Case:
     seed: int
     replicas: int
     shards: Sequence[int]
+    joint: Sequence[int] = ()
 
 
 def where(case: Case, start: Start) -> dict[str, Any]:
@@ -106,23 +108,34 @@ class Differences:
         }
 
 
+SEEDS = 2
+"""Of those after the first, whose baseline and first removal are compared where seeds are trained together."""
+
+
 class Trial:
-    """The definition's deltas in one precision, and the engine held against them."""
+    """The definition's deltas in one precision, and the engine held against them.
+
+    Attributes:
+        cells: (removal, seed) of what is compared: those of the first seed, then two of each of the others.
+        own: how many are of the first seed; their first is the baseline.
+    """
 
     def __init__(self, case: Case, start: Start, cells: list[Removal], steps: list[int]) -> None:
-        self.case, self.start, self.cells = case, start, cells
+        self.case, self.start, self.own = case, start, len(cells)
         self.precision = start.settings.precision
         self.settings = replace(start.settings, epochs=None, steps=steps[-1], evaluate=Evaluate(at_steps=tuple(steps)))
-        self.plain = torch.stack([self._train(cell, case.state) for cell in cells])
+        others = range(case.seed + 1, case.seed + 1 + SEEDS) if case.joint else ()
+        self.cells = [(cell, case.seed) for cell in cells] + [(cell, seed) for seed in others for cell in cells[:2]]
+        self.plain = torch.stack([self._train(cell, seed, case.state) for cell, seed in self.cells])
         moved = moved_state(start)
-        again = [self._train(cell, moved) for cell in cells[:2]]
+        again = [self._train(cell, case.seed, moved) for cell in cells[:2]]
         # (T,): by how much rounding alone moves a delta, at the worst evaluation example.
         self.rounding = (torch.stack(again) - self.plain[:2]).abs().nan_to_num(torch.inf).amax(dim=(0, 2))
 
-    def _train(self, cell: Removal, state: Mapping[str, Tensor] | None) -> Tensor:
+    def _train(self, cell: Removal, seed: int, state: Mapping[str, Tensor] | None) -> Tensor:
         how = where(self.case, self.start) | {"state": state}
         try:
-            return train_cell(self.case.workload, self.settings, cell, self.case.seed, **how).deltas
+            return train_cell(self.case.workload, self.settings, cell, seed, **how).deltas
         except FimoError:
             raise
         except Exception as error:
@@ -135,16 +148,22 @@ class Trial:
             ) from error
 
     def differences(
-        self, engine: Engine, stacks: Sequence[int], slack: float = SLACK, optional: bool = False
+        self,
+        engine: Engine,
+        stacks: Sequence[int],
+        slack: float = SLACK,
+        optional: bool = False,
+        joint: Sequence[int] = (),
     ) -> Differences:
         """The largest differences over the given stack sizes; a way that cannot be gone at all is unequal.
 
         Args:
+            joint: sizes of stacks of several seeds.
             slack: how many times the measured rounding is granted.
             optional: raise MemoryError if memory runs out, rather than call the way unequal.
         """
         try:
-            results = list(self._by_engine(engine, stacks))
+            results = list(self._by_engine(engine, stacks, joint))
         except FimoError:
             raise
         except Exception as error:
@@ -154,40 +173,56 @@ class Trial:
             return Differences(False, torch.inf, torch.inf, 0.0, 0.0, 0.0, text[:200])
         return min((self._compare(*result, slack) for result in results), key=lambda d: (d.equal, -d.effects))
 
-    def _by_engine(self, engine: Engine, stacks: Sequence[int]) -> Iterator[tuple[int, list[int], Tensor]]:
+    def _by_engine(
+        self, engine: Engine, stacks: Sequence[int], joint: Sequence[int]
+    ) -> Iterator[tuple[int, list[int], Tensor]]:
         """(stack size, places among the cells, deltas) for stacks that hold the cells, filled up to their size."""
         start = self.start.using(engine)
         # Graphs of its own: what is compared is traced here, as in a fresh process.
         start = replace(start, settings=self.settings, graphs=None if start.graphs is None else Graphs())
-        count = len(self.cells)
+        count = self.own
         for size in stacks:
             for begin in range(0, count, size):
                 if size == 1 and engine.stack and begin not in (0, count - 1):
                     continue  # of cells that are alone, the baseline and the one that acts at once
                 # The cells over and over: what is wrong in one lane alone must not be a lane that nobody looks at.
-                places = [place % count for place in range(begin, begin + size)]
-                lanes = [self.cells[place] for place in places]
-                yield size, places, further_train(start, lanes, self.case.seed).deltas
+                yield size, *self._stack(start, [place % count for place in range(begin, begin + size)])
+        several = [0, 1, *range(count, len(self.cells))]
+        for size in joint if start.joins else ():
+            # Seed by seed, as whole shards stand in a stack.
+            yield size, *self._stack(start, sorted(several[place % len(several)] for place in range(size)))
+
+    def _stack(self, start: Start, places: list[int]) -> tuple[list[int], Tensor]:
+        lanes, seeds = zip(*(self.cells[place] for place in places), strict=True)
+        return places, further_train(start, lanes, seeds).deltas
 
     def _compare(self, size: int, places: list[int], got: Tensor, slack: float) -> Differences:
-        plain, base = self.plain[places], self.plain[:1]
-        scale, delta = largest(self.plain - base), largest(self.plain)
+        baselines = [self._baseline(place) for place in places]
+        plain, base = self.plain[places], self.plain[baselines]
+        scale, delta = largest(self.plain[: self.own] - self.plain[:1]), largest(self.plain)
         least = RELATIVE[self.precision]
         rounding = slack * self.rounding
         off = _off(got, plain).amax(dim=2)
         # An effect is small beside its deltas. If the stack holds the baseline, it is compared for itself.
-        off_effects = _off(got - (got[:1] if places[0] == 0 else base), plain - base).amax(dim=2)
+        held = {place: lane for lane, place in reversed(list(enumerate(places)))}
+        got_base = torch.stack([got[held[place]] if place in held else self.plain[place] for place in baselines])
+        off_effects = _off(got - got_base, plain - base).amax(dim=2)
         bound = rounding + least * (scale if self.precision == "float64" else delta)
         equal = bool((off <= rounding + least * delta).all()) and bool((off_effects <= bound).all())
-        cell, step = divmod(int(off_effects.argmax()), off_effects.shape[1])
-        removal, steps = self.cells[places[cell]], self.settings.evaluate.at_steps or ()
+        lane, step = divmod(int(off_effects.argmax()), off_effects.shape[1])
+        (removal, seed), steps = self.cells[places[lane]], self.settings.evaluate.at_steps or ()
         what = f"the effect of removing {list(removal)}" if removal else "the baseline"
+        stack = f"a stack of {size}" if set(places) <= set(range(self.own)) else f"a stack of {size} of several seeds"
         line = (
-            f"{what} is off by {float(off_effects.max()):.2g} (effects up to {scale:.2g}) after step {steps[step]}, "
-            f"in a stack of {size}, in {self.precision}"
+            f"{what} of seed {seed} is off by {float(off_effects.max()):.2g} (effects up to {scale:.2g}) after step "
+            f"{steps[step]}, in {stack}, in {self.precision}"
         )
         rounded = float(self.rounding.max())
         return Differences(equal, float(off.max()), float(off_effects.max()), float(bound.max()), scale, rounded, line)
+
+    def _baseline(self, place: int) -> int:
+        """Where the baseline of a cell's seed is."""
+        return 0 if place < self.own else place - (place - self.own) % 2
 
 
 def _off(a: Tensor, b: Tensor) -> Tensor:

@@ -39,11 +39,12 @@ def verdict(
     shards: Sequence[int] = (6,),
     engine: Engine = PLAIN,
     removals: Sequence[Removal] = REMOVALS,
+    joint: Sequence[int] = (),
 ) -> Verdict:
     start = make(workload, chosen)
     start = replace(start, engine=engine, graphs=start.graphs if engine.replay else None)
     case = Case(
-        workload, None, start.settings, len(start.at_final), torch.device("cpu"), removals, 5, size, list(shards)
+        workload, None, start.settings, len(start.at_final), torch.device("cpu"), removals, 5, size, list(shards), joint
     )
     return prove(case, start)
 
@@ -62,7 +63,7 @@ def test_a_sound_engine_is_proven_and_the_verdict_says_on_what(mode: str) -> Non
     assert got.precisions["float64"]["bound"] < 1e-7
     assert got.seconds < 60
     plain = json.loads(json.dumps(got.json(), allow_nan=False))
-    assert plain["engine"] == dict.fromkeys(("replay", "trim", "fold", "stack", "fork"), True)
+    assert plain["engine"] == dict.fromkeys(("replay", "trim", "fold", "stack", "fork", "join"), True)
 
 
 # -- faults of gradients and measures -------------------------------------------------------------------------------
@@ -185,6 +186,41 @@ def test_a_fault_of_folding_gives_up_folding(wrong: Any, mode: str, monkeypatch:
     monkeypatch.setattr(further_training, "folded", folded)
     got = verdict(regression(), settings(removal_mode=mode))
     assert (got.path, got.engine) == (STACKED, Engine(replay=False, trim=False, fold=False))
+
+
+# -- several seeds in one stack ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
+def test_stacks_of_several_seeds_are_proven_too(mode: str) -> None:
+    got = verdict(regression(), settings(precision="float32", removal_mode=mode), joint=[14, 7])
+    assert (got.engine, got.path) == (PLAIN, FOLDED + ", several seeds together")
+    assert verdict(regression(), settings(removal_mode=mode)).path == FOLDED, "where there are any"
+
+
+def test_a_forward_that_draws_has_no_stacks_of_several_seeds() -> None:
+    got = verdict(regression(middle=nn.Dropout(0.5)), settings(), joint=[14])
+    assert "seeds" not in got.path
+    assert got.lines == ()
+
+
+@pytest.mark.parametrize("size", [6, 7, 14, 70])
+def test_a_fault_of_several_seeds_alone_gives_up_them_alone(size: int, monkeypatch: Any) -> None:
+    right = further_training._schedule
+
+    def first_seed_for_all(start: Any, removals: Sequence[Removal], seeds: Sequence[int]) -> Any:
+        return right(start, removals, [seeds[0]] * len(seeds))
+
+    monkeypatch.setattr(further_training, "_schedule", first_seed_for_all)
+    got = verdict(regression(), settings(removal_mode="reweight"), joint=[size])
+    assert (got.path, got.engine) == (FOLDED, replace(PLAIN, join=False))
+    assert [f"in a stack of {size} of several seeds" in line for line in got.lines] == [True]
+
+
+def test_a_fault_in_one_lane_of_a_stack_of_several_seeds(monkeypatch: Any) -> None:
+    off_by_a_percent(monkeypatch, "gradients", lambda count, _: [13] if count == 14 else None)
+    got = verdict(regression(), settings(), joint=[14])
+    assert (got.path, got.engine) == (FOLDED, replace(PLAIN, join=False))
 
 
 # -- models ---------------------------------------------------------------------------------------------------------
