@@ -110,7 +110,8 @@ def measured(name: str, case: Case, precision: Any, asked: Asked) -> str:
     n = len(start.train)
     removals: list[Removal] = [(7 * i % n,) for i in range(case.removals)]
     cells = len(removals) + 1
-    size = case.stack or measure_stack_size(start, cells if asked.quick else 20 * cells)[0]
+    several = start.joins and not asked.quick
+    size = case.stack or measure_stack_size(start, (20 if several else 1) * cells, cells)[0]
     seeds = max(1, size // cells) if start.joins else 1
     shards: list[tuple[Sequence[Removal], int]] = [(removals, seed) for seed in range(seeds)]
     steps = settings.steps or -(-n // settings.batch_size) * (settings.epochs or 0)
@@ -150,7 +151,7 @@ def grid(asked: Asked) -> str:
     start = start_of(case.workload, settings, device=asked.device)
     cells, every = (5, 4) if asked.quick else (101, 100)
     removals: list[Removal] = [(9 * i,) for i in range(cells - 1)]
-    size = measure_stack_size(start, cells if asked.quick else 20 * cells)[0]
+    size = measure_stack_size(start, cells if asked.quick else 20 * cells, cells)[0]
     together = max(1, size // cells)
 
     def work() -> None:

@@ -47,7 +47,7 @@ def run_shards(start: Start, shards: Shards, replicas: int) -> Iterator[list[Sha
     """
     left = list(shards)
     while left:
-        count = _first_stack([len(removals) + 1 for removals, _ in left], replicas if start.joins else 1)
+        count = first_stack(start, left, replicas)
         some = left[:count]
         try:
             done = _together(start, some) if count > 1 else [run_shard(start, *some[0], replicas)]
@@ -63,11 +63,11 @@ def run_shards(start: Start, shards: Shards, replicas: int) -> Iterator[list[Sha
         left = left[count:]
 
 
-def _first_stack(lanes: Sequence[int], size: int) -> int:
-    """How many of the shards, each of so many lanes, make the first stack: such that all stacks are of like size."""
-    most = max(1, size // max(lanes))
-    stacks = -(-len(lanes) // most)
-    return -(-len(lanes) // stacks)
+def first_stack(start: Start, shards: Shards, replicas: int) -> int:
+    """How many of the shards make the first stack: such that all stacks are of like size; 1 is trained by itself."""
+    most = max(1, replicas // (1 + max(len(removals) for removals, _ in shards))) if start.joins else 1
+    stacks = -(-len(shards) // most)
+    return -(-len(shards) // stacks)
 
 
 def _together(start: Start, shards: Shards) -> list[ShardResult]:

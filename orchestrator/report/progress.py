@@ -15,7 +15,7 @@ from fimo.orchestrator.report.show import task_label
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.driver import Listener
 from fimo.orchestrator.run.places import Failed, Lost, Result
-from fimo.orchestrator.run.plan import Plan, Shard, Task
+from fimo.orchestrator.run.plan import Plan, Shard, Work
 from fimo.orchestrator.run.schedule import error_line
 from fimo.orchestrator.run.tasks import Receipt
 
@@ -66,7 +66,7 @@ class ProgressReport:
         there = f", {plan.done} there already" if plan.done else ""
         self.say(f"{plan.cells} cells{there}; {len(plan.shards)} shards to train, {tasks} tasks in all")
 
-    def _result(self, task: Task, result: Result) -> None:
+    def _result(self, task: Work, result: Result) -> None:
         if isinstance(result, Receipt):
             self._done += result.cells if self._trains else 1
             if self._live is None and self._done == self._of and (result.cells or not self._trains):

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fimo.estimators import declared
-from fimo.orchestrator.run.plan import EstimateTask, Task, task_name
+from fimo.orchestrator.run.plan import EstimateTask, Work, task_name
 
 COLUMNS = 6
 """Amounts shown in the score table; all of them are in ``scores.parquet``."""
@@ -46,7 +46,7 @@ def labels(entries: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     return found
 
 
-def task_label(task: Task) -> str:
+def task_label(task: Work) -> str:
     """A task in a line of progress."""
     if isinstance(task, EstimateTask):
         return f"estimator {label(task.estimator, task.params)}{task.span}"

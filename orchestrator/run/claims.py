@@ -19,7 +19,7 @@ from typing import Any
 
 from fimo.orchestrator.run.failures import task_id
 from fimo.orchestrator.run.heartbeat import Heartbeat, Others
-from fimo.orchestrator.run.plan import Task
+from fimo.orchestrator.run.plan import Task, Work, as_work, tasks_in
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys
@@ -121,24 +121,34 @@ class SharedTasks:
 
     Args:
         remaining: of some tasks, those that the store still lacks, cut down to what is missing of each.
+        together: shards that are handed over as one.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], claims: Claims, remaining: Callable[[Sequence[Task]], Sequence[Task]]
+        self,
+        tasks: Sequence[Task],
+        claims: Claims,
+        remaining: Callable[[Sequence[Task]], Sequence[Task]],
+        together: int = 1,
     ) -> None:
-        self._queue, self._theirs = deque(tasks), deque[Task]()
+        self._together = together
+        self._queue, self._theirs = deque(as_work(tasks, together)), deque[Task]()
         self._claims, self._remaining = claims, remaining
         self._looked, self._pause_s = time.monotonic(), LOOK_EVERY_S
 
-    def take(self, count: int) -> list[Task]:
-        """Up to ``count`` tasks to start now."""
-        mine: list[Task] = []
+    def take(self, count: int) -> list[Work]:
+        """Up to ``count`` to start now."""
+        mine: list[Work] = []
         if self._theirs and time.monotonic() - self._looked > self._pause_s:
             self._look()
         while self._queue and len(mine) < count:
-            batch = [self._queue.popleft() for _ in range(min(count - len(mine), len(self._queue)))]
-            for task, taken in zip(batch, self._claims.take(batch), strict=True):
-                (mine if taken else self._theirs).append(task)
+            batch = [tasks_in(self._queue.popleft()) for _ in range(min(count - len(mine), len(self._queue)))]
+            taken = iter(self._claims.take([task for tasks in batch for task in tasks]))
+            for tasks in batch:
+                ours: list[Task] = []
+                for task in tasks:
+                    (ours if next(taken) else self._theirs).append(task)
+                mine += as_work(ours, self._together)
         return mine
 
     def done(self, task: Task) -> None:
@@ -159,7 +169,8 @@ class SharedTasks:
         """Forget what the others have done, and ask again for what is left of theirs, before the rest."""
         began = time.monotonic()
         with contextlib.suppress(StoreError):
-            left = self._remaining([*self._theirs, *self._queue])
-            self._queue, self._theirs = deque(left), deque()
+            waiting = [task for work in self._queue for task in tasks_in(work)]
+            left = self._remaining([*self._theirs, *waiting])
+            self._queue, self._theirs = deque(as_work(left, self._together)), deque()
         self._looked = time.monotonic()
         self._pause_s = max(LOOK_EVERY_S, 5 * (self._looked - began))

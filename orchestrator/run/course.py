@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, task_name
+from fimo.orchestrator.run.plan import EstimateTask, Task, WitnessTask, Work, task_name
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Course:
         """At the start of a run of some tasks."""
         return cls(cells, done, Counter(kind_of(task) for task in tasks))
 
-    def finish(self, task: Task, cells: int) -> None:
+    def finish(self, task: Work, cells: int) -> None:
         """Note a task that is done, with the cells that it trained."""
         left = Counter(self.left)
         left[kind_of(task)] -= 1
@@ -51,7 +51,7 @@ class Course:
         left.update(kind_of(task) for task in after)
         self.left, self.done = +left, self.done + cells
 
-    def run(self, running: Sequence[tuple[Task, float]], waits: str | None = None) -> None:
+    def run(self, running: Sequence[tuple[Work, float]], waits: str | None = None) -> None:
         """Note what runs now, each with its seconds so far, and what the run waits for."""
         now = time.monotonic()
         if waits is None or self.waits is None or self.waits[0] != waits:
@@ -89,12 +89,12 @@ class Course:
         }
 
 
-def kind_of(task: Task) -> str:
+def kind_of(task: Work) -> str:
     """What a task counts as among those that are left."""
     if isinstance(task, EstimateTask):
         return task.estimator
-    return "shard" if isinstance(task, Shard) else "witness"
+    return "witness" if isinstance(task, WitnessTask) else "shard"
 
 
-def _named(task: Task) -> str:
+def _named(task: Work) -> str:
     return f"estimator {task.estimator}{task.span}" if isinstance(task, EstimateTask) else task_name(task)

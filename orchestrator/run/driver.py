@@ -22,7 +22,7 @@ from fimo.orchestrator.run.gather import gather
 from fimo.orchestrator.run.heartbeat import Heartbeat
 from fimo.orchestrator.run.owed import cells_in, estimators_in, few_shards, owed_tasks, remaining
 from fimo.orchestrator.run.places import Pool, Result, Source
-from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask
+from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask, Work, shards_together
 from fimo.orchestrator.run.pool import on_ray
 from fimo.orchestrator.run.reading import Gathered
 from fimo.orchestrator.run.schedule import Outcome, drive
@@ -88,7 +88,7 @@ class Listener:
     """Who is told of progress: the plan and the number of tasks owed, each result, lines of talk, and every turn."""
 
     start: Callable[[Plan, int], None]
-    result: Callable[[Task, Result], None]
+    result: Callable[[Work, Result], None]
     say: Callable[[str], None]
     turn: Callable[[Course], None] = lambda course: None
 
@@ -154,10 +154,12 @@ def _run(
         final_model, course = read_final(of.spec, Path(of.beside)), Course.of(plan.cells, plan.done, tasks)
         with Heartbeat(sweep) as heartbeat, where(sweep, of, final_model) as pool:
             heartbeat.follow(course)
-            if (line := few_shards(tasks, pool.slots())) is not None:
+            slots = pool.slots()
+            together = shards_together(of, sum(isinstance(task, Shard) for task in tasks), slots)
+            if (line := few_shards(tasks, slots, together)) is not None:
                 listener.say(line)
             with Claims(sweep, of, heartbeat) as claims:
-                shared = SharedTasks(tasks, claims, lambda tasks: _remaining(of, sweep, tasks, course))
+                shared = SharedTasks(tasks, claims, lambda tasks: _remaining(of, sweep, tasks, course), together)
                 _compute(of, sweep, shared, pool, listener, should_stop, outcome, course)
 
     if shards and manifest.spec.seeds.until_reliability is not None:
@@ -287,12 +289,12 @@ def _compute(
     """Drive the tasks, add the outcome to ``total``, and record what was given up."""
     deadline = manifest.spec.resources.deadline_s
 
-    def result(task: Task, of: Result) -> None:
+    def result(task: Work, of: Result) -> None:
         if isinstance(of, Receipt):
             course.finish(task, of.cells)
         listener.result(task, of)
 
-    def turn(running: Sequence[tuple[Task, float]], waits: str | None) -> None:
+    def turn(running: Sequence[tuple[Work, float]], waits: str | None) -> None:
         course.run(running, waits)
         listener.turn(course)
 

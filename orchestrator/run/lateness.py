@@ -6,7 +6,7 @@ from collections import deque
 from statistics import median
 
 from fimo.orchestrator.run.course import kind_of
-from fimo.orchestrator.run.plan import EstimateTask, Task
+from fimo.orchestrator.run.plan import EstimateTask, Together, Work
 
 LATE, LATE_S, LONGEST = 10.0, 60.0, 1.5
 """A task is given up after so many times what the last ones of its kind took, at least after so many seconds.
@@ -41,7 +41,7 @@ class Lateness:
         self._smallest: dict[str, int] = {}
         self._given_up: dict[str, int] = {}
 
-    def finished(self, task: Task, seconds: float) -> None:
+    def finished(self, task: Work, seconds: float) -> None:
         """Note how long a task has run."""
         kind = kind_of(task)
         self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), seconds)
@@ -50,11 +50,11 @@ class Lateness:
         self._usual_s[kind] = median(seconds for seconds, _ in last)
         self._smallest[kind] = min(size for _, size in last)
 
-    def gave_up(self, task: Task) -> None:
+    def gave_up(self, task: Work) -> None:
         """Note that a task was given up: it has longer the next time."""
         self._given_up[repr(task)] = self._given_up.get(repr(task), 0) + 1
 
-    def limit(self, task: Task) -> float | None:
+    def limit(self, task: Work) -> float | None:
         """Seconds that a task may run; None while nothing has finished."""
         if self._deadline_s is not None:
             return self._deadline_s
@@ -66,22 +66,24 @@ class Lateness:
         larger = self._larger(task)
         return float(times * max(LATE_S, larger * LONGEST * self._longest_s[kind], larger * LATE * self._usual_s[kind]))
 
-    def is_stuck(self, task: Task, seconds: float) -> bool:
+    def is_stuck(self, task: Work, seconds: float) -> bool:
         """Whether a task that has run for so long may be on a node that has frozen."""
         kind = kind_of(task)
         return kind in self._usual_s and seconds > STUCK * self._larger(task) * self._usual_s[kind] + STUCK_S
 
-    def is_late(self, task: Task, seconds: float) -> bool:
+    def is_late(self, task: Work, seconds: float) -> bool:
         """Whether a task that has run for so long would most likely be done sooner if it were begun again elsewhere."""
         kind = kind_of(task)
         return kind in self._usual_s and seconds > COPIED * self._larger(task) * self._usual_s[kind] + COPIED_S
 
-    def _larger(self, task: Task) -> float:
+    def _larger(self, task: Work) -> float:
         """How many times as large it is as the smallest of those that stand for its kind; 1 if it is smaller."""
         return max(1.0, _size(task) / self._smallest[kind_of(task)])
 
 
-def _size(task: Task) -> int:
+def _size(task: Work) -> int:
     """What the time of a task grows with, at most."""
+    if isinstance(task, Together):
+        return sum(map(_size, task.shards))
     count = task.count if isinstance(task, EstimateTask) else 1
     return max(1, len(task.removals)) * count

@@ -20,7 +20,18 @@ from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.blocks import Named
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.owed import missing_estimates, missing_witnesses
-from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask, size_of_shards
+from fimo.orchestrator.run.plan import (
+    EstimateTask,
+    Plan,
+    Shard,
+    Task,
+    WitnessTask,
+    as_work,
+    most_lanes,
+    shards_together,
+    size_of_shards,
+    tasks_in,
+)
 from fimo.orchestrator.run.proving import rehearsed
 from fimo.orchestrator.run.timing import Estimators, Shards, seconds_of_witnesses
 from fimo.orchestrator.store import MemoryStore
@@ -119,10 +130,14 @@ def measure(resolved: Resolved, plan: Plan, sweep: Sweep | None = None, say: Say
         shards = Shards(engine, resolved.spec.seeds.first)
         step, cell = shards.a_cell([r.indices for r in manifest.removals])
         path, workers = str(engine.record["path"]), _workers(resources.cpus, resources.gpus)
-        # No shard trains more than its own cells together.
-        together = min(engine.replicas, size_of_shards(manifest) + 1, len(manifest.removals) + 1)
+        # No task trains more than its own cells together.
+        cells = min(size_of_shards(manifest), len(manifest.removals)) + 1
+        together = min(engine.replicas, most_lanes(resources, cells) if engine.start.joins else cells)
         measured = Measured(device.type, workers, together, path, started, proof_s, step, cell)
-        measured.tasks += [(shard, shards.seconds([r.indices for r in shard.removals])) for shard in plan.shards]
+        for work in as_work(plan.shards, shards_together(manifest, len(plan.shards), workers)):
+            some = [task for task in tasks_in(work) if isinstance(task, Shard)]
+            took = shards.together([([r.indices for r in shard.removals], shard.seed) for shard in some])
+            measured.tasks += [(shard, took / len(some)) for shard in some]
         _time_estimators(measured, Estimators(resolved, engine, say), missing_estimates(manifest, held, nothing))
         witnesses = missing_witnesses(manifest, held, nothing)
         if witnesses:

@@ -12,6 +12,7 @@ from itertools import chain, zip_longest
 from fimo.orchestrator.run.blocks import Named, held_removals, listed_blocks, shares, value_digest
 from fimo.orchestrator.run.failures import Failures, task_id
 from fimo.orchestrator.run.plan import (
+    EACH,
     EstimateTask,
     Plan,
     Shard,
@@ -29,9 +30,8 @@ from fimo.orchestrator.sweep.sweep import Sweep
 Done = Mapping[int, set[tuple[int, ...]]]
 """Seed -> the removals (as index tuples) that its parts hold."""
 
-LARGE, EACH = 8, 5
-"""Places from which on shards are counted, and how many each should have: with one each a thousand GPUs are busy for
-three tenths of the time, with five for two thirds (``benchmarks/fleet.py``)."""
+LARGE = 8
+"""Places from which on shards are counted: each should have ``EACH``."""
 
 
 def current_plan(manifest: Manifest, sweep: Sweep | None, done: Done | None = None) -> Plan:
@@ -134,10 +134,13 @@ def cells_in(tasks: Sequence[Task]) -> int:
     return sum(len(task.removals) for task in tasks if isinstance(task, Shard))
 
 
-def few_shards(tasks: Sequence[Task], slots: int) -> str | None:
-    """What to do if a large cluster has so few shards that at the end all of it waits for the slowest; else None."""
+def few_shards(tasks: Sequence[Task], slots: int, together: int = 1) -> str | None:
+    """What to do if a large cluster has so few shards that at the end all of it waits for the slowest; else None.
+
+    Shards that are handed over ``together`` are so since it is quicker, or since the spec says so.
+    """
     shards = [task for task in tasks if isinstance(task, Shard)]
-    if slots < LARGE or not shards or len(shards) >= EACH * slots:
+    if slots < LARGE or not shards or len(shards) >= EACH * slots or together > 1:
         return None
     size = max(1, cells_in(shards) // (EACH * slots))
     if size >= max(len(shard.removals) for shard in shards):

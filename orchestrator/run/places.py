@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from fimo.orchestrator.run.plan import Task
+from fimo.orchestrator.run.plan import Task, Work
 from fimo.orchestrator.run.tasks import Receipt, run_task
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -39,7 +39,7 @@ Result = Receipt | Lost | Failed
 class Pool(Protocol):
     """Where tasks run."""
 
-    def submit(self, task: Task) -> Hashable:
+    def submit(self, task: Work) -> Hashable:
         """Start a task; returns a handle."""
 
     def wait(self, timeout_s: float) -> list[tuple[Hashable, Result]]:
@@ -75,8 +75,8 @@ class Pool(Protocol):
 class Source(Protocol):
     """Where tasks come from, in order."""
 
-    def take(self, count: int) -> list[Task]:
-        """Up to ``count`` tasks to start now."""
+    def take(self, count: int) -> list[Work]:
+        """Up to ``count`` to start now."""
 
     def done(self, task: Task) -> None:
         """A task that was taken has ended, or was set aside."""
@@ -95,10 +95,10 @@ class Unshared:
 
     waits, open = 0, False
 
-    def __init__(self, tasks: Iterable[Task]) -> None:
+    def __init__(self, tasks: Iterable[Work]) -> None:
         self._tasks = iter(tasks)
 
-    def take(self, count: int) -> list[Task]:
+    def take(self, count: int) -> list[Work]:
         """See ``Source``."""
         return list(islice(self._tasks, count))
 
@@ -123,12 +123,12 @@ class LocalPool(Pool):
         work: computes a task and returns its receipt.
     """
 
-    def __init__(self, work: Callable[[Task], Receipt]) -> None:
+    def __init__(self, work: Callable[[Work], Receipt]) -> None:
         self._work = work
-        self._queue: deque[tuple[int, Task]] = deque()
+        self._queue: deque[tuple[int, Work]] = deque()
         self._count = 0
 
-    def submit(self, task: Task) -> Hashable:
+    def submit(self, task: Work) -> Hashable:
         """Queue a task."""
         self._count += 1
         self._queue.append((self._count, task))
@@ -141,7 +141,7 @@ class LocalPool(Pool):
         handle, task = self._queue.popleft()
         return [(handle, self._run(task))]
 
-    def _run(self, task: Task) -> Result:
+    def _run(self, task: Work) -> Result:
         try:
             return self._work(task)
         except Exception as error:

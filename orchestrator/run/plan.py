@@ -6,11 +6,14 @@ parts, and resuming is: list and subtract.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from fimo.orchestrator.spec.limits import FEWEST, MOST_NUMBERS
 from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.orchestrator.spec.spec import Resources
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.workers.amounts import steps_recorded
 from fimo.workers.settings import FurtherTraining
@@ -18,6 +21,11 @@ from fimo.workers.settings import FurtherTraining
 SHARD_WORK = 4e12
 """Trained scalars × steps that one part may hold before its shard is cut smaller: about an hour and a half of BERT."""
 SMALLEST, LARGEST = FEWEST, 100
+FULL, MOST_LANES = 512, 2048
+"""Replicas in one stack, where their number is left to fimo: so many fill a GPU with a small model; the most."""
+EACH = 5
+"""Tasks that every place should have: with one each a thousand GPUs are busy for three tenths of the time, with five
+for two thirds (``benchmarks/fleet.py``)."""
 CHEAP_WITNESSES = 2e10
 """Scalars × examples trained that a seed's witnesses may take whatever their share: seconds."""
 PER_SEED, MOVED, MOST_WITNESSES, WITNESS_SHARE = 4, 6, 16, 0.05
@@ -77,10 +85,59 @@ class WitnessTask:
 
 
 Task = Shard | EstimateTask | WitnessTask
+"""What a sweep owes: done, claimed, or set aside one by one."""
 
 
-def task_name(task: Task) -> str:
+@dataclass(frozen=True)
+class Together:
+    """Shards that are handed over as one, to be trained in the same stacks; each is committed as its own part."""
+
+    shards: tuple[Shard, ...]
+
+
+Work = Task | Together
+"""What a pool is given."""
+
+
+@overload
+def tasks_in(work: Shard | Together) -> tuple[Shard, ...]: ...
+
+
+@overload
+def tasks_in(work: Work) -> tuple[Task, ...]: ...
+
+
+def tasks_in(work: Work) -> tuple[Task, ...]:
+    """The tasks that are done when the work is."""
+    return work.shards if isinstance(work, Together) else (work,)
+
+
+def as_work(tasks: Iterable[Task], together: int) -> list[Work]:
+    """The tasks in order, with up to ``together`` shards as one, where the first of them stood."""
+    kept, shards = list(tasks), deque[Shard]()
+    if together <= 1:
+        return list[Work](kept)
+    shards.extend(task for task in kept if isinstance(task, Shard))
+    every, left = list[Work](), 0
+    for task in kept:
+        if not isinstance(task, Shard):
+            every.append(task)
+        elif left:
+            left -= 1
+        else:
+            some = tuple(shards.popleft() for _ in range(min(together, len(shards))))
+            left = len(some) - 1
+            every.append(Together(some) if len(some) > 1 else some[0])
+    return every
+
+
+def task_name(task: Work) -> str:
     """How a task is called in progress and errors."""
+    if isinstance(task, Together):
+        seeds = sorted({shard.seed for shard in task.shards})
+        removals = sum(len(shard.removals) for shard in task.shards)
+        named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+        return f"{named}, {removals} removals in {len(task.shards)} shards"
     if isinstance(task, Shard):
         return f"seed {task.seed}, {len(task.removals)} removals"
     if isinstance(task, WitnessTask):
@@ -129,6 +186,30 @@ def size_of_shards(manifest: Manifest) -> int:
         return asked
     fit = MOST_NUMBERS // (len(manifest.steps) * manifest.evals) - 2
     return max(1, min(fit, shard_size(manifest.scalars, manifest.steps[-1])))
+
+
+def most_lanes(resources: Resources, each: int) -> int:
+    """The most replicas that a task could train in one stack; ``each``: removals of a shard, and its baseline."""
+    if resources.together != "auto":
+        return each * resources.together
+    return max(each, MOST_LANES // each * each) if resources.gpus else each
+
+
+def shards_together(manifest: Manifest, shards: int, slots: int) -> int:
+    """Shards that a task is given: as the spec says, or so many that they fill a GPU and every GPU has work.
+
+    Args:
+        shards: to be trained in all; ``slots``: tasks that run at once.
+    """
+    resources, removals = manifest.spec.resources, max(1, min(size_of_shards(manifest), len(manifest.removals)))
+    if resources.together != "auto":
+        return resources.together
+    each, a_place = removals + 1, -(-shards // max(1, slots))
+    # ``EACH`` tasks for every place, but not at the price of GPUs that are half idle.
+    wanted = max(a_place // EACH, min(FULL // each, a_place))
+    # A task is no dearer than a shard may be.
+    dear = int(SHARD_WORK // max(1, manifest.scalars * manifest.steps[-1])) // removals
+    return max(1, min(most_lanes(resources, each) // each, dear, wanted))
 
 
 def make_plan(

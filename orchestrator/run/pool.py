@@ -19,7 +19,7 @@ from fimo.orchestrator.run.entry import enter
 from fimo.orchestrator.run.kept import KeptRay
 from fimo.orchestrator.run.nodes import Node, NodeWatch, slots_of
 from fimo.orchestrator.run.places import Failed, Lost, Result
-from fimo.orchestrator.run.plan import Task
+from fimo.orchestrator.run.plan import Work
 from fimo.orchestrator.run.tasks import Receipt, UnableError, is_prepared, run_task
 from fimo.orchestrator.spec.spec import Resources
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -72,7 +72,7 @@ def on_ray(address: str | None, say: Callable[[str], None] = lambda line: None) 
         yield pool
 
 
-def _work(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Task) -> Receipt:
+def _work(sweep: Sweep, manifest: Manifest, final_model: list[Any], task: Work) -> Receipt:
     """``run_task`` in a worker; θᶠ is fetched (by reference: once a node) only by a process that lacks it."""
     import ray
 
@@ -135,7 +135,7 @@ class RayPool:
         self._doubted: float | None = None
         self._watch = NodeWatch()
 
-    def submit(self, task: Task) -> Hashable:
+    def submit(self, task: Work) -> Hashable:
         """Start a task."""
         reference = self._work.remote(self._shared, self._final, pickle.dumps(task))
         self._flying[reference] = task

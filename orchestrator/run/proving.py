@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from fimo.orchestrator.resolve.resolved import Resolved
-from fimo.orchestrator.run.plan import size_of_shards
+from fimo.orchestrator.run.plan import most_lanes, size_of_shards
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.spec.canonical import canonical, digest
 from fimo.orchestrator.store import MemoryStore, NotFound
+from fimo.orchestrator.store.base import is_key
 from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -58,19 +59,19 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
     """The engine for this device: from the store, or proven now.
 
     Args:
-        removals: of the task at hand, if the sweep's own cannot be told from the store.
+        removals: of the task at hand, each once, if the sweep's own cannot be told from the store.
 
     Raises:
         UnprovenError: the engine does not give the definition's numbers, here or in an earlier proof.
     """
     manifest, device = resolved.manifest, device_name(start.model.device)
     if not resolved.spec.resources.proof:
-        size = _replicas(sweep, resolved, start)
+        size = _replicas(sweep, resolved, start, _shards(manifest, len(removals)))
         return Proven(start, size, {"proof": "off", "path": "not proven"})
     every = _removals(sweep, manifest) or removals
     shards = _shards(manifest, len(every))
     asked = resolved.spec.resources
-    about = {
+    about: dict[str, Any] = {
         "software": {name: versions().get(name) for name in SOFTWARE},
         "threads": torch.get_num_threads(),
         "asked": [asked.replicas, asked.replay],
@@ -78,6 +79,8 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
         "shards": shards,
         "groups": max(map(len, every)) > 1,
     }
+    if (most := most_lanes(asked, max(shards) + 1)) > max(shards) + 1:
+        about["lanes"] = most
     key = keys.proof(sweep.name, manifest.digest, device, digest(about)[:16])
     with contextlib.suppress(NotFound):
         return _taken(_verdict(sweep, key), key, start)
@@ -88,6 +91,18 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
         return _taken(_verdict(sweep, key), key, start)
     taken = _taken(verdict, key, start)
     return replace(taken, lines=tuple(f"{line}: given up on {device}" for line in verdict["lines"]))
+
+
+def engine_of_part(sweep: Sweep, manifest: Manifest, provenance: Mapping[str, Any]) -> Engine:
+    """The engine that a part was trained with, by the verdict that it names; everything if it names none."""
+    about = provenance.get("engine")
+    key = about.get("proof") if isinstance(about, dict) else None
+    if not isinstance(key, str) or not key.startswith(keys.proof(sweep.name, manifest.digest)) or not is_key(key):
+        return Engine(replay=manifest.spec.resources.replay)
+    try:
+        return _engine(_verdict(sweep, key))
+    except (StoreError, UnprovenError):
+        return Engine(replay=manifest.spec.resources.replay)
 
 
 def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, float]:
@@ -104,7 +119,7 @@ def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, f
     aside.write_manifest(manifest)
     # A verdict, or a measured stack size, that the store has already is not made again.
     known = [entry.key for entry in sweep.store.list(keys.proof(sweep.name, manifest.digest))]
-    for key in (*known, keys.replicas(sweep.name, manifest.digest, device_name(start.model.device))):
+    for key in (*known, _stack_key(sweep, manifest, start)):
         with contextlib.suppress(NotFound):
             aside.store.put(key, sweep.store.get(key))
     engine = proven(aside, resolved, start, tuple(r.indices for r in manifest.removals))
@@ -114,7 +129,8 @@ def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, f
 def _prove(
     sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Removal, ...], shards: list[int]
 ) -> dict[str, Any]:
-    replicas = _replicas(sweep, resolved, start)
+    replicas, each = _replicas(sweep, resolved, start, shards), max(shards) + 1
+    joint = min(replicas, most_lanes(resolved.spec.resources, each)) // each * each
     case = Case(
         workload=resolved.workload,
         state=resolved.state,
@@ -125,6 +141,8 @@ def _prove(
         seed=resolved.spec.seeds.first,
         replicas=replicas,
         shards=shards,
+        # A full stack, and a small one.
+        joint=sorted({joint, 2 * each}, reverse=True) if joint > each else (),
     )
     try:
         verdict = prove(case, start)
@@ -142,10 +160,14 @@ def _verdict(sweep: Sweep, key: str) -> dict[str, Any]:
     return found[1]
 
 
-def _taken(verdict: Mapping[str, Any], key: str, start: Start) -> Proven:
+def _engine(verdict: Mapping[str, Any]) -> Engine:
     if "refused" in verdict:
         raise UnprovenError(str(verdict["refused"]))
-    engine = Engine(**{name: bool(verdict["engine"][name]) for name in ENGINE})
+    return Engine(**{name: bool(verdict["engine"][name]) for name in ENGINE})
+
+
+def _taken(verdict: Mapping[str, Any], key: str, start: Start) -> Proven:
+    engine = _engine(verdict)
     record = {"proof": key, "path": str(verdict["path"])}
     return Proven(start.using(engine), max(1, int(verdict["replicas"])), record)
 
@@ -162,20 +184,29 @@ def _shards(manifest: Manifest, removals: int) -> list[int]:
     return sorted({size, removals % size or size})
 
 
-def _replicas(sweep: Sweep, resolved: Resolved, start: Start) -> int:
+def _replicas(sweep: Sweep, resolved: Resolved, start: Start, shards: Sequence[int]) -> int:
     """Cells trained together: as the spec says, or measured once per device type and kept in the store."""
     asked = resolved.spec.resources.replicas
     if asked != "auto":
         return asked
-    key = keys.replicas(sweep.name, resolved.manifest.digest, device_name(start.model.device))
+    key, each = _stack_key(sweep, resolved.manifest, start), max(shards) + 1
+    most = most_lanes(resolved.spec.resources, each)
     for _ in range(2):
         with contextlib.suppress(NotFound):
             if (found := records.read(records.StackSize, sweep.store.get(key))) is not None:
                 return found[0].replicas
-        # A shard's removals and its baseline are the most that can be trained together.
-        size, seconds = measure_stack_size(start, size_of_shards(resolved.manifest) + 1)
+        # A shard's removals and its baseline are the most that can be trained together, or those of several shards.
+        if start.joins and most > each:
+            size, seconds = measure_stack_size(start, most, each)
+        else:
+            size, seconds = measure_stack_size(start, size_of_shards(resolved.manifest) + 1)
         body = {"replicas": size, "seconds_per_replica_step": {str(k): v for k, v in seconds.items()}}
         # The first to have measured decides for everybody.
         if sweep.store.create(key, canonical(body).encode()):
             return size
     return size
+
+
+def _stack_key(sweep: Sweep, manifest: Manifest, start: Start) -> str:
+    several = most_lanes(manifest.spec.resources, 1) > 1
+    return keys.replicas(sweep.name, manifest.digest, device_name(start.model.device), several)

@@ -11,6 +11,7 @@ removal weight.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,16 +25,16 @@ from torch import Tensor
 from fimo.orchestrator.resolve.at_hand import Own
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_again
 from fimo.orchestrator.run.provenance import versions
-from fimo.orchestrator.store import NotFound
-from fimo.orchestrator.sweep import keys, records
+from fimo.orchestrator.run.proving import engine_of_part
+from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, device_name, pick_device
-from fimo.workers.errors import UsageError
-from fimo.workers.shard import run_shard
+from fimo.workers.errors import StoreError, UsageError
+from fimo.workers.joined import Shards, train_again
 from fimo.workers.start import Start
 from fimo.workers.trial import RELATIVE, SLACK, moved_state
 
@@ -41,6 +42,10 @@ FLOORS = 10.0
 """Noise floors that an effect may differ by if bits cannot be expected to agree."""
 ROUNDING = 1e-12
 """The least tolerance, as a share of the largest delta: a float64 sweep's noise floor may be 0."""
+
+MOST_TOGETHER = 2**16
+"""Replicas of one stack that a part's provenance may name: nobody vouches for what stands there."""
+_SET = re.compile(r"[0-9a-f]{16}")
 
 Array = NDArray[np.float64]
 
@@ -72,7 +77,7 @@ class Rerun:
         return (self.identical or (not self.exact and self.difference <= 1)) and self.definition <= 1
 
 
-def train_again(
+def rerun_cells(
     sweep: Sweep, manifest: Manifest, cells: Sequence[tuple[Listed, int]], floor: Array, own: Own
 ) -> list[Rerun]:
     """Train cells again on this machine.
@@ -126,11 +131,12 @@ def _against_definition(resolved: Resolved, part: Part, row: int, start: Start, 
 def _rerun(
     sweep: Sweep, manifest: Manifest, part: Part, row: int, start: Start, floor: Array, definition: float
 ) -> Rerun:
-    replicas = _count(part, "replicas")
-    rows = _stack_mates(row, len(part.removals), replicas)
-    result = run_shard(start, [part.removals[i].indices for i in rows], part.seed, replicas)
-    ours = result.deltas.numpy()
-    cell, baseline = ours[rows.index(row)], ours[-2]
+    replicas, mates = _count(part, "replicas"), _mates(sweep, manifest, part)
+    known = mates is not None
+    shards, which = mates or ([_asked(part)], 0)
+    engine = engine_of_part(sweep, manifest, part.provenance)
+    both = train_again(start.using(engine), shards, which, row, replicas)
+    cell, baseline = (deltas.numpy() for deltas in both)
     identical = np.array_equal(cell, part.deltas[row]) and np.array_equal(baseline, part.deltas[-2])
     effect = (cell - baseline) - (part.deltas[row] - part.deltas[-2])
     least = ROUNDING * np.abs(part.deltas[[row, -2]]).max(axis=(0, 2))
@@ -141,7 +147,9 @@ def _rerun(
         device == here
         and part.provenance.get("versions") == versions()
         and part.provenance.get("replay") == manifest.spec.resources.replay
-        and result.replicas == replicas == _asked_replicas(sweep, manifest, device)
+        # One that memory ran short for at a step that nobody recorded cannot be made again.
+        and known
+        and replicas == _count(part, "replicas_at_start")
     )
     return Rerun(part.seed, part.removals[row].number, device, here, exact, identical, difference, definition)
 
@@ -152,30 +160,31 @@ def _count(part: Part, name: str) -> int:
     return value if isinstance(value, int) and value > 0 else 1
 
 
-def _stack_mates(row: int, removals: int, replicas: int) -> list[int]:
-    """Rows that make the part's own stacks again if trained as one shard: the baseline's stack and the row's.
-
-    The cells of a part are the baseline and then its removals, cut into stacks of ``replicas``.
-    """
-    first = list(range(min(replicas - 1, removals)))
-    start = (row + 1) // replicas * replicas - 1
-    own = list(range(max(start, 0), min(start + replicas, removals)))
-    return first if row < replicas - 1 else first + own
+def _asked(part: Part) -> tuple[Sequence[Removal], int]:
+    return [removal.indices for removal in part.removals], part.seed
 
 
-def _asked_replicas(sweep: Sweep, manifest: Manifest, device: str) -> int | None:
-    """The stack size that shards began with, None if it is not known.
-
-    A part with a smaller one ran short of memory at a step that nobody recorded: its stacks cannot be made again.
-    """
-    asked = manifest.spec.resources.replicas
-    if asked != "auto":
-        return asked
-    try:
-        found = records.read(records.StackSize, sweep.store.get(keys.replicas(sweep.name, manifest.digest, device)))
-    except NotFound:
+def _mates(sweep: Sweep, manifest: Manifest, part: Part) -> tuple[Shards, int] | None:
+    """The shards that the part's was trained with in one stack, and which is its own; None if they cannot be told."""
+    named = part.provenance.get("together")
+    if named is None:
+        return [_asked(part)], 0
+    own = [part.seed, keys.set_hash(part.removals)]
+    if not isinstance(named, list) or own not in named or len(named) > MOST_TOGETHER:
         return None
-    return None if found is None else found[0].replicas
+    shards, lanes = list[tuple[Sequence[Removal], int]](), 0
+    for one in named:
+        if not (isinstance(one, list) and len(one) == 2 and isinstance(one[0], int) and _SET.fullmatch(str(one[1]))):
+            return None
+        try:
+            removals = sweep.read_set(manifest.digest, str(one[1]))
+        except StoreError:
+            return None
+        lanes += 1 + len(removals)
+        if lanes > MOST_TOGETHER:
+            return None
+        shards.append(([removal.indices for removal in removals], one[0]))
+    return shards, named.index(own)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from operator import itemgetter
 from fimo.orchestrator.run.budget import TooDearError
 from fimo.orchestrator.run.lateness import Lateness
 from fimo.orchestrator.run.places import Failed, Lost, Pool, Result, Source, Unshared
-from fimo.orchestrator.run.plan import Shard, Task
-from fimo.orchestrator.run.tasks import CannotEstimateError, ConflictError, Receipt, UnableError
+from fimo.orchestrator.run.plan import Shard, Task, Together, Work, tasks_in
+from fimo.orchestrator.run.shards import ConflictError
+from fimo.orchestrator.run.tasks import CannotEstimateError, Receipt, UnableError
 from fimo.orchestrator.run.witnessing import NoWitnessError
 from fimo.workers.errors import DivergedError, FimoError, StoreError, UsageError, WorkloadError
 
@@ -30,6 +31,8 @@ BREAKER = 3
 """Set-asides without a single success that stop the sweep: a bug that fails every shard."""
 UNABLE = 30
 """Tasks in a row that nodes could not begin, and none finished meanwhile, that stop the sweep."""
+APART = 2
+"""Times that shards may be lost together before they are tried one by one: what they took may not have been there."""
 REMEMBERED_S = 60.0
 """Nodes that have gone leave their tasks behind for a while, so the window shrinks so late."""
 
@@ -69,9 +72,9 @@ class Outcome:
 
 @dataclass
 class _Flight:
-    """A task that was handed over; ``twin``: the handle of its other copy; ``copied``: it has, or had, one."""
+    """What was handed over; ``twin``: the handle of its other copy; ``copied``: it has, or had, one."""
 
-    task: Task
+    task: Work
     running: float | None = None
     twin: Hashable | None = None
     copied: bool = False
@@ -82,18 +85,18 @@ class _Flight:
 
 
 def drive(
-    tasks: Iterable[Task] | Source,
+    tasks: Iterable[Work] | Source,
     pool: Pool,
-    on_result: Callable[[Task, Result], None] = lambda task, result: None,
+    on_result: Callable[[Work, Result], None] = lambda task, result: None,
     should_stop: Callable[[], str | None] = lambda: None,
     deadline_s: float | None = None,
     poll_s: float = 0.5,
-    on_turn: Callable[[Sequence[tuple[Task, float]], str | None], None] = lambda running, waits: None,
+    on_turn: Callable[[Sequence[tuple[Work, float]], str | None], None] = lambda running, waits: None,
 ) -> Outcome:
     """Run tasks in order within a bounded window until each is finished or set aside.
 
     Args:
-        on_result: told of every result as it arrives.
+        on_result: told of every result as it arrives; of shards that were done together, of each.
         should_stop: asked at every turn; a reason ends the drive, with the tasks in flight given up.
         deadline_s: seconds of running after which a task counts as lost; None = from those before it.
         on_turn: told at every turn of the tasks that run, each with its seconds so far, as far as the order of
@@ -108,9 +111,8 @@ def drive(
             if not loop.flying:
                 time.sleep(poll_s)
             for handle, result in pool.wait(poll_s):
-                task = loop.take(handle, result)
-                if task is not None:
-                    on_result(task, result)
+                for told in loop.take(handle, result):
+                    on_result(*told)
             for task, lost in loop.overdue():
                 on_result(task, lost)
             reason = loop.breaker()
@@ -125,7 +127,7 @@ class _Loop:
 
     def __init__(self, source: Source, pool: Pool, deadline_s: float | None) -> None:
         self.source, self.pool, self.lateness = source, pool, Lateness(deadline_s)
-        self.again: deque[Task] = deque()
+        self.again: deque[Work] = deque()
         self.flying: dict[Hashable, _Flight] = {}
         self.failures: dict[str, int] = {}
         self.losses: dict[str, int] = {}
@@ -162,7 +164,7 @@ class _Loop:
         late = [
             (flight.ran_s(now), handle)
             for handle, flight in self.flying.items()
-            if isinstance(flight.task, Shard) and self.lateness.is_late(flight.task, flight.ran_s(now))
+            if isinstance(flight.task, Shard | Together) and self.lateness.is_late(flight.task, flight.ran_s(now))
         ]
         if self._doubts([seconds for seconds, _ in late]):
             # A copy on the node that has frozen would wait as the first one does: it is made in the next turn.
@@ -201,7 +203,7 @@ class _Loop:
             other.twin = None
         return other is not None
 
-    def running(self) -> list[tuple[Task, float]]:
+    def running(self) -> list[tuple[Work, float]]:
         """Tasks with their seconds so far: pools start them in the order in which they were handed over."""
         now = time.monotonic()
         stuck = [flight for flight in self.flying.values() if self.lateness.is_stuck(flight.task, flight.ran_s(now))]
@@ -218,17 +220,20 @@ class _Loop:
             return f"other drivers of this sweep, which compute {self.source.waits} tasks"
         return None
 
-    def take(self, handle: Hashable, result: Result) -> Task | None:
+    def take(self, handle: Hashable, result: Result) -> list[tuple[Work, Result]]:
+        """What became of what was handed over, task by task if it is done."""
         flight = self.flying.pop(handle, None)
         if flight is None:
-            return None
+            return []
         if isinstance(result, Receipt):
             if flight.twin in self.flying:
                 self.pool.cancel(flight.twin)
                 del self.flying[flight.twin]
-            self.outcome.receipts.append(result)
             self._finished(flight, result)
-        elif self._parted(flight):
+            each = list(zip(tasks_in(flight.task), result.each or (result,), strict=True))
+            self.outcome.receipts += [receipt for _, receipt in each]
+            return list(each)
+        if self._parted(flight):
             # The other copy's result is the task's.
             self.outcome.lost += isinstance(result, Lost)
             if isinstance(result, Failed) and isinstance(result.error, UnableError):
@@ -237,7 +242,7 @@ class _Loop:
             self._lost(flight.task, result)
         else:
             self._failed(flight.task, result)
-        return flight.task
+        return [(flight.task, result)]
 
     def _finished(self, flight: _Flight, receipt: Receipt) -> None:
         # What was there already says nothing of how long the work takes.
@@ -245,23 +250,26 @@ class _Loop:
             # With what the task took beside its own work: a worker that starts, data that is loaded.
             self.lateness.finished(flight.task, max(receipt.seconds, flight.ran_s(time.monotonic())))
         self.store_failures = self.unable = 0
-        self.source.done(flight.task)
+        for task in tasks_in(flight.task):
+            self.source.done(task)
 
     def _set_aside(self, given_up: SetAside) -> None:
         self.outcome.set_aside.append(given_up)
         self.source.done(given_up.task)
 
-    def _lost(self, task: Task, result: Lost) -> None:
+    def _lost(self, task: Work, result: Lost) -> None:
         name = repr(task)
         self.outcome.lost += 1
         self.losses[name] = self.losses.get(name, 0) + 1
-        if self.losses[name] >= LOSSES:
+        if isinstance(task, Together):
+            self.again.extend(task.shards if self.losses[name] >= APART else (task,))
+        elif self.losses[name] >= LOSSES:
             line = f"lost {LOSSES} times, the last time: {result.reason}"
             self._set_aside(SetAside(task, line, result.reason))
         else:
             self.again.append(task)
 
-    def _failed(self, task: Task, result: Failed) -> None:
+    def _failed(self, task: Work, result: Failed) -> None:
         name = repr(task)
         # Expired credentials or a lost server are not the task's fault: it stays owed, and the drive ends.
         self.store_failures = self.store_failures + 1 if isinstance(result.error, StoreError) else 0
@@ -275,6 +283,10 @@ class _Loop:
             self.pool.avoid(result.error.node)
             self.again.append(task)
             return
+        if isinstance(task, Together):
+            # Whose error it was shows when they are tried one by one; what is done of them is there.
+            self.again.extend(task.shards)
+            return
         self.failures[name] = self.failures.get(name, 0) + 1
         dear = isinstance(result.error, TooDearError)
         final = dear or isinstance(result.error, CannotEstimateError)
@@ -287,9 +299,9 @@ class _Loop:
         else:
             self.again.append(task)
 
-    def overdue(self) -> list[tuple[Task, Lost]]:
+    def overdue(self) -> list[tuple[Work, Lost]]:
         """Give up what has passed its deadline, and queue it again."""
-        now, given_up = time.monotonic(), list[tuple[Task, Lost]]()
+        now, given_up = time.monotonic(), list[tuple[Work, Lost]]()
         for handle, flight in list(self.flying.items()):
             if not self.slots:
                 # While there is no node for any task, none runs, so none is late.
@@ -314,7 +326,7 @@ class _Loop:
         shards = any(r.cells for r in self.outcome.receipts)
         if shards or not aside:
             return None
-        owed = any(isinstance(f.task, Shard) for f in self.flying.values()) or self.again
+        owed = any(isinstance(f.task, Shard | Together) for f in self.flying.values()) or self.again
         if len(aside) >= BREAKER or not owed:
             self.outcome.broken = True
             return f"every shard fails: {aside[0].line}"

@@ -19,11 +19,12 @@ import torch
 
 from fimo.estimators import REGISTRY
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
-from fimo.orchestrator.run import estimating
+from fimo.orchestrator.run import estimating, shards
 from fimo.orchestrator.run.blocks import assemble, common_steps, runs_of, shares, value_digest
-from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, WitnessTask
+from fimo.orchestrator.run.plan import EstimateTask, Shard, Together, WitnessTask, Work, tasks_in
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
 from fimo.orchestrator.run.proving import Proven, proven
+from fimo.orchestrator.run.shards import Committed
 from fimo.orchestrator.run.witnessing import witnessed
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import estimates, keys, parts
@@ -33,11 +34,6 @@ from fimo.orchestrator.tables.score import EstimateMatrix
 from fimo.workers.amounts import Removal
 from fimo.workers.device import clock, deterministic, device_name, forget_peak, peak, pick_device, prepare_environment
 from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
-from fimo.workers.shard import run_shard
-
-
-class ConflictError(FimoError):
-    """Another writer committed different rows under the same key."""
 
 
 class UnableError(FimoError):
@@ -70,6 +66,7 @@ class Receipt:
         seconds: wall time of the task.
         lines: what a person should know of it.
         node: Ray's id of where it ran; empty in a process of the driver's own.
+        each: the receipts of shards that were done together, in their order; the rest is then said of all of them.
     """
 
     key: str
@@ -80,6 +77,7 @@ class Receipt:
     device: str
     lines: tuple[str, ...] = ()
     node: str = ""
+    each: tuple[Receipt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Estimated:
     notes: Mapping[str, Any]
 
 
-def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: Task, gpu: int = 0) -> Receipt:
+def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: Work, gpu: int = 0) -> Receipt:
     """Compute and commit one task.
 
     Args:
@@ -110,8 +108,8 @@ def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: 
     prepare_environment()
     resolved = prepared(manifest, final_model)
     device = pick(manifest, gpu)
-    if isinstance(task, Shard):
-        return _shard(sweep, resolved, device, task)
+    if isinstance(task, Shard | Together):
+        return _shards(sweep, resolved, device, task)
     if isinstance(task, WitnessTask):
         return _witness(sweep, resolved, device, task)
     return _estimate(sweep, resolved, device, task)
@@ -185,50 +183,33 @@ def engine_of(sweep: Sweep, resolved: Resolved, device: torch.device, removals: 
 # -- shards --------------------------------------------------------------------------------------------------------
 
 
-def _shard(sweep: Sweep, resolved: Resolved, device: torch.device, task: Shard) -> Receipt:
+def _shards(sweep: Sweep, resolved: Resolved, device: torch.device, task: Shard | Together) -> Receipt:
     started, manifest = time.monotonic(), resolved.manifest
-    key = keys.part(sweep.name, manifest.digest, task.seed, task.removals)
-
-    def receipt(written: bool, diverged: int, lines: tuple[str, ...] = ()) -> Receipt:
-        seconds = time.monotonic() - started
-        return Receipt(key, written, len(task.removals), diverged, seconds, device_name(device), lines)
-
-    # A task whose receipt was lost with its worker, or that another driver was quicker at, is not computed again. A
-    # part that does not verify is the reduction's to set aside, after which the shard is owed again.
-    with contextlib.suppress(NotFound):
-        return receipt(False, _diverged_at(sweep, key, manifest))
-    with deterministic(device) as flags:
-        removals = tuple(r.indices for r in task.removals)
-        engine = engine_of(sweep, resolved, device, removals)
-        read = clock(device)
-        began, graphs = read(), engine.start.graphs
-        traced = 0.0 if graphs is None else graphs.seconds
-        result = run_shard(engine.start, removals, task.seed, engine.replicas)
-        # Tracing is done once a process, whatever it trains.
-        spent = read() - began - (0.0 if graphs is None else graphs.seconds - traced)
-    about = {
-        **provenance(device, resolved, flags),
-        "replicas": result.replicas,
-        "engine": dict(engine.record),
-        "device_seconds": spent,
-        "peak_bytes": result.peak_bytes or peak_host_bytes(),
-    }
-    data, rows = parts.encode_part(result, task.removals, manifest.digest, about)
-    written = sweep.store.create(key, data)
-    if not written and sweep.read_part(key, manifest).rows != rows:
-        raise ConflictError(
-            f"part {key} holds other rows than this run computed (another device, threads or replicas?); "
-            "the committed part stands"
-        )
-    return receipt(written, int((~result.deltas.isfinite().all(dim=2)).any(dim=1).sum()), engine.lines)
-
-
-def _diverged_at(sweep: Sweep, key: str, manifest: Manifest) -> int:
-    """How many runs of a committed part are not finite, 0 if it does not verify; raises NotFound."""
-    try:
-        return len({row for row, _ in sweep.read_part(key, manifest).diverged})
-    except parts.BadPartError:
-        return 0
+    every, left, lines = dict[Shard, Committed](), list[Shard](), tuple[str, ...]()
+    for shard in tasks_in(task):
+        # A task whose receipt was lost with its worker, or that another driver was quicker at, is not computed again.
+        there = shards.met(sweep, manifest, shard)
+        if there is None:
+            left.append(shard)
+        else:
+            every[shard] = there
+    if left:
+        with deterministic(device) as flags:
+            removals = tuple(dict.fromkeys(r.indices for shard in left for r in shard.removals))
+            engine = engine_of(sweep, resolved, device, removals)
+            every |= {done.shard: done for done in shards.train(sweep, resolved, engine, device, flags, left)}
+        lines = engine.lines
+    took, name = time.monotonic() - started, device_name(device)
+    each = [
+        Receipt(done.key, done.written, len(shard.removals), done.diverged, took / len(every), name)
+        for shard, done in ((shard, every[shard]) for shard in tasks_in(task))
+    ]
+    first, *others = [dataclasses.replace(each[0], lines=lines), *each[1:]]
+    if not isinstance(task, Together):
+        return first
+    cells, diverged = (sum(getattr(one, of) for one in each) for of in ("cells", "diverged"))
+    written = any(one.written for one in each)
+    return Receipt(first.key, written, cells, diverged, took, name, each=(first, *others))
 
 
 # -- witnesses -----------------------------------------------------------------------------------------------------

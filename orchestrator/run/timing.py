@@ -24,6 +24,7 @@ from fimo.orchestrator.run.proving import Proven
 from fimo.workers.amounts import BASELINE, Removal, steps_recorded
 from fimo.workers.device import clock
 from fimo.workers.errors import FimoError
+from fimo.workers.joined import first_stack
 from fimo.workers.shard import out_of_memory
 from fimo.workers.stacking.forking import stacks_of
 from fimo.workers.stacking.pace import Pace, pace
@@ -47,13 +48,13 @@ class Shards:
 
     def __init__(self, engine: Proven, seed: int, budget_s: float = STACK_S) -> None:
         self._engine, self._seed, self._budget_s = engine, seed, budget_s
-        self._paces: dict[tuple[int, int], Pace] = {}
+        self._paces: dict[tuple[int, int, int], Pace] = {}
 
-    def _pace(self, start: Start, lanes: Sequence[Removal]) -> Pace:
+    def _pace(self, start: Start, lanes: Sequence[Removal], seeds: Sequence[int] | None = None) -> Pace:
         # In reweight mode a cell that removes something takes a pass more than a baseline does.
-        kind = len(lanes), max(map(len, lanes))
+        kind = len(lanes), max(map(len, lanes)), len(set(seeds or [self._seed]))
         if kind not in self._paces:
-            self._paces[kind] = self._timed(start, lanes)
+            self._paces[kind] = self._timed(start, lanes, seeds)
         return self._paces[kind]
 
     @property
@@ -61,17 +62,18 @@ class Shards:
         """What tracing took so far: a new start traces its steps again."""
         return sum(own.traced for own in self._paces.values())
 
-    def _timed(self, start: Start, lanes: Sequence[Removal]) -> Pace:
+    def _timed(self, start: Start, lanes: Sequence[Removal], seeds: Sequence[int] | None) -> Pace:
         """Of one stack; if it cannot be, of the smaller ones that ``workers/shard.py`` trains in its place."""
         try:
-            return pace(start, lanes, self._seed, self._budget_s)
+            return pace(start, lanes, seeds or self._seed, self._budget_s)
         except FimoError:
             raise
         except Exception as error:
             if len(lanes) == 1:
                 raise
             size = len(lanes) // 2 if out_of_memory(error) else 1
-        smaller, times = self._pace(start, lanes[:size]), ceil(len(lanes) / size)
+        smaller = self._pace(start, lanes[:size], None if seeds is None else seeds[:size])
+        times = ceil(len(lanes) / size)
         return Pace(smaller.step * times, smaller.evaluation * times, smaller.first * times)
 
     def seconds(self, removals: Sequence[Removal], second: bool = True) -> float:
@@ -88,6 +90,22 @@ class Shards:
         if second:
             alone = [BASELINE] if size > 1 or not start.engine.stack else [BASELINE, BASELINE]
             total += self._pace(start, alone).seconds(recorded[-1], len(recorded))
+        return total
+
+    def together(self, shards: Sequence[tuple[Sequence[Removal], int]]) -> float:
+        """Seconds of shards that are one task: see ``fimo.workers.joined``."""
+        start, left, total = self._engine.start, list(shards), 0.0
+        recorded = steps_recorded(len(start.train), start.settings)
+        while left:
+            count = first_stack(start, left, self._engine.replicas)
+            some, left = left[:count], left[count:]
+            if count == 1:
+                total += self.seconds(some[0][0])
+                continue
+            lanes = [(cell, seed) for removals, seed in some for cell in (BASELINE, *removals)]
+            for stack in (lanes, [lane for lane in lanes if lane[0] == BASELINE]):
+                cells, seeds = zip(*stack, strict=True)
+                total += self._pace(start, cells, seeds).seconds(recorded[-1], len(recorded))
         return total
 
     def a_cell(self, removals: Sequence[Removal]) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fimo.orchestrator.resolve.at_hand import HERE, Own
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.blocks import assemble, listed_blocks, runs_of, value_digest
-from fimo.orchestrator.run.rerun import Array, Rerun, train_again
+from fimo.orchestrator.run.rerun import Array, Rerun, rerun_cells
 from fimo.orchestrator.run.written import listed_parts, listed_witnesses
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -109,7 +109,7 @@ def verify(sweep: Sweep, rerun: int = 0, seed: int = 0, own: Own = HERE) -> Veri
     if rerun:
         cells = [(part, row) for part, rows in good for row in rows]
         chosen = np.random.default_rng(seed).permutation(len(cells))[:rerun]
-        verification.reruns = train_again(sweep, manifest, [cells[i] for i in sorted(chosen)], reading.floor(), own)
+        verification.reruns = rerun_cells(sweep, manifest, [cells[i] for i in sorted(chosen)], reading.floor(), own)
     return verification
 
 

@@ -162,6 +162,11 @@ class Resources(Section):
         description="Removals in one part, which is what an interruption loses. `auto`: by the cost of a cell. Ten "
         "parts a GPU keep all of them busy; with one each, all wait for the slowest.",
     )
+    together: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Shards that a task trains in the same stacks, each committed as a part of its own. `auto`: on a "
+        "GPU so many that it is full and every GPU has work; 1 without one.",
+    )
     deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
         description="Seconds after which a task is given up and queued again. `auto`: from those before it.",

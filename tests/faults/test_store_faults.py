@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fimo.orchestrator.resolve.resolved import Resolved
-from fimo.orchestrator.run import heartbeat, tasks
+from fimo.orchestrator.run import heartbeat
 from fimo.orchestrator.run.places import LocalPool, Result
 from fimo.orchestrator.run.plan import Shard
 from fimo.orchestrator.run.schedule import drive
@@ -21,6 +21,7 @@ from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import MemoryStore, Store
 from fimo.orchestrator.sweep import keys
+from fimo.workers import joined
 from fimo.workers.errors import FimoError, StoreError
 from fimo.workers.shard import ShardResult, run_shard
 from tests.faults import sweeps
@@ -78,7 +79,7 @@ def test_no_fault_of_the_store_or_end_of_the_process_changes_a_table(
     random = Random(f"{where} {seed}")
     inner: Store = MemoryStore() if where == "memory" else sweeps.folder_store(tmp_path / "store")
     watch = Watch(inner, problem.manifest.digest)
-    monkeypatch.setattr(tasks, "run_shard", watch)
+    monkeypatch.setattr(joined, "run_shard", watch)
     # An undisturbed run takes about 90 operations; a fault may make more of them.
     moments = sorted(random.sample(range(80), FAULTS))
     store = FaultyStore(inner, {moment: random.choice(KINDS) for moment in moments})
@@ -175,7 +176,7 @@ def test_a_shard_that_always_fails_is_set_aside_with_its_traceback_and_the_rest_
         return run_shard(problem, removals, seed, replicas)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "run_shard", broken)
+        patch.setattr(joined, "run_shard", broken)
         report = sweeps.run_here(problem, store)
     assert report.exit_code == 1
     assert len(tries) == 3
@@ -197,7 +198,7 @@ def test_a_bug_in_every_shard_stops_the_sweep_early(problem: Resolved, monkeypat
         tries.append(1)
         raise RuntimeError("planned: every shard has it")
 
-    monkeypatch.setattr(tasks, "run_shard", broken)
+    monkeypatch.setattr(joined, "run_shard", broken)
     report = sweeps.run_here(problem, store := MemoryStore())
     assert report.exit_code == 1
     assert report.outcome.broken
@@ -222,7 +223,7 @@ def test_two_drivers_taking_turns_compute_each_shard_once(
             return run_shard(*arguments)
         return watch(*arguments)
 
-    monkeypatch.setattr(tasks, "run_shard", interrupted)
+    monkeypatch.setattr(joined, "run_shard", interrupted)
     assert sweeps.run_here(problem, store).exit_code == 0
     assert watch.computed == 6
     sweeps.check_sound(store, undisturbed, CELLS)
@@ -249,7 +250,7 @@ def test_expired_credentials_end_the_run_before_every_shard_is_trained_in_vain(
 ) -> None:
     inner = MemoryStore()
     watch = Watch(inner, problem.manifest.digest)
-    monkeypatch.setattr(tasks, "run_shard", watch)
+    monkeypatch.setattr(joined, "run_shard", watch)
     report = sweeps.run_here(problem, Expiring(inner, parts_taken))
     assert report.exit_code == 3
     assert "credentials have expired" in (report.outcome.stopped or "")

@@ -11,10 +11,10 @@ import torch
 import yaml
 
 import fimo
-from fimo.orchestrator.run import tasks
 from fimo.orchestrator.run.written import read_table
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables import schemas
+from fimo.workers import joined
 from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from tests.support.small_sweep import SPEC, make_spec, run_here
 
@@ -106,6 +106,6 @@ def test_what_a_reader_must_know_is_warned_of_and_a_sweep_that_fails_throughout_
     def fails(*_args, **_options):
         raise WorkloadError("the disk is on fire")
 
-    monkeypatch.setattr(tasks, "run_shard", fails)
+    monkeypatch.setattr(joined, "run_shard", fails)
     with pytest.raises(WorkloadError, match=r"every shard fails.*on fire"):
         fimo.run(make_spec(estimators=[]), tmp_path / "three", beside)

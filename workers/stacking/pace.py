@@ -41,11 +41,11 @@ class _EnoughError(Exception):
     """What is to be known is known."""
 
 
-def pace(start: Start, lanes: Sequence[Removal], seed: int, budget_s: float) -> Pace:
+def pace(start: Start, lanes: Sequence[Removal], seed: int | Sequence[int], budget_s: float) -> Pace:
     """Time a stack over a few steps and evaluations as a long run takes them: traced, if its steps are.
 
     Args:
-        lanes: the stack's removals.
+        lanes: the stack's removals; ``seed``: of all, or of each, as ``further_train`` has it.
         budget_s: timing ends at the first step and evaluation after so many seconds.
 
     Raises:
@@ -77,7 +77,9 @@ def pace(start: Start, lanes: Sequence[Removal], seed: int, budget_s: float) -> 
     return Pace(step, evaluation, max(0.0, first), traced)
 
 
-def _step_times(start: Start, lanes: Sequence[Removal], seed: int, budget_s: float, warm: int) -> list[float]:
+def _step_times(
+    start: Start, lanes: Sequence[Removal], seed: int | Sequence[int], budget_s: float, warm: int
+) -> list[float]:
     """Seconds of each step, its evaluation among them."""
     device = start.model.device
     read, times = clock(device), list[float]()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -24,7 +24,9 @@ SHARE = 0.9
 """Of a GPU's memory that may be asked for: a little is lost between the pieces."""
 
 
-def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tuple[int, dict[int, float]]:
+def measure_stack_size(
+    start: Start, cells: int, each: int | None = None, budget_s: float = 20.0
+) -> tuple[int, dict[int, float]]:
     """The stack size with the fewest seconds per replica and step.
 
     Tries sizes upwards, over a few steps each. Stops at a size that does not fit in memory, that vmap refuses, or that
@@ -32,7 +34,8 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
     says which will fit, and the largest that does is tried in place of one that does not.
 
     Args:
-        cells: the most that a shard could use.
+        cells: the most that a shard, or the shards of a task, could use.
+        each: cells of one shard, of a task of several: from one to the next the seed is another.
 
     Returns:
         (stack size, seconds per replica and step of each size tried).
@@ -46,13 +49,14 @@ def measure_stack_size(start: Start, cells: int, budget_s: float = 20.0) -> tupl
         size = min(candidate, most_that_fit(bytes_of, room(device)), most) if is_gpu(device) else candidate
         if size > most or size in seconds:
             break
-        lanes = [BASELINE, *[removal] * (size - 1)]
+        lanes = [removal if place % (each or cells) else BASELINE for place in range(size)]
+        seeds = [place // (each or cells) for place in range(size)]
         try:
             if is_gpu(device):
                 # What the last size left would count as this one's.
                 release()
             forget_peak(device)
-            seconds[size] = time_stack(start, lanes)
+            seconds[size] = time_stack(start, lanes, seeds=seeds)
         except FimoError:
             raise
         except Exception as error:
@@ -79,7 +83,7 @@ def most_that_fit(bytes_of: Mapping[int, int], memory: int) -> int:
     return max(many, many + int((SHARE * memory - more) // each))
 
 
-def time_stack(start: Start, lanes: list[Removal], steps: int = 9) -> float:
+def time_stack(start: Start, lanes: list[Removal], steps: int = 9, seeds: Sequence[int] | None = None) -> float:
     """Seconds per replica and step: the median step of a run, the better of two runs, the first steps apart."""
     device = start.model.device
     read = clock(device)
@@ -94,7 +98,7 @@ def time_stack(start: Start, lanes: list[Removal], steps: int = 9) -> float:
                 torch.cuda.synchronize(device)
             times.append(read())
 
-        further_train(start, lanes, 0, watch=note, last=first + steps)
+        further_train(start, lanes, seeds or 0, watch=note, last=first + steps)
         taken = [after - before for before, after in pairwise(times)][first - 1 :]
         # Time a run that is shorter than that from its first step on.
         return statistics.median(taken or [after - before for before, after in pairwise(times)] or [0.0])

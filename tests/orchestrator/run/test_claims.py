@@ -20,12 +20,13 @@ from fimo.orchestrator.run.owed import owed_tasks, remaining
 from fimo.orchestrator.run.places import in_process
 from fimo.orchestrator.run.plan import EstimateTask, Shard
 from fimo.orchestrator.run.schedule import SetAside
+from fimo.orchestrator.run.shards import ConflictError
 from fimo.orchestrator.run.status import sweep_status
-from fimo.orchestrator.run.tasks import ConflictError
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import Entry, LocalStore, MemoryStore
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers import joined
 from fimo.workers.errors import StoreError
 from tests.support.small_sweep import make_spec, run_here
 
@@ -68,9 +69,7 @@ def test_three_drivers_at_once_compute_each_shard_once(problem, tmp_path):
     log = tmp_path / "log"
 
     def run(number: int) -> int:
-        import fimo.orchestrator.run.tasks as tasks
-
-        real = tasks.run_shard
+        real = joined.run_shard
 
         def slow(*arguments):
             with log.open("a") as file:
@@ -78,7 +77,7 @@ def test_three_drivers_at_once_compute_each_shard_once(problem, tmp_path):
             time.sleep(0.3)
             return real(*arguments)
 
-        tasks.run_shard = slow
+        joined.run_shard = slow
         return runs.run(problem, store, where=in_process).exit_code
 
     pids = []

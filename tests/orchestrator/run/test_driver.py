@@ -21,6 +21,7 @@ from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.store import MemoryStore, NotFound, open_store
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables.schemas import SCHEMAS
+from fimo.workers import joined
 from fimo.workers.errors import DivergedError, StoreError
 from fimo.workers.workload import load_workload
 from tests.support.small_sweep import make_spec, run_here, table_bytes
@@ -226,13 +227,12 @@ def test_an_estimator_that_fails_is_set_aside_and_the_sweep_goes_on(beside, monk
 
 
 def test_a_bug_that_fails_every_shard_stops_the_sweep_and_sets_nothing_aside(beside, monkeypatch):
-    import fimo.orchestrator.run.tasks as tasks
 
     def broken(*_args):
         raise ValueError("always")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "run_shard", broken)
+        patch.setattr(joined, "run_shard", broken)
         report, store, heard = run_here(make_spec(), beside)
     assert report.outcome.broken
     assert report.exit_code == 1

@@ -13,7 +13,8 @@ from fimo.orchestrator.run.lateness import Lateness
 from fimo.orchestrator.run.places import Failed, Lost, Pool
 from fimo.orchestrator.run.plan import EstimateTask, Shard
 from fimo.orchestrator.run.schedule import ATTEMPTS, LOSSES, drive
-from fimo.orchestrator.run.tasks import ConflictError, Receipt, UnableError
+from fimo.orchestrator.run.shards import ConflictError
+from fimo.orchestrator.run.tasks import Receipt, UnableError
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.errors import StoreError, WorkloadError
 

@@ -39,7 +39,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], tuple[int, li
     def measure(memory: int, cells: int) -> tuple[int, list[int]]:
         sizes: list[int] = []
 
-        def time_stack(_start: object, lanes: list[object]) -> float:
+        def time_stack(_start: object, lanes: list[object], **_more: object) -> float:
             sizes.append(len(lanes))
             if (2 + 3 * len(lanes)) * MIB > memory:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
