@@ -73,7 +73,8 @@ def apart(case: Case, start: Start, epochs: int) -> float:
     shards: list[tuple[Sequence[Removal], int]] = [([(7,), (14,)], seed) for seed in (0, 1)]
     got = run_shards(replace(start, settings=replace(few, removal_mode=start.settings.removal_mode)), shards, 6)
     worst, largest = 0.0, float(start.at_final.abs().max())
-    for result, (removals, seed) in zip(chain.from_iterable(got), shards, strict=True):
+    results = chain.from_iterable(some for _, some in got)
+    for result, (removals, seed) in zip(results, shards, strict=True):
         for row, removal in enumerate([*removals, ()]):
             with deterministic(torch.device("cpu")):
                 plain = train_cell(case.workload, few, removal, seed).deltas
@@ -124,7 +125,7 @@ def measured(name: str, case: Case, precision: Any, asked: Asked) -> str:
             continue
 
         def work(way: str = way, own: Start = own) -> None:
-            results[way] = [result.deltas for result in chain.from_iterable(run_shards(own, shards, size))]
+            results[way] = [result.deltas for _, some in run_shards(own, shards, size) for result in some]
 
         work()
         took[way] = per * seconds(work, asked.device)

@@ -7,7 +7,7 @@ beside its removals, so that whoever knows which they were can train a cell agai
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -35,32 +35,38 @@ class _Lane:
     rate: float | None = None
 
 
-def run_shards(start: Start, shards: Shards, replicas: int) -> Iterator[list[ShardResult]]:
+def run_shards(
+    start: Start, shards: Shards, replicas: int, wanted: Collection[int] | None = None
+) -> Iterator[tuple[range, list[ShardResult]]]:
     """``run_shard`` of several (removals, seed): as many of them in one stack as it holds, whole ones.
 
     One seed's replicas may be too few to keep a GPU busy. ``seconds`` is an even share of the stack's. A stack that
     memory does not hold is cut into smaller ones. Nothing is forked.
 
+    Args:
+        wanted: places of the shards whose results are wanted: a stack of others alone is not trained. None = all.
+
     Yields:
-        The results of those that were trained in one stack, in their order; of one alone, which may have taken several
-        stacks, where no two fit in one, or the forward draws.
+        Places of the shards that were trained in one stack, and their results; of one alone, which may have taken
+        several stacks, where no two fit in one, or the forward draws.
     """
-    left = list(shards)
-    while left:
-        count = first_stack(start, left, replicas)
-        some = left[:count]
-        try:
-            done = _together(start, some) if count > 1 else [run_shard(start, *some[0], replicas)]
-        except FimoError:
-            raise
-        except Exception as error:
-            if count == 1 or not out_of_memory(error):
+    first = 0
+    while first < len(shards):
+        count = first_stack(start, shards[first:], replicas)
+        places, some = range(first, first + count), shards[first : first + count]
+        if wanted is None or not set(wanted).isdisjoint(places):
+            try:
+                done = _together(start, some) if count > 1 else [run_shard(start, *some[0], replicas)]
+            except FimoError:
                 raise
-            replicas = sum(len(removals) + 1 for removals, _ in some) // 2
-            release()
-            continue
-        yield [replace(result, replicas=replicas) for result in done] if count > 1 else done
-        left = left[count:]
+            except Exception as error:
+                if count == 1 or not out_of_memory(error):
+                    raise
+                replicas = sum(len(removals) + 1 for removals, _ in some) // 2
+                release()
+                continue
+            yield places, [replace(result, replicas=replicas) for result in done] if count > 1 else done
+        first = places.stop
 
 
 def first_stack(start: Start, shards: Shards, replicas: int) -> int:

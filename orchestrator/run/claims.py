@@ -19,7 +19,7 @@ from typing import Any
 
 from fimo.orchestrator.run.failures import task_id
 from fimo.orchestrator.run.heartbeat import Heartbeat, Others
-from fimo.orchestrator.run.plan import Task, Work, as_work, tasks_in
+from fimo.orchestrator.run.plan import Work
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys
@@ -62,17 +62,17 @@ class Claims:
         # What a store that fails has not done by now stays, and is stale.
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def take(self, tasks: Sequence[Task]) -> list[bool]:
+    def take(self, work: Sequence[Work]) -> list[bool]:
         """Claim tasks; False where another driver that is heard of has one.
 
         A store that fails here is no reason to stop: the task is computed without a claim.
         """
-        names = [task_id(self._manifest, task) for task in tasks]
+        names = [task_id(self._manifest, one) for one in work]
         return list(self._threads.map(self._take, names))
 
-    def release(self, task: Task) -> None:
+    def release(self, work: Work) -> None:
         """Withdraw the claim on a task that has ended, in the background."""
-        self._withdraw(task_id(self._manifest, task))
+        self._withdraw(task_id(self._manifest, work))
 
     def _take(self, name: str) -> bool:
         with contextlib.suppress(StoreError):
@@ -121,18 +121,12 @@ class SharedTasks:
 
     Args:
         remaining: of some tasks, those that the store still lacks, cut down to what is missing of each.
-        together: shards that are handed over as one.
     """
 
     def __init__(
-        self,
-        tasks: Sequence[Task],
-        claims: Claims,
-        remaining: Callable[[Sequence[Task]], Sequence[Task]],
-        together: int = 1,
+        self, work: Sequence[Work], claims: Claims, remaining: Callable[[Sequence[Work]], Sequence[Work]]
     ) -> None:
-        self._together = together
-        self._queue, self._theirs = deque(as_work(tasks, together)), deque[Task]()
+        self._queue, self._theirs = deque(work), deque[Work]()
         self._claims, self._remaining = claims, remaining
         self._looked, self._pause_s = time.monotonic(), LOOK_EVERY_S
 
@@ -142,18 +136,14 @@ class SharedTasks:
         if self._theirs and time.monotonic() - self._looked > self._pause_s:
             self._look()
         while self._queue and len(mine) < count:
-            batch = [tasks_in(self._queue.popleft()) for _ in range(min(count - len(mine), len(self._queue)))]
-            taken = iter(self._claims.take([task for tasks in batch for task in tasks]))
-            for tasks in batch:
-                ours: list[Task] = []
-                for task in tasks:
-                    (ours if next(taken) else self._theirs).append(task)
-                mine += as_work(ours, self._together)
+            batch = [self._queue.popleft() for _ in range(min(count - len(mine), len(self._queue)))]
+            for work, taken in zip(batch, self._claims.take(batch), strict=True):
+                (mine if taken else self._theirs).append(work)
         return mine
 
-    def done(self, task: Task) -> None:
-        """A task that was taken has ended."""
-        self._claims.release(task)
+    def done(self, work: Work) -> None:
+        """What was taken has ended."""
+        self._claims.release(work)
 
     @property
     def waits(self) -> int:
@@ -169,8 +159,7 @@ class SharedTasks:
         """Forget what the others have done, and ask again for what is left of theirs, before the rest."""
         began = time.monotonic()
         with contextlib.suppress(StoreError):
-            waiting = [task for work in self._queue for task in tasks_in(work)]
-            left = self._remaining([*self._theirs, *waiting])
-            self._queue, self._theirs = deque(as_work(left, self._together)), deque()
+            left = self._remaining([*self._theirs, *self._queue])
+            self._queue, self._theirs = deque(left), deque()
         self._looked = time.monotonic()
         self._pause_s = max(LOOK_EVERY_S, 5 * (self._looked - began))

@@ -20,9 +20,9 @@ from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import gather
 from fimo.orchestrator.run.heartbeat import Heartbeat
-from fimo.orchestrator.run.owed import cells_in, estimators_in, few_shards, owed_tasks, remaining
+from fimo.orchestrator.run.owed import cells_in, estimators_in, few_shards, owed_tasks, remaining, to_hand_over
 from fimo.orchestrator.run.places import Pool, Result, Source
-from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask, Work, shards_together
+from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask, Work, tasks_in
 from fimo.orchestrator.run.pool import on_ray
 from fimo.orchestrator.run.reading import Gathered
 from fimo.orchestrator.run.schedule import Outcome, drive
@@ -154,12 +154,11 @@ def _run(
         final_model, course = read_final(of.spec, Path(of.beside)), Course.of(plan.cells, plan.done, tasks)
         with Heartbeat(sweep) as heartbeat, where(sweep, of, final_model) as pool:
             heartbeat.follow(course)
-            slots = pool.slots()
-            together = shards_together(of, sum(isinstance(task, Shard) for task in tasks), slots)
-            if (line := few_shards(tasks, slots, together)) is not None:
+            work = to_hand_over(of, sweep, tasks)
+            if (line := few_shards(work, pool.slots())) is not None:
                 listener.say(line)
             with Claims(sweep, of, heartbeat) as claims:
-                shared = SharedTasks(tasks, claims, lambda tasks: _remaining(of, sweep, tasks, course), together)
+                shared = SharedTasks(work, claims, lambda work: _remaining(of, sweep, work, course))
                 _compute(of, sweep, shared, pool, listener, should_stop, outcome, course)
 
     if shards and manifest.spec.seeds.until_reliability is not None:
@@ -268,12 +267,13 @@ def note_sets(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task]) -> None:
         sweep.write_set(manifest.digest, removals)
 
 
-def _remaining(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task], course: Course) -> list[Task]:
+def _remaining(manifest: Manifest, sweep: Sweep, work: Sequence[Work], course: Course) -> list[Work]:
     """What other drivers have left of some tasks; what they have done is noted."""
+    tasks = [task for one in work for task in tasks_in(one)]
     left = remaining(manifest, sweep, tasks)
     cells = cells_in(tasks) - cells_in(left)
     course.by_others(tasks, left, cells)
-    return left
+    return to_hand_over(manifest, sweep, left)
 
 
 def _compute(

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fimo.orchestrator.run.blocks import value_digest
-from fimo.orchestrator.run.plan import EstimateTask, Shard, Task, WitnessTask, task_name
+from fimo.orchestrator.run.plan import EstimateTask, Shard, Together, WitnessTask, Work, task_name
 from fimo.orchestrator.spec.canonical import canonical, digest
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.store.base import is_key
@@ -72,8 +72,11 @@ class Failures:
         return {failure.id for failure in self.aside}
 
 
-def task_id(manifest: Manifest, task: Task) -> str:
+def task_id(manifest: Manifest, task: Work) -> str:
     """A name for a task that is the same in every run of it."""
+    if isinstance(task, Together):
+        first = task.shards[0]
+        return f"{manifest.digest[:16]}-seeds-{first.seed:010d}-{keys.set_hash(first.removals)}"
     if isinstance(task, Shard):
         return f"{manifest.digest[:16]}-seed-{task.seed:010d}-{keys.set_hash(task.removals)}"
     if isinstance(task, WitnessTask):

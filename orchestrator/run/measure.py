@@ -19,16 +19,14 @@ import torch
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.blocks import Named
 from fimo.orchestrator.run.failures import Failures
-from fimo.orchestrator.run.owed import missing_estimates, missing_witnesses
+from fimo.orchestrator.run.owed import missing_estimates, missing_witnesses, to_hand_over
 from fimo.orchestrator.run.plan import (
     EstimateTask,
     Plan,
     Shard,
     Task,
     WitnessTask,
-    as_work,
-    most_lanes,
-    shards_together,
+    seeds_together,
     size_of_shards,
     tasks_in,
 )
@@ -132,9 +130,10 @@ def measure(resolved: Resolved, plan: Plan, sweep: Sweep | None = None, say: Say
         path, workers = str(engine.record["path"]), _workers(resources.cpus, resources.gpus)
         # No task trains more than its own cells together.
         cells = min(size_of_shards(manifest), len(manifest.removals)) + 1
-        together = min(engine.replicas, most_lanes(resources, cells) if engine.start.joins else cells)
+        seeds = seeds_together(manifest, len(manifest.removals)) if engine.start.joins else 1
+        together = min(engine.replicas, seeds * cells)
         measured = Measured(device.type, workers, together, path, started, proof_s, step, cell)
-        for work in as_work(plan.shards, shards_together(manifest, len(plan.shards), workers)):
+        for work in to_hand_over(manifest, held, plan.shards):
             some = [task for task in tasks_in(work) if isinstance(task, Shard)]
             took = shards.together([([r.indices for r in shard.removals], shard.seed) for shard in some])
             measured.tasks += [(shard, took / len(some)) for shard in some]

@@ -17,8 +17,12 @@ from fimo.orchestrator.run.plan import (
     Plan,
     Shard,
     Task,
+    Together,
     WitnessTask,
+    Work,
+    as_work,
     make_plan,
+    seeds_together,
     size_of_shards,
     witness_tasks,
 )
@@ -129,19 +133,35 @@ def _block_of(task: EstimateTask) -> tuple[object, ...]:
     return task.estimator, task.params, task.seed, task.first, task.count
 
 
+def to_hand_over(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task]) -> list[Work]:
+    """The tasks as a pool is given them: shards that are trained in the same stacks as one.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    together = seeds_together(manifest, len(manifest.removals))
+    held = {(part.seed, part.set) for part in sweep.list_parts(manifest.digest)} if together > 1 else set()
+    return as_work(tasks, together, manifest.spec.seeds.first, held)
+
+
 def cells_in(tasks: Sequence[Task]) -> int:
     """The cells that tasks would train, without the baselines."""
     return sum(len(task.removals) for task in tasks if isinstance(task, Shard))
 
 
-def few_shards(tasks: Sequence[Task], slots: int, together: int = 1) -> str | None:
-    """What to do if a large cluster has so few shards that at the end all of it waits for the slowest; else None.
-
-    Shards that are handed over ``together`` are so since it is quicker, or since the spec says so.
-    """
-    shards = [task for task in tasks if isinstance(task, Shard)]
-    if slots < LARGE or not shards or len(shards) >= EACH * slots or together > 1:
+def few_shards(work: Sequence[Work], slots: int) -> str | None:
+    """What to do if a large cluster has so few shards that at the end all of it waits for the slowest; else None."""
+    shards = [one for one in work if isinstance(one, Shard)]
+    blocks = [one for one in work if isinstance(one, Together)]
+    count = len(shards) + len(blocks)
+    if slots < LARGE or not count or count >= EACH * slots:
         return None
+    if blocks:
+        most = max(len(block.shards) for block in blocks)
+        return (
+            f"{count} tasks for {slots} places, of up to {most} seeds each: at the end they wait for the slowest; a "
+            "smaller `resources: {together}` makes more"
+        )
     size = max(1, cells_in(shards) // (EACH * slots))
     if size >= max(len(shard.removals) for shard in shards):
         return None

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from fimo.orchestrator.run.plan import Task, Work
+from fimo.orchestrator.run.plan import Work
 from fimo.orchestrator.run.tasks import Receipt, run_task
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -78,8 +78,8 @@ class Source(Protocol):
     def take(self, count: int) -> list[Work]:
         """Up to ``count`` to start now."""
 
-    def done(self, task: Task) -> None:
-        """A task that was taken has ended, or was set aside."""
+    def done(self, work: Work) -> None:
+        """What was taken has ended, or was set aside."""
 
     @property
     def waits(self) -> int:
@@ -102,7 +102,7 @@ class Unshared:
         """See ``Source``."""
         return list(islice(self._tasks, count))
 
-    def done(self, task: Task) -> None:
+    def done(self, work: Work) -> None:
         """See ``Source``."""
 
 

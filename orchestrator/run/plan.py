@@ -6,14 +6,13 @@ parts, and resuming is: list and subtract.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 from fimo.orchestrator.spec.limits import FEWEST, MOST_NUMBERS
 from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.spec.spec import Resources
+from fimo.orchestrator.sweep.keys import set_hash
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.workers.amounts import steps_recorded
 from fimo.workers.settings import FurtherTraining
@@ -21,8 +20,8 @@ from fimo.workers.settings import FurtherTraining
 SHARD_WORK = 4e12
 """Trained scalars × steps that one part may hold before its shard is cut smaller: about an hour and a half of BERT."""
 SMALLEST, LARGEST = FEWEST, 100
-FULL, MOST_LANES = 512, 2048
-"""Replicas in one stack, where their number is left to fimo: so many fill a GPU with a small model; the most."""
+FULL = 512
+"""Replicas in one stack that fill a GPU with a small model: so many seeds are trained together."""
 EACH = 5
 """Tasks that every place should have: with one each a thousand GPUs are busy for three tenths of the time, with five
 for two thirds (``benchmarks/fleet.py``)."""
@@ -90,9 +89,15 @@ Task = Shard | EstimateTask | WitnessTask
 
 @dataclass(frozen=True)
 class Together:
-    """Shards that are handed over as one, to be trained in the same stacks; each is committed as its own part."""
+    """Shards of the same removals that are trained in the same stacks; each is committed as its own part.
+
+    Attributes:
+        shards: all that make the stacks, whatever of them is done: a shard's stack is the same after an interruption.
+        owed: those of them whose parts are missing.
+    """
 
     shards: tuple[Shard, ...]
+    owed: tuple[Shard, ...]
 
 
 Work = Task | Together
@@ -109,35 +114,42 @@ def tasks_in(work: Work) -> tuple[Task, ...]: ...
 
 def tasks_in(work: Work) -> tuple[Task, ...]:
     """The tasks that are done when the work is."""
-    return work.shards if isinstance(work, Together) else (work,)
+    return work.owed if isinstance(work, Together) else (work,)
 
 
-def as_work(tasks: Iterable[Task], together: int) -> list[Work]:
-    """The tasks in order, with up to ``together`` shards as one, where the first of them stood."""
-    kept, shards = list(tasks), deque[Shard]()
+def as_work(tasks: Iterable[Task], together: int, first: int, held: Collection[tuple[int, str]]) -> list[Work]:
+    """The tasks in order, shards of the same removals and of one block of seeds as one, where the first of them stood.
+
+    Args:
+        together: seeds of a block; ``first``: the sweep's first seed, where the first block begins.
+        held: (seed, set of removals) of the parts that are there.
+    """
+    kept, blocks = list(tasks), dict[tuple[int, tuple[NamedRemoval, ...]], list[Shard]]()
     if together <= 1:
         return list[Work](kept)
-    shards.extend(task for task in kept if isinstance(task, Shard))
-    every, left = list[Work](), 0
+    for task in kept:
+        if isinstance(task, Shard):
+            blocks.setdefault(((task.seed - first) // together, task.removals), []).append(task)
+    every = list[Work]()
     for task in kept:
         if not isinstance(task, Shard):
             every.append(task)
-        elif left:
-            left -= 1
-        else:
-            some = tuple(shards.popleft() for _ in range(min(together, len(shards))))
-            left = len(some) - 1
-            every.append(Together(some) if len(some) > 1 else some[0])
+            continue
+        block = (task.seed - first) // together
+        owed = blocks.pop((block, task.removals), None)
+        if owed is not None:
+            begin, name = first + block * together, set_hash(task.removals)
+            there = {seed for seed in range(begin, begin + together) if (seed, name) in held}
+            seeds = sorted(there | {shard.seed for shard in owed})
+            shards = tuple(Shard(seed, task.removals) for seed in seeds)
+            every.append(Together(shards, tuple(owed)) if len(shards) > 1 else task)
     return every
 
 
 def task_name(task: Work) -> str:
     """How a task is called in progress and errors."""
     if isinstance(task, Together):
-        seeds = sorted({shard.seed for shard in task.shards})
-        removals = sum(len(shard.removals) for shard in task.shards)
-        named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-        return f"{named}, {removals} removals in {len(task.shards)} shards"
+        return f"seeds {task.shards[0].seed} to {task.shards[-1].seed}, {len(task.shards[0].removals)} removals each"
     if isinstance(task, Shard):
         return f"seed {task.seed}, {len(task.removals)} removals"
     if isinstance(task, WitnessTask):
@@ -188,28 +200,20 @@ def size_of_shards(manifest: Manifest) -> int:
     return max(1, min(fit, shard_size(manifest.scalars, manifest.steps[-1])))
 
 
-def most_lanes(resources: Resources, each: int) -> int:
-    """The most replicas that a task could train in one stack; ``each``: removals of a shard, and its baseline."""
-    if resources.together != "auto":
-        return each * resources.together
-    return max(each, MOST_LANES // each * each) if resources.gpus else each
+def seeds_together(manifest: Manifest, removals: int) -> int:
+    """Seeds whose shards are trained in the same stacks: as the spec says, or so many that they fill a GPU.
 
-
-def shards_together(manifest: Manifest, shards: int, slots: int) -> int:
-    """Shards that a task is given: as the spec says, or so many that they fill a GPU and every GPU has work.
+    Told by the spec alone, and not by the cluster at hand: which cells share a stack decides how they round.
 
     Args:
-        shards: to be trained in all; ``slots``: tasks that run at once.
+        removals: of the sweep.
     """
-    resources, removals = manifest.spec.resources, max(1, min(size_of_shards(manifest), len(manifest.removals)))
+    resources, each = manifest.spec.resources, max(1, min(size_of_shards(manifest), removals))
     if resources.together != "auto":
         return resources.together
-    each, a_place = removals + 1, -(-shards // max(1, slots))
-    # ``EACH`` tasks for every place, but not at the price of GPUs that are half idle.
-    wanted = max(a_place // EACH, min(FULL // each, a_place))
-    # A task is no dearer than a shard may be.
-    dear = int(SHARD_WORK // max(1, manifest.scalars * manifest.steps[-1])) // removals
-    return max(1, min(most_lanes(resources, each) // each, dear, wanted))
+    # No dearer than a shard may be.
+    dear = int(SHARD_WORK // max(1, manifest.scalars * manifest.steps[-1])) // each
+    return max(1, min(FULL // (each + 1), dear)) if resources.gpus else 1
 
 
 def make_plan(

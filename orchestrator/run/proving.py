@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from fimo.orchestrator.resolve.resolved import Resolved
-from fimo.orchestrator.run.plan import most_lanes, size_of_shards
+from fimo.orchestrator.run.plan import seeds_together, size_of_shards
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.spec.canonical import canonical, digest
 from fimo.orchestrator.store import MemoryStore, NotFound
@@ -66,7 +66,7 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
     """
     manifest, device = resolved.manifest, device_name(start.model.device)
     if not resolved.spec.resources.proof:
-        size = _replicas(sweep, resolved, start, _shards(manifest, len(removals)))
+        size = _replicas(sweep, resolved, start, len(removals))
         return Proven(start, size, {"proof": "off", "path": "not proven"})
     every = _removals(sweep, manifest) or removals
     shards = _shards(manifest, len(every))
@@ -79,8 +79,8 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
         "shards": shards,
         "groups": max(map(len, every)) > 1,
     }
-    if (most := most_lanes(asked, max(shards) + 1)) > max(shards) + 1:
-        about["lanes"] = most
+    if (together := seeds_together(manifest, len(every))) > 1:
+        about["together"] = together
     key = keys.proof(sweep.name, manifest.digest, device, digest(about)[:16])
     with contextlib.suppress(NotFound):
         return _taken(_verdict(sweep, key), key, start)
@@ -119,7 +119,8 @@ def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, f
     aside.write_manifest(manifest)
     # A verdict, or a measured stack size, that the store has already is not made again.
     known = [entry.key for entry in sweep.store.list(keys.proof(sweep.name, manifest.digest))]
-    for key in (*known, _stack_key(sweep, manifest, start)):
+    together = seeds_together(manifest, len(manifest.removals))
+    for key in (*known, keys.replicas(sweep.name, manifest.digest, device_name(start.model.device), together)):
         with contextlib.suppress(NotFound):
             aside.store.put(key, sweep.store.get(key))
     engine = proven(aside, resolved, start, tuple(r.indices for r in manifest.removals))
@@ -129,8 +130,8 @@ def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, f
 def _prove(
     sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Removal, ...], shards: list[int]
 ) -> dict[str, Any]:
-    replicas, each = _replicas(sweep, resolved, start, shards), max(shards) + 1
-    joint = min(replicas, most_lanes(resolved.spec.resources, each)) // each * each
+    replicas, each = _replicas(sweep, resolved, start, len(removals)), max(shards) + 1
+    joint = min(replicas // each, seeds_together(resolved.manifest, len(removals))) * each
     case = Case(
         workload=resolved.workload,
         state=resolved.state,
@@ -184,29 +185,24 @@ def _shards(manifest: Manifest, removals: int) -> list[int]:
     return sorted({size, removals % size or size})
 
 
-def _replicas(sweep: Sweep, resolved: Resolved, start: Start, shards: Sequence[int]) -> int:
+def _replicas(sweep: Sweep, resolved: Resolved, start: Start, removals: int) -> int:
     """Cells trained together: as the spec says, or measured once per device type and kept in the store."""
-    asked = resolved.spec.resources.replicas
+    asked, manifest = resolved.spec.resources.replicas, resolved.manifest
     if asked != "auto":
         return asked
-    key, each = _stack_key(sweep, resolved.manifest, start), max(shards) + 1
-    most = most_lanes(resolved.spec.resources, each)
+    together, each = seeds_together(manifest, removals), min(size_of_shards(manifest), removals) + 1
+    key = keys.replicas(sweep.name, manifest.digest, device_name(start.model.device), together)
     for _ in range(2):
         with contextlib.suppress(NotFound):
             if (found := records.read(records.StackSize, sweep.store.get(key))) is not None:
                 return found[0].replicas
         # A shard's removals and its baseline are the most that can be trained together, or those of several shards.
-        if start.joins and most > each:
-            size, seconds = measure_stack_size(start, most, each)
+        if start.joins and together > 1:
+            size, seconds = measure_stack_size(start, together * each, each)
         else:
-            size, seconds = measure_stack_size(start, size_of_shards(resolved.manifest) + 1)
+            size, seconds = measure_stack_size(start, size_of_shards(manifest) + 1)
         body = {"replicas": size, "seconds_per_replica_step": {str(k): v for k, v in seconds.items()}}
         # The first to have measured decides for everybody.
         if sweep.store.create(key, canonical(body).encode()):
             return size
     return size
-
-
-def _stack_key(sweep: Sweep, manifest: Manifest, start: Start) -> str:
-    several = most_lanes(manifest.spec.resources, 1) > 1
-    return keys.replicas(sweep.name, manifest.digest, device_name(start.model.device), several)

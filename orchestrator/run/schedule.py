@@ -31,8 +31,8 @@ BREAKER = 3
 """Set-asides without a single success that stop the sweep: a bug that fails every shard."""
 UNABLE = 30
 """Tasks in a row that nodes could not begin, and none finished meanwhile, that stop the sweep."""
-APART = 2
-"""Times that shards may be lost together before they are tried one by one: what they took may not have been there."""
+APART = 5
+"""Times that shards may be lost together before they are tried one by one: together they may take too much memory."""
 REMEMBERED_S = 60.0
 """Nodes that have gone leave their tasks behind for a while, so the window shrinks so late."""
 
@@ -250,8 +250,7 @@ class _Loop:
             # With what the task took beside its own work: a worker that starts, data that is loaded.
             self.lateness.finished(flight.task, max(receipt.seconds, flight.ran_s(time.monotonic())))
         self.store_failures = self.unable = 0
-        for task in tasks_in(flight.task):
-            self.source.done(task)
+        self.source.done(flight.task)
 
     def _set_aside(self, given_up: SetAside) -> None:
         self.outcome.set_aside.append(given_up)
@@ -262,7 +261,7 @@ class _Loop:
         self.outcome.lost += 1
         self.losses[name] = self.losses.get(name, 0) + 1
         if isinstance(task, Together):
-            self.again.extend(task.shards if self.losses[name] >= APART else (task,))
+            self.again.extend(task.owed if self.losses[name] >= APART else (task,))
         elif self.losses[name] >= LOSSES:
             line = f"lost {LOSSES} times, the last time: {result.reason}"
             self._set_aside(SetAside(task, line, result.reason))
@@ -285,7 +284,7 @@ class _Loop:
             return
         if isinstance(task, Together):
             # Whose error it was shows when they are tried one by one; what is done of them is there.
-            self.again.extend(task.shards)
+            self.again.extend(task.owed)
             return
         self.failures[name] = self.failures.get(name, 0) + 1
         dear = isinstance(result.error, TooDearError)

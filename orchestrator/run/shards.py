@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,16 +62,18 @@ def train(
     device: torch.device,
     flags: Mapping[str, object],
     shards: Sequence[Shard],
+    owed: Collection[Shard],
 ) -> Iterator[Committed]:
     """Train shards in as few stacks as may be, and commit what each stack has come to before the next begins.
 
     Args:
         flags: those of ``fimo.workers.device.deterministic``, in which this runs.
+        owed: those that are committed; the others are trained where they share a stack with these.
 
     Raises:
         ConflictError: other rows are committed under a shard's key.
     """
-    read, graphs, left = clock(device), engine.start.graphs, list(shards)
+    read, graphs = clock(device), engine.start.graphs
 
     def now() -> float:
         # Tracing is done once a process, whatever it trains.
@@ -79,8 +81,9 @@ def train(
 
     began = now()
     asked = [([r.indices for r in shard.removals], shard.seed) for shard in shards]
-    for results in run_shards(engine.start, asked, engine.replicas):
-        some, left = left[: len(results)], left[len(results) :]
+    wanted = [place for place, shard in enumerate(shards) if shard in owed]
+    for places, results in run_shards(engine.start, asked, engine.replicas, wanted):
+        some = [shards[place] for place in places]
         about = {
             **provenance(device, resolved, flags),
             "replicas_at_start": engine.replicas,
@@ -90,7 +93,8 @@ def train(
         if len(some) > 1:
             about["together"] = [[shard.seed, keys.set_hash(shard.removals)] for shard in some]
         for shard, result in zip(some, results, strict=True):
-            yield _commit(sweep, resolved.manifest, shard, result, about)
+            if shard in owed:
+                yield _commit(sweep, resolved.manifest, shard, result, about)
         began = now()
 
 

@@ -24,7 +24,6 @@ from fimo.orchestrator.run.blocks import assemble, common_steps, runs_of, shares
 from fimo.orchestrator.run.plan import EstimateTask, Shard, Together, WitnessTask, Work, tasks_in
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
 from fimo.orchestrator.run.proving import Proven, proven
-from fimo.orchestrator.run.shards import Committed
 from fimo.orchestrator.run.witnessing import witnessed
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import estimates, keys, parts
@@ -184,32 +183,26 @@ def engine_of(sweep: Sweep, resolved: Resolved, device: torch.device, removals: 
 
 
 def _shards(sweep: Sweep, resolved: Resolved, device: torch.device, task: Shard | Together) -> Receipt:
-    started, manifest = time.monotonic(), resolved.manifest
-    every, left, lines = dict[Shard, Committed](), list[Shard](), tuple[str, ...]()
-    for shard in tasks_in(task):
-        # A task whose receipt was lost with its worker, or that another driver was quicker at, is not computed again.
-        there = shards.met(sweep, manifest, shard)
-        if there is None:
-            left.append(shard)
-        else:
-            every[shard] = there
-    if left:
+    started, manifest, owed = time.monotonic(), resolved.manifest, tasks_in(task)
+    # A task whose receipt was lost with its worker, or that another driver was quicker at, is not computed again.
+    there = [shards.met(sweep, manifest, shard) for shard in owed]
+    every, lines = {done.shard: done for done in there if done is not None}, tuple[str, ...]()
+    if left := {shard for shard in owed if shard not in every}:
         with deterministic(device) as flags:
-            removals = tuple(dict.fromkeys(r.indices for shard in left for r in shard.removals))
-            engine = engine_of(sweep, resolved, device, removals)
-            every |= {done.shard: done for done in shards.train(sweep, resolved, engine, device, flags, left)}
+            engine = engine_of(sweep, resolved, device, tuple(r.indices for r in owed[0].removals))
+            together = task.shards if isinstance(task, Together) else owed
+            every |= {done.shard: done for done in shards.train(sweep, resolved, engine, device, flags, together, left)}
         lines = engine.lines
-    took, name = time.monotonic() - started, device_name(device)
+    took, name = (time.monotonic() - started) / len(owed), device_name(device)
     each = [
-        Receipt(done.key, done.written, len(shard.removals), done.diverged, took / len(every), name)
-        for shard, done in ((shard, every[shard]) for shard in tasks_in(task))
+        Receipt(done.key, done.written, len(shard.removals), done.diverged, took, name, lines if first else ())
+        for first, shard, done in ((shard is owed[0], shard, every[shard]) for shard in owed)
     ]
-    first, *others = [dataclasses.replace(each[0], lines=lines), *each[1:]]
     if not isinstance(task, Together):
-        return first
+        return each[0]
     cells, diverged = (sum(getattr(one, of) for one in each) for of in ("cells", "diverged"))
     written = any(one.written for one in each)
-    return Receipt(first.key, written, cells, diverged, took, name, each=(first, *others))
+    return Receipt(each[0].key, written, cells, diverged, len(owed) * took, name, each=tuple(each))
 
 
 # -- witnesses -----------------------------------------------------------------------------------------------------

@@ -164,8 +164,8 @@ class Resources(Section):
     )
     together: Count | Literal["auto"] = Field(
         default="auto",
-        description="Shards that a task trains in the same stacks, each committed as a part of its own. `auto`: on a "
-        "GPU so many that it is full and every GPU has work; 1 without one.",
+        description="Seeds whose shards are trained in the same stacks, each committed as a part of its own. `auto`: "
+        "on a GPU so many that a stack has about 500 cells; 1 without one.",
     )
     deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",

@@ -10,7 +10,7 @@
                                             …/ESTIMATOR-PARAMS/seed-N/ those of one seed that it trains with
     NAME/imported/SCORES.parquet            another library's values: `fimo import-scores` (put)
     NAME/replicas/DIGEST-DEVICE.json        measured stack size: the first worker of a device type (create);
-                                            …-together.json where a stack may hold several shards
+                                            …-TOGETHER.json where a stack may hold so many shards
     NAME/proofs/DIGEST-DEVICE-ABOUT.json    how the engine compared with the definition: the first worker of a device
                                             type (and software), before its first shard (create)
     NAME/search/DIGEST/POINT.json           a point that `fimo search` has tried, with its scores; POINT-SEEDS.json a
@@ -129,13 +129,13 @@ def imported(sweep: str, name: str = "") -> str:
     return f"{sweep}/imported/{name}.parquet" if name else f"{sweep}/imported/"
 
 
-def replicas(sweep: str, result_digest: str, device: str, together: bool = False) -> str:
+def replicas(sweep: str, result_digest: str, device: str, together: int = 1) -> str:
     """The measured stack size on a device type (a name as ``fimo.workers.device.device_name`` gives it).
 
-    ``together``: where a stack may hold several shards.
+    ``together``: shards that a stack may hold.
     """
     slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")[:80]
-    return f"{sweep}/replicas/{result_digest[:32]}-{slug}{'-together' if together else ''}.json"
+    return f"{sweep}/replicas/{result_digest[:32]}-{slug}{f'-{together}' if together > 1 else ''}.json"
 
 
 def proof(sweep: str, result_digest: str, device: str = "", about: str = "") -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import chain
 
 import pytest
 import torch
@@ -28,8 +27,8 @@ ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
 SGD = Optimizer("sgd", lr=0.02, momentum=0.9)
 
 
-def all_of(stacks: Iterable[list[ShardResult]]) -> list[ShardResult]:
-    return list(chain.from_iterable(stacks))
+def all_of(stacks: Iterable[tuple[range, list[ShardResult]]]) -> list[ShardResult]:
+    return [result for _, results in stacks for result in results]
 
 
 def normed() -> Workload:
@@ -111,6 +110,16 @@ def test_a_stack_holds_whole_shards_and_all_stacks_are_of_like_size(trained, siz
     start = make(regression(), settings(removal_mode="drop"))
     assert [result.seed for result in all_of(run_shards(start, EACH, size))] == list(range(7))
     assert trained == sizes, "each stack, and its second baselines in a stack of another size"
+
+
+def test_a_stack_of_which_nothing_is_wanted_is_not_trained(trained) -> None:
+    start = make(regression(), settings(removal_mode="drop"))
+    every = all_of(run_shards(start, EACH, 8))
+    trained.clear()
+    [(places, results)] = run_shards(start, EACH, 8, wanted={5})
+    assert places == range(4, 7)
+    assert trained == [6, 3], "the others of its stack are trained with it"
+    assert all(torch.equal(one.deltas, every[place].deltas) for place, one in zip(places, results, strict=True))
 
 
 @pytest.mark.parametrize(
