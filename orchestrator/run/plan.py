@@ -22,6 +22,8 @@ SHARD_WORK = 4e12
 SMALLEST, LARGEST = FEWEST, 100
 FULL = 512
 """Replicas in one stack that fill a GPU with a small model: so many seeds are trained together."""
+STACK_NUMBERS = 2**28
+"""Deltas of such a stack, at most: 2 GiB."""
 EACH = 5
 """Tasks that every place should have: with one each a thousand GPUs are busy for three tenths of the time, with five
 for two thirds (``benchmarks/fleet.py``)."""
@@ -211,9 +213,10 @@ def seeds_together(manifest: Manifest, removals: int) -> int:
     resources, each = manifest.spec.resources, max(1, min(size_of_shards(manifest), removals))
     if resources.together != "auto":
         return resources.together
-    # No dearer than a shard may be.
+    # No dearer than a shard may be, and its deltas stay on the device until it is done.
     dear = int(SHARD_WORK // max(1, manifest.scalars * manifest.steps[-1])) // each
-    return max(1, min(FULL // (each + 1), dear)) if resources.gpus else 1
+    held = STACK_NUMBERS // (len(manifest.steps) * manifest.evals * (each + 1))
+    return max(1, min(FULL // (each + 1), dear, held)) if resources.gpus else 1
 
 
 def make_plan(

@@ -236,6 +236,7 @@ def test_a_gpu_is_filled_whatever_the_cluster(beside, gpus, removals, expected):
     manifest = resolve(make_spec(resources={"shard": "auto", "gpus": gpus}), beside).manifest
     assert seeds_together(manifest, removals) == expected
     assert seeds_together(replace(manifest, scalars=10**12), removals) == 1, "a dear cell is no cheaper together"
+    assert seeds_together(replace(manifest, evals=10**8), removals) == 1, "their deltas would fill it"
 
 
 def test_the_spec_says_how_many(beside):
