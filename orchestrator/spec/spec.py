@@ -162,7 +162,7 @@ class Resources(Section):
         description="Removals in one part, which is what an interruption loses. `auto`: by the cost of a cell. Ten "
         "parts a GPU keep all of them busy; with one each, all wait for the slowest.",
     )
-    together: Annotated[Count, Field(le=4096)] | Literal["auto"] = Field(
+    together: Annotated[int, Field(ge=1, le=4096, strict=True)] | Literal["auto"] = Field(
         default="auto",
         description="Seeds whose shards are trained in the same stacks, each committed as a part of its own. `auto`: "
         "on a GPU so many that a stack has about 500 cells; 1 without one.",
