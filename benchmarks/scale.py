@@ -3,8 +3,10 @@
     python benchmarks/scale.py run    [--seeds 1000 --removals 200 --shard 20]     scheduled, committed, reduced
     python benchmarks/scale.py resume [--seeds 1000 --removals 100 --shard 1]      100,000 parts there: listed, status
 
-`run`: 10,000 shards; `--seeds 10000 --removals 100 --shard 100` is 1,000,000 cells in 10,000 shards. `--unclaimed` runs
-without claims, which tells what they cost. `--store s3://…` takes another store than a folder (AWS environment).
+`run`: 10,000 shards; `--seeds 10000 --removals 100 --shard 100` is 1,000,000 cells in 10,000 shards. `--workers` are
+the places that the driver fills. Its own CPU is told apart from that of the stand-ins, which make, encode and commit a
+part as a worker of another machine would. `--unclaimed` runs without claims, which tells what they cost. `--store s3://…`
+takes another store than a folder (AWS environment).
 `resume` puts the parts there as plain files, or by many threads into another store, for it is not about writing them.
 """
 
@@ -38,14 +40,13 @@ from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 
-WORKERS = 64
-
 
 class StandIn(Pool):
-    """Workers that commit made-up parts, in threads of this process."""
+    """Workers that commit made-up parts, in threads of this process; ``cpu_s``: what each part took of a CPU."""
 
-    def __init__(self, sweep: Sweep, of: Manifest) -> None:
-        self._sweep, self._of, self._effects = sweep, of, made.truth(of)
+    def __init__(self, sweep: Sweep, of: Manifest, slots: int) -> None:
+        self._sweep, self._of, self._effects, self._slots = sweep, of, made.truth(of), slots
+        self.cpu_s: list[float] = []
         self._threads, self._done = ThreadPoolExecutor(8), queue.SimpleQueue[tuple[Hashable, Result]]()
         self._count = 0
 
@@ -55,10 +56,12 @@ class StandIn(Pool):
         return self._count
 
     def _work(self, handle: int, task: Task) -> None:
+        began = time.thread_time()
         try:
             assert isinstance(task, Shard)
             key, data = made.part(self._of, task.seed, task.removals, self._effects)
             written = self._sweep.store.create(key, data)
+            self.cpu_s.append(time.thread_time() - began)
             self._done.put((handle, Receipt(key, written, len(task.removals), 0, 0.0, "made")))
         except Exception as error:
             self._done.put((handle, Failed(error, traceback.format_exc())))
@@ -75,12 +78,7 @@ class StandIn(Pool):
         return None
 
     def slots(self) -> int:
-        return WORKERS
-
-
-@contextlib.contextmanager
-def place(sweep: Sweep, of: Manifest, _: bytes | None) -> Iterator[Pool]:
-    yield StandIn(sweep, of)
+        return self._slots
 
 
 class Unclaimed(claims.Claims):
@@ -91,25 +89,30 @@ class Unclaimed(claims.Claims):
         return None
 
 
-def run(of: Manifest, store: Store, unclaimed: bool) -> None:
+def run(of: Manifest, store: Store, workers: int, unclaimed: bool) -> None:
     if unclaimed:
         driver.Claims = Unclaimed  # type: ignore[misc]
+    pools: list[StandIn] = []
+
+    @contextlib.contextmanager
+    def place(sweep: Sweep, of: Manifest, _: bytes | None) -> Iterator[Pool]:
+        pools.append(StandIn(sweep, of, workers))
+        yield pools[-1]
+        clocks.append((time.perf_counter(), time.process_time(), peak_mb()))
+
     started, before = time.perf_counter(), peak_mb()
     clocks: list[tuple[float, float, float]] = []
 
-    def reducing(_: str) -> None:
-        if not clocks:
-            clocks.append((time.perf_counter(), time.process_time(), peak_mb()))
-
     cpu = time.process_time()
-    listener = driver.Listener(lambda plan, tasks: None, lambda task, result: None, reducing)
-    report = driver.run(Resolved(of, None, None), store, listener, where=place)  # type: ignore[arg-type]
+    report = driver.run(Resolved(of, None, None), store, where=place)  # type: ignore[arg-type]
     ended, total = time.perf_counter(), time.process_time()
     shards = len(report.outcome.receipts)
     computed, used, memory = clocks[0]
     took = computed - started
     print(f"{of.cells} cells in {shards} shards: {took:.1f} s, {shards / took:.0f} shards a second", end="")
-    print(f", {1e3 * (used - cpu) / shards:.2f} ms of CPU each, the workers' own among it")
+    theirs = sum(sum(pool.cpu_s) for pool in pools)
+    each = 1e3 / shards
+    print(f"; of CPU each {each * (used - cpu - theirs):.2f} ms the driver, {each * theirs:.2f} ms the workers")
     print(f"reduced in {ended - computed:.1f} s ({total - used:.1f} s of CPU)")
     print(f"memory at most {memory:.0f} MB while computing, {peak_mb():.0f} MB in all, {before:.0f} MB before")
     print(f"exit {report.exit_code}, {report.gathered.done} of {report.gathered.cells} cells")
@@ -168,7 +171,7 @@ def peak_mb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["run", "resume"])
-    for name, default in (("seeds", 1000), ("removals", 0), ("shard", 0), ("steps", 1), ("evals", 4)):
+    for name, default in (("seeds", 1000), ("removals", 0), ("shard", 0), ("steps", 1), ("evals", 4), ("workers", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--store")
     parser.add_argument("--unclaimed", action="store_true")
@@ -180,7 +183,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(given.store or folder)
         if given.what == "run":
-            run(of, store, given.unclaimed)
+            run(of, store, given.workers, given.unclaimed)
         else:
             resume(of, store, None if given.store else Path(folder))
 
