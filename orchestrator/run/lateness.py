@@ -54,25 +54,45 @@ class Lateness:
         """Note that a task was given up: it has longer the next time."""
         self._given_up[repr(task)] = self._given_up.get(repr(task), 0) + 1
 
+    def passed(self, task: Work, seconds: float) -> float | None:
+        """What a task may run, in seconds, if it has run for longer; else None."""
+        if self._deadline_s is None and seconds <= LATE_S:
+            return None
+        # A task's name is long: it is asked for last.
+        first = self._first_limit(task)
+        limit = None if first is None or seconds <= first else self.limit(task)
+        return limit if limit is not None and seconds > limit else None
+
     def limit(self, task: Work) -> float | None:
         """Seconds that a task may run; None while nothing has finished."""
+        first = self._first_limit(task)
+        if first is None or self._deadline_s is not None:
+            return first
+        return float(first * 2 ** self._given_up.get(repr(task), 0))
+
+    def _first_limit(self, task: Work) -> float | None:
+        """The limit of a task that has not been given up."""
         if self._deadline_s is not None:
             return self._deadline_s
         if not self._longest_s:
             return None
-        times, kind = 2 ** self._given_up.get(repr(task), 0), kind_of(task)
+        kind = kind_of(task)
         if kind not in self._usual_s:
-            return float(times * max(FIRST_S, FIRST * max(self._longest_s.values())))
+            return max(FIRST_S, FIRST * max(self._longest_s.values()))
         larger = self._larger(task)
-        return float(times * max(LATE_S, larger * LONGEST * self._longest_s[kind], larger * LATE * self._usual_s[kind]))
+        return max(LATE_S, larger * LONGEST * self._longest_s[kind], larger * LATE * self._usual_s[kind])
 
     def is_stuck(self, task: Work, seconds: float) -> bool:
         """Whether a task that has run for so long may be on a node that has frozen."""
+        if seconds <= STUCK_S:
+            return False
         kind = kind_of(task)
         return kind in self._usual_s and seconds > STUCK * self._larger(task) * self._usual_s[kind] + STUCK_S
 
     def is_late(self, task: Work, seconds: float) -> bool:
         """Whether a task that has run for so long would most likely be done sooner if it were begun again elsewhere."""
+        if seconds <= COPIED_S:
+            return False
         kind = kind_of(task)
         return kind in self._usual_s and seconds > COPIED * self._larger(task) * self._usual_s[kind] + COPIED_S
 

@@ -206,8 +206,9 @@ class _Loop:
     def running(self) -> list[tuple[Work, float]]:
         """Tasks with their seconds so far: pools start them in the order in which they were handed over."""
         now = time.monotonic()
-        stuck = [flight for flight in self.flying.values() if self.lateness.is_stuck(flight.task, flight.ran_s(now))]
-        others = [flight for flight in self.flying.values() if flight not in stuck]
+        stuck, others = list[_Flight](), list[_Flight]()
+        for flight in self.flying.values():
+            (stuck if self.lateness.is_stuck(flight.task, flight.ran_s(now)) else others).append(flight)
         for flight in others[: self.slots]:
             flight.running = now if flight.running is None else flight.running
         return [(f.task, f.ran_s(now)) for f in [*stuck, *others] if f.running is not None]
@@ -305,8 +306,8 @@ class _Loop:
             if not self.slots:
                 # While there is no node for any task, none runs, so none is late.
                 flight.running = None
-            limit = self.lateness.limit(flight.task)
-            if limit is not None and flight.ran_s(now) > limit:
+            limit = self.lateness.passed(flight.task, flight.ran_s(now))
+            if limit is not None:
                 self.pool.cancel(handle)
                 lost = Lost(f"no result within {limit:.0f} s")
                 self.lateness.gave_up(flight.task)
