@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from fimo.orchestrator.run.plan import EstimateTask, Task, WitnessTask, Work, task_name
@@ -18,7 +19,6 @@ class Course:
     Attributes:
         cells: of the sweep; ``done``: of them, those that the store had and those that were trained since.
         left: tasks that are not finished, by kind: ``shard``, ``witness`` or an estimator's name.
-        running: (task in words, when it began on the monotonic clock) of every task that runs, the longest first.
         waits: what the run waits for, if it does, with when that began on the monotonic clock.
         trained: cells trained by this driver; ``began``: when it started, on the monotonic clock.
     """
@@ -26,10 +26,10 @@ class Course:
     cells: int
     done: int
     left: Counter[str] = field(default_factory=Counter)
-    running: tuple[tuple[str, float], ...] = ()
     waits: tuple[str, float] | None = None
     trained: int = 0
     began: float = field(default_factory=time.monotonic)
+    _running: tuple[float, Sequence[tuple[Task, float]]] = (0.0, ())
 
     @classmethod
     def of(cls, cells: int, done: int, tasks: Sequence[Task]) -> Course:
@@ -56,8 +56,14 @@ class Course:
         now = time.monotonic()
         if waits is None or self.waits is None or self.waits[0] != waits:
             self.waits = None if waits is None else (waits, now)
-        named = ((_named(task), now - seconds) for task, seconds in running)
-        self.running = tuple(sorted(named, key=lambda of: of[1]))
+        # Told at every turn, and asked for every few seconds: put in words when it is asked for.
+        self._running = now, running
+
+    @property
+    def running(self) -> list[tuple[str, float]]:
+        """(task in words, when it began on the monotonic clock) of every task that runs, the longest first."""
+        told, running = self._running
+        return sorted(((_named(task), told - seconds) for task, seconds in running), key=itemgetter(1))
 
     @property
     def elapsed_s(self) -> float:
