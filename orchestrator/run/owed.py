@@ -97,9 +97,12 @@ def owed_tasks(
     What was set aside is left out. ``done`` as for ``current_plan``.
     """
     plan = current_plan(manifest, sweep, done)
-    shards = [s for s in plan.shards if task_id(manifest, s) not in failures.ids]
+    aside, shards = failures.ids, list(plan.shards)
     missing = missing_estimates(manifest, sweep, failures)
-    owed = [e for e in missing if task_id(manifest, e) not in failures.ids]
+    owed = [e for e in missing if task_id(manifest, e) not in aside]
+    if aside:
+        # Nearly always there is none, and the name of each of many shards takes a while.
+        shards = [s for s in shards if task_id(manifest, s) not in aside]
     mixed = chain.from_iterable(zip_longest(owed, shards))
     return [*(task for task in mixed if task is not None), *missing_witnesses(manifest, sweep, failures)], plan
 
