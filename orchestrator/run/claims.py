@@ -47,7 +47,7 @@ class Claims:
         self._others = Others(sweep, heartbeat)
         self._body = canonical({"driver": heartbeat.name, **heartbeat.who}).encode()
         self._held: dict[str, str] = {}
-        self._withdrawn: list[Future[None]] = []
+        self._withdrawn = deque[Future[None]]()
         self._threads = ThreadPoolExecutor(TOGETHER, thread_name_prefix="fimo-claims")
 
     def __enter__(self) -> Claims:
@@ -97,7 +97,8 @@ class Claims:
     def _withdraw(self, name: str) -> None:
         key = self._held.pop(name, None)
         if key is not None:
-            self._withdrawn = [one for one in self._withdrawn if not one.done()]
+            while self._withdrawn and self._withdrawn[0].done():
+                self._withdrawn.popleft()
             self._withdrawn.append(self._threads.submit(self._delete, key))
 
     def _delete(self, key: str) -> None:
