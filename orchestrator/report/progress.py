@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -23,6 +24,17 @@ LOG_EVERY_S, LOG_SHARE, LOG_AT_MOST_S = 10.0, 0.05, 300.0
 """Seconds between two log lines: at first, as a share of the time so far, and at most."""
 WAITS_S = 5.0
 """Seconds of waiting after which it is said."""
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A bar and a course, which is put in words when it is drawn: four times a second, not at every turn."""
+
+    bar: Progress
+    course: Course
+
+    def __rich__(self) -> Group:
+        return Group(self.bar, *(Text(line) for line in course_lines(self.course.json())))
 
 
 class ProgressReport:
@@ -88,7 +100,7 @@ class ProgressReport:
         done, of = (course.done, course.cells) if self._trains else (self._done, self._of)
         if self._live is not None:
             self._bar.update(self._bar_task, completed=done, total=of)
-            self._live.update(Group(self._bar, *(Text(line) for line in course_lines(course.json()))))
+            self._live.update(_Shown(self._bar, course))
         elif now - self._logged > min(LOG_AT_MOST_S, max(LOG_EVERY_S, LOG_SHARE * (now - self._began))):
             self._logged = now
             self.say("; ".join([f"{done} of {of} {self._unit} done", *course_lines(course.json())]))

@@ -82,13 +82,14 @@ class Course:
 
     def json(self) -> dict[str, Any]:
         """As plain values."""
-        now = time.monotonic()
+        # Read once: the run goes on in another thread.
+        now, waits = time.monotonic(), self.waits
         return {
             "cells": self.cells,
             "done": self.done,
             "left": dict(sorted(self.left.items())),
             "running": [{"task": name, "seconds": round(now - began, 1)} for name, began in self.running],
-            "waits": None if self.waits is None else {"for": self.waits[0], "seconds": round(now - self.waits[1], 1)},
+            "waits": None if waits is None else {"for": waits[0], "seconds": round(now - waits[1], 1)},
             "elapsed_s": round(self.elapsed_s, 1),
             "cells_per_second": self.pace,
             "finish_in_s": self.finish_in_s,
