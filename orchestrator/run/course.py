@@ -29,7 +29,7 @@ class Course:
     waits: tuple[str, float] | None = None
     trained: int = 0
     began: float = field(default_factory=time.monotonic)
-    _running: tuple[float, Sequence[tuple[Task, float]]] = (0.0, ())
+    _running: tuple[float, Sequence[tuple[Work, float]]] = (0.0, ())
 
     @classmethod
     def of(cls, cells: int, done: int, tasks: Sequence[Task]) -> Course:
