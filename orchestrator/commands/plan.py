@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,24 +76,36 @@ def plan(
 
 def _planned(spec: Spec, beside: Path, store: str | None, measure: bool, rank: bool) -> dict[str, Any]:
     """All that a plan says, for ``--json``; the workload is loaded twice, the second time in another process."""
-    from fimo.orchestrator.report.show import label
     from fimo.orchestrator.resolve.again import SecondLoad
-    from fimo.orchestrator.run.owed import current_plan
-    from fimo.orchestrator.store import open_store
-    from fimo.orchestrator.sweep.sweep import Sweep
 
     again = SecondLoad(spec, beside)
     try:
         # Only now: torch is imported here and there at the same time.
+        from fimo.orchestrator.resolve.imports import import_to_stay
+
+        import_to_stay("torch")
+        from fimo.orchestrator.report.show import label
         from fimo.orchestrator.resolve.resolved import resolve
+        from fimo.orchestrator.run.owed import current_plan
         from fimo.orchestrator.run.suited import judged
+        from fimo.orchestrator.store import open_store
+        from fimo.orchestrator.sweep.sweep import Sweep
 
         resolved = resolve(spec, beside)
-        again.check(resolved.manifest)
+        check = partial(again.check, resolved.manifest)
+        try:
+            sweep = None if store is None else Sweep(open_store(store), spec.name)
+            planned = current_plan(resolved.manifest, sweep)
+            if resolved.manifest.estimators:
+                # What torch.func.grad imports when it is first called.
+                import_to_stay("torch._dynamo")
+            found = judged(resolved, before_memory=check)
+        except Exception:
+            # A workload that is not the same twice is told first, whatever came of it here.
+            check()
+            raise
     finally:
         again.stop()
-    sweep = None if store is None else Sweep(open_store(store), spec.name)
-    planned, found = current_plan(resolved.manifest, sweep), judged(resolved)
     values, named = _plan_json(resolved, planned), spec.estimators is not None
     values["unsuited"] = {label(*of): why for of, why in found.unsuited.items()}
     values["too_large"] = {label(*of): why for of, why in found.too_large.items()} if named else {}

@@ -26,6 +26,9 @@ def resume(
     as_json: JsonOption = False,
 ) -> None:
     """Compute what is missing of a sweep, here or (--address http://HEAD:8265) as a job; the store has the spec."""
+    from fimo.orchestrator.resolve.imports import import_to_stay
+
+    import_to_stay("torch")
     from fimo.orchestrator.resolve.at_hand import Own
     from fimo.orchestrator.resolve.resolved import resolve_again
     from fimo.orchestrator.sweep.sweep import open_sweep

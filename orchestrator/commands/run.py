@@ -39,14 +39,18 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Plan, train, estimate, reduce and score; prints the score table. Run again to compute what is missing."""
-    from fimo.orchestrator.resolve.resolved import resolve
-    from fimo.orchestrator.run.suited import refuse_unsuited
+    from fimo.orchestrator.resolve.imports import import_to_stay
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import open_store
-    from fimo.orchestrator.sweep.sweep import Sweep
 
     opened = open_store(store)
     parsed = read_file(spec)
+    # Only now: a mistake in the spec is told before torch is imported.
+    import_to_stay("torch")
+    from fimo.orchestrator.resolve.resolved import resolve
+    from fimo.orchestrator.run.suited import refuse_unsuited
+    from fimo.orchestrator.sweep.sweep import Sweep
+
     resolved = resolve(parsed, spec.resolve().parent)
     tell_store()
     if parsed.further_training.removal_mode is None and resolved.spec.further_training.removal_mode == "mask":

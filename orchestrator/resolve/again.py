@@ -14,15 +14,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fimo.orchestrator.resolve.differences import UNSTABLE, in_words, what_differs
+from fimo.orchestrator.resolve.imports import import_to_stay
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.spec.spec import Spec, parse
-from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.workers.errors import FimoError, WorkloadError
 
-PROGRAM = f"import gc; gc.set_threshold(10_000); from {__name__} import second; raise SystemExit(second())"
-"""With few looks for garbage: a tenth of an import of torch otherwise goes into them."""
+if TYPE_CHECKING:
+    from fimo.orchestrator.sweep.manifest import Manifest
+
+PROGRAM = f"from {__name__} import second; raise SystemExit(second())"
 
 
 class SecondLoad:
@@ -52,14 +55,17 @@ class SecondLoad:
             self._process.stdin.close()
         # What ``communicate`` would flush once more.
         self._process.stdin = None
+        self._said: tuple[str, str] | None = None
 
     def check(self, manifest: Manifest) -> None:
-        """Refuse a workload that was not the same the second time.
+        """Refuse a workload that was not the same the second time; may be asked again.
 
         Raises:
             WorkloadError: it failed, or which of its parts differ.
         """
-        out, talk = self._process.communicate()
+        if self._said is None:
+            self._said = self._process.communicate()
+        out, talk = self._said
         if self._process.returncode:
             last = (talk.strip().splitlines() or ["no output"])[-1]
             raise WorkloadError(f"the workload could be loaded once, and not a second time in another process: {last}")
@@ -81,6 +87,7 @@ class SecondLoad:
 def second() -> int:
     """The process: the folder and when it was started are its arguments."""
     # The other process starts before it imports torch itself.
+    import_to_stay("torch")
     from fimo.orchestrator.resolve.resolved import count_evals, digests, load_here
 
     try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fimo.orchestrator.sweep.manifest import Manifest
+if TYPE_CHECKING:
+    from fimo.orchestrator.sweep.manifest import Manifest
 
 PARTS = {
     "source": "the workload's code",

@@ -6,12 +6,13 @@ Nothing is computed but a gradient or two. How long an estimator takes is anothe
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
 
 from fimo import estimators
+from fimo.estimators.counts import Work
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.blocks import Named, shares
 from fimo.orchestrator.run.budget import too_large
@@ -37,11 +38,19 @@ class Judged:
     too_large: dict[Named, str] = field(default_factory=dict)
 
 
-def judged(resolved: Resolved, only: Collection[Named] | None = None) -> Judged:
-    """The estimators of a sweep, or ``only`` some of them, held against it on this machine."""
+def judged(
+    resolved: Resolved,
+    only: Collection[Named] | None = None,
+    before_memory: Callable[[], None] = lambda: None,
+) -> Judged:
+    """The estimators of a sweep, or ``only`` some of them, held against it on this machine.
+
+    Args:
+        before_memory: called before it is looked at how much memory is free, to wait for what holds some meanwhile.
+    """
     manifest, spec, cpu = resolved.manifest, resolved.spec, torch.device("cpu")
     model, (train, evals) = resolved.model(cpu), resolved.examples(cpu)
-    found = Judged()
+    found, works = Judged(), dict[Named, Work]()
     # A task that is given a GPU is bounded by its memory, which is not known where there is none.
     device = pick_device(spec.resources.gpus)
     known = device.type == "cuda" or not spec.resources.gpus
@@ -59,18 +68,21 @@ def judged(resolved: Resolved, only: Collection[Named] | None = None) -> Judged:
                 further_training=spec.further_training.settings(),
                 seeds=list(spec.seeds) if seed is None else [seed],
             )
-            reason, large = _held_against(named, problem, device if known else None, spec.estimators is not None)
-            if reason is not None:
-                found.unsuited[name, params] = reason
-            elif large is not None:
-                found.too_large[name, params] = large
+            held = _held_against(named, problem, spec.estimators is not None)
+            if isinstance(held, str):
+                found.unsuited[name, params] = held
+            else:
+                works[name, params] = held
+    before_memory()
+    for of, work in works.items() if known else ():
+        large = too_large(work, device)
+        if large is not None:
+            found.too_large[of] = large
     return found
 
 
-def _held_against(
-    named: estimators.Estimator, problem: estimators.Problem, device: torch.device | None, asked: bool
-) -> tuple[str | None, str | None]:
-    """Why it means nothing, and that it is too large, None where it is not so.
+def _held_against(named: estimators.Estimator, problem: estimators.Problem, asked: bool) -> str | Work:
+    """Why it means nothing, or the work of one task of it.
 
     Args:
         asked: the spec names it; the default set has been held against the model when it was chosen.
@@ -78,12 +90,11 @@ def _held_against(
     try:
         reason = named.refuses(problem) if asked else None
         if reason is not None:
-            return reason, None
+            return reason
         # Its hyper-parameters must fit the sweep for its work to be counted.
-        work = named.work(problem)
+        return named.work(problem)
     except FimoError as error:
-        return str(error).removeprefix(f"estimator {named.name}: "), None
-    return None, None if device is None else too_large(work, device)
+        return str(error).removeprefix(f"estimator {named.name}: ")
 
 
 def refuse_unsuited(resolved: Resolved, sweep: Sweep) -> None:

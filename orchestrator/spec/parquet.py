@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 FREE, RATIO = 2**28, 1000
@@ -68,6 +67,9 @@ def read_about(data: bytes) -> dict[bytes, bytes]:
 def _texts(column: pa.ChunkedArray, most: int) -> pa.ChunkedArray:
     if not pa.types.is_dictionary(column.type):
         return column
+    # Only now: it takes as long to import as all else here.
+    import pyarrow.compute as pc
+
     total = 0
     for chunk in column.chunks:
         total += pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0

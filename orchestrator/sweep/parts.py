@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -163,7 +162,7 @@ def decode_part(data: bytes, key: str, steps: int | None = None, evals: int | No
     same_rows = np.array_equal(table["removal"].to_numpy(), np.repeat(numbers, len(named))) and np.array_equal(
         table["step"].to_numpy(), np.tile(np.array(named, dtype=np.int32), len(numbers))
     )
-    if not same_rows or pc.unique(table["seed"]).to_pylist() != [seed]:
+    if not same_rows or table["seed"].unique().to_pylist() != [seed]:
         raise BadPartError(f"part {key}: its rows are not those that its metadata names")
     if at_final is not None and at_final.shape != (m,):
         raise BadPartError(f"part {key}: g at the final model is not {m} numbers")

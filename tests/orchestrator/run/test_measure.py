@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fimo import estimators
-from fimo.orchestrator.commands.plan import _plan_json, _unused
+from fimo.orchestrator.commands.plan import _plan_json, _planned, _unused
 from fimo.orchestrator.report.planned import plan_lines, short
 from fimo.orchestrator.resolve.again import SecondLoad
 from fimo.orchestrator.resolve.resolved import resolve
@@ -94,6 +94,47 @@ def test_what_hangs_on_the_order_of_a_set_is_found_in_another_process(beside, mo
         except WorkloadError as error:
             said.add(str(error).split(" came out")[0])
     assert said == {"the workload is not deterministic: loaded twice, the evaluation examples"}
+
+
+class Twice:
+    """Stands for the second load of a plan."""
+
+    seconds, differs = 0.0, False
+
+    def __init__(self, *_: object) -> None:
+        self.ended = False
+
+    def check(self, _: object) -> None:
+        self.ended = True
+        if self.differs:
+            raise WorkloadError("loaded twice, it differs")
+
+    def stop(self) -> None:
+        self.ended = True
+
+
+def test_a_plan_tells_first_what_differs_between_two_loads_and_then_what_came_of_it(beside, monkeypatch):
+    monkeypatch.setattr("fimo.orchestrator.resolve.again.SecondLoad", Twice)
+    monkeypatch.setattr(suiting, "_held_against", lambda *_: {}["nothing"])
+    with pytest.raises(KeyError):
+        _planned(make_spec(estimators=["grad_dot"]), beside, None, False, False)
+    monkeypatch.setattr(Twice, "differs", True)
+    for store in (None, str(beside / "flowers.py")):
+        with pytest.raises(WorkloadError, match="loaded twice, it differs"):
+            _planned(make_spec(estimators=["grad_dot"]), beside, store, False, False)
+
+
+def test_a_plan_looks_at_the_free_memory_when_the_second_load_has_given_its_own_back(beside, monkeypatch):
+    loads: list[Twice] = []
+
+    class Noted(Twice):
+        def __init__(self, *_: object) -> None:
+            super().__init__()
+            loads.append(self)
+
+    monkeypatch.setattr("fimo.orchestrator.resolve.again.SecondLoad", Noted)
+    monkeypatch.setattr(budget, "_free_bytes", lambda _: 2.0**40 if loads[-1].ended else 0.0)
+    assert _planned(make_spec(estimators=["grad_dot"]), beside, None, False, False)["too_large"] == {}
 
 
 def test_named_estimators_that_do_not_apply_are_told_before_anything_runs(beside, monkeypatch):
