@@ -13,22 +13,27 @@ Not here: what an error means and how it is told (`weather.py`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC
+from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Any, TypeVar
 
 from fimo.orchestrator.store.base import Entry, NotFound, check_store, is_key, short, validate_key, validate_prefix
+from fimo.orchestrator.store.paging import NoAdvanceError, take_pages
 from fimo.orchestrator.store.weather import Verdict, judge
 from fimo.workers.errors import StoreError
 
 MAX_OBJECT_BYTES = 5 * 2**30
 """S3's limit for one `PutObject`."""
+
+MOST_LISTED = 1000
+"""Keys of a page: the most that S3 sends."""
 
 PATIENCE_S = 120.0
 """How long an operation is tried again: longer than a server's restart or a throttled minute."""
@@ -125,28 +130,30 @@ class S3Store:
         return self._call("read", key, read)
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """See `Store.list`. Pages of 1000 keys, each tried again by itself.
+        """See `Store.list`. Pages of 1000 keys, each tried again by itself; several at once if they are many.
 
         Sorted here: servers that keep folders list "a/b" before "a-b", which is not key order.
         """
         validate_prefix(prefix)
         entries: dict[str, Entry] = {}
-        token: str | None = None
-        while True:
-            request: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self.prefix + prefix, "MaxKeys": 1000}
-            if token is not None:
-                request["ContinuationToken"] = token
-            page = self._call("list", prefix, functools.partial(_list_page, request=request))
+
+        def ask(under: str, token: str | None, delimiter: str = "") -> Any:
+            request: dict[str, Any] = {"Bucket": self.bucket, "Prefix": under, "MaxKeys": MOST_LISTED}
+            request |= {"ContinuationToken": token} if token is not None else {}
+            request |= {"Delimiter": delimiter} if delimiter else {}
+            return self._call("list", prefix, functools.partial(_list_page, request=request))
+
+        def take(page: Any) -> None:
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self.prefix)
                 if is_key(key) and item["Key"].startswith(self.prefix):
                     entries[key] = Entry(key, item["Size"], item["LastModified"].astimezone(UTC))
-            following = page.get("NextContinuationToken")
-            if not page.get("IsTruncated"):
-                return iter(sorted(entries.values(), key=attrgetter("key")))
-            if not following or following == token:
-                raise StoreError(f"store {self.uri}: the server's listing does not advance; is this an S3 endpoint?")
-            token = following
+
+        try:
+            take_pages(ask, self.prefix + prefix, take)
+        except NoAdvanceError as error:
+            raise StoreError(f"store {self.uri}: {error}") from None
+        return iter(sorted(entries.values(), key=attrgetter("key")))
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
@@ -206,9 +213,12 @@ class S3Store:
 
     def _connect(self) -> tuple[Any, Any]:
         import boto3
+        import botocore.session
         from botocore.config import Config
 
-        session = boto3.session.Session()
+        core = botocore.session.get_session()
+        core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_moment)
+        session = boto3.session.Session(botocore_session=core)
         config = Config(
             connect_timeout=self.connect_timeout_s,
             read_timeout=self.read_timeout_s,
@@ -225,6 +235,18 @@ class S3Store:
             return (credentials.access_key, credentials.secret_key, credentials.token) if credentials else ()
         except Exception:
             return ()
+
+
+def _moment(text: Any) -> datetime:
+    """A time of an answer: botocore's own parser guesses at its format, which is three quarters of a long listing."""
+    # As S3 writes them in bodies; headers and other services have other formats.
+    if isinstance(text, str) and text[10:11] == "T" and text.endswith("Z"):
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(text)
+    from botocore.utils import parse_timestamp
+
+    guessed: datetime = parse_timestamp(text)
+    return guessed
 
 
 def _list_page(client: Any, request: Mapping[str, Any]) -> Any:
