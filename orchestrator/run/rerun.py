@@ -174,7 +174,9 @@ def _mates(sweep: Sweep, manifest: Manifest, part: Part) -> tuple[Shards, int] |
         return None
     shards, lanes = list[tuple[Sequence[Removal], int]](), 0
     for one in named:
-        if not (isinstance(one, list) and len(one) == 2 and isinstance(one[0], int) and _SET.fullmatch(str(one[1]))):
+        if not (isinstance(one, list) and len(one) == 2 and isinstance(one[0], int) and 0 <= one[0] < 2**32):
+            return None
+        if not _SET.fullmatch(str(one[1])):
             return None
         try:
             removals = sweep.read_set(manifest.digest, str(one[1]))

@@ -1,18 +1,65 @@
-"""A cell is trained again in the stacks of its part."""
+"""Which shards a part says that it was trained with: nobody vouches for what stands in its provenance."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
 from fimo.orchestrator.run import rerun
+from fimo.orchestrator.spec.removals import NamedRemoval
+from fimo.orchestrator.store import MemoryStore
+from fimo.orchestrator.sweep.keys import set_hash
+from fimo.orchestrator.sweep.sweep import Sweep
+
+MINE, OTHERS = (NamedRemoval(0, "0", (0,)), NamedRemoval(1, "1", (4, 7))), (NamedRemoval(2, "2", (3,)),)
+NAME, OTHER = set_hash(MINE), set_hash(OTHERS)
 
 
-def test_stacks_are_those_of_the_part() -> None:
-    for removals in range(1, 12):
-        for replicas in range(1, 14):
-            cells = list(range(-1, removals))
-            stacks = [cells[i : i + replicas] for i in range(0, len(cells), replicas)]
-            for row in range(removals):
-                rows = rerun._stack_mates(row, removals, replicas)
-                again = [-1, *rows]
-                made = [again[i : i + replicas] for i in range(0, len(again), replicas)]
-                mine = next(s for s in stacks if row in s)
-                assert made == ([mine] if -1 in mine else [stacks[0], mine])
+@pytest.fixture
+def sweep() -> Sweep:
+    sweep = Sweep(MemoryStore(), "flowers")
+    for removals in (MINE, OTHERS):
+        sweep.write_set("d" * 64, removals)
+    # As another process reads it.
+    return Sweep(sweep.store, "flowers")
+
+
+def mates(sweep: Sweep, provenance: dict[str, Any]) -> Any:
+    part: Any = SimpleNamespace(seed=5, removals=MINE, provenance=provenance)
+    of: Any = SimpleNamespace(digest="d" * 64)
+    return rerun._mates(sweep, of, part)
+
+
+def test_a_part_that_names_none_was_trained_by_itself(sweep: Sweep) -> None:
+    assert mates(sweep, {}) == ([([(0,), (4, 7)], 5)], 0)
+
+
+def test_those_that_it_names_are_found_in_their_order(sweep: Sweep) -> None:
+    found = mates(sweep, {"together": [[4, OTHER], [5, NAME], [6, NAME]]})
+    assert found == ([([(3,)], 4), ([(0,), (4, 7)], 5), ([(0,), (4, 7)], 6)], 1)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "all",
+        7,
+        {},
+        [],
+        [[4, NAME]],
+        [[5, NAME], [6]],
+        [[5, NAME], 6],
+        [[5, NAME], ["6", NAME]],
+        [[5, NAME], [-1, NAME]],
+        [[5, NAME], [2**70, NAME]],
+        [[5, NAME], [6, "../../sweep"]],
+        [[5, NAME], [6, "0" * 16]],
+        [[5, NAME], [6, None]],
+        [[5, NAME], *([6, NAME] for _ in range(100_000))],
+    ],
+    ids=lambda named: str(named)[:30],
+)
+def test_what_cannot_be_told_is_no_error_and_nothing_that_is_trained(sweep: Sweep, named: Any) -> None:
+    assert mates(sweep, {"together": named}) is None

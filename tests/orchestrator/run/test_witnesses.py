@@ -22,6 +22,7 @@ from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.parts import BadPartError
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables.reduce import reduce
+from fimo.workers import joined
 from fimo.workers.errors import UsageError
 from tests.support.small_sweep import make_spec, run_here, table_bytes
 
@@ -385,7 +386,7 @@ def test_a_sweep_whose_shards_all_fail_is_still_broken(beside, monkeypatch):
     def fail(*_):
         raise RuntimeError("no shard")
 
-    monkeypatch.setattr(running, "run_shard", fail)
+    monkeypatch.setattr(joined, "run_shard", fail)
     report, _, _ = run_here(witnessed(), beside)
     assert report.outcome.broken
     assert report.exit_code == 1
