@@ -11,15 +11,15 @@ removal weight.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from fimo.orchestrator.resolve.at_hand import Own
@@ -45,7 +45,9 @@ ROUNDING = 1e-12
 
 MOST_TOGETHER = 2**16
 """Replicas of one stack that a part's provenance may name: nobody vouches for what stands there."""
-_SET = re.compile(r"[0-9a-f]{16}")
+_Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+_Set = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$", strict=True)]
+_TOGETHER = TypeAdapter(Annotated[list[tuple[_Seed, _Set]], Field(max_length=MOST_TOGETHER)])
 
 Array = NDArray[np.float64]
 
@@ -166,27 +168,16 @@ def _asked(part: Part) -> tuple[Sequence[Removal], int]:
 
 def _mates(sweep: Sweep, manifest: Manifest, part: Part) -> tuple[Shards, int] | None:
     """The shards that the part's was trained with in one stack, and which is its own; None if they cannot be told."""
-    named = part.provenance.get("together")
-    if named is None:
+    if "together" not in part.provenance:
         return [_asked(part)], 0
-    own = [part.seed, keys.set_hash(part.removals)]
-    if not isinstance(named, list) or own not in named or len(named) > MOST_TOGETHER:
+    try:
+        named = _TOGETHER.validate_python(part.provenance["together"])
+        own = named.index((part.seed, keys.set_hash(part.removals)))
+        every = [(sweep.read_set(manifest.digest, name), seed) for seed, name in named]
+    except (ValueError, StoreError):
         return None
-    shards, lanes = list[tuple[Sequence[Removal], int]](), 0
-    for one in named:
-        if not (isinstance(one, list) and len(one) == 2 and isinstance(one[0], int) and 0 <= one[0] < 2**32):
-            return None
-        if not _SET.fullmatch(str(one[1])):
-            return None
-        try:
-            removals = sweep.read_set(manifest.digest, str(one[1]))
-        except StoreError:
-            return None
-        lanes += 1 + len(removals)
-        if lanes > MOST_TOGETHER:
-            return None
-        shards.append(([removal.indices for removal in removals], one[0]))
-    return shards, named.index(own)
+    shards = [([removal.indices for removal in removals], seed) for removals, seed in every]
+    return (shards, own) if sum(1 + len(removals) for removals, _ in shards) <= MOST_TOGETHER else None
 
 
 @contextmanager
