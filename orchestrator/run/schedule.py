@@ -283,11 +283,12 @@ class _Loop:
             self.pool.avoid(result.error.node)
             self.again.append(task)
             return
-        if isinstance(task, Together):
-            # Whose error it was shows when they are tried one by one; what is done of them is there.
-            self.again.extend(task.owed)
-            return
         self.failures[name] = self.failures.get(name, 0) + 1
+        if isinstance(task, Together):
+            # The store's error is none of theirs. Another's shows when they are tried one by one.
+            whole = isinstance(result.error, StoreError) and self.failures[name] < ATTEMPTS
+            self.again.extend((task,) if whole else task.owed)
+            return
         dear = isinstance(result.error, TooDearError)
         final = dear or isinstance(result.error, CannotEstimateError)
         # These errors come again at every try.

@@ -23,6 +23,7 @@ from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.keys import set_hash
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers import joined
+from fimo.workers.errors import StoreError
 from tests.support.small_sweep import OWN, make_spec, run_here, table_bytes
 
 TOGETHER = {"together": 3, "replicas": 64, "shard": 2}
@@ -216,6 +217,16 @@ def test_shards_that_are_lost_together_are_in_the_end_tried_one_by_one():
     assert len(outcome.receipts) == 7
     assert not outcome.set_aside
     assert [kind for _, kind in told] == [*[Lost] * APART, *[Receipt] * 7]
+
+
+@pytest.mark.parametrize(("error", "tries"), [(StoreError("the server is busy"), 2), (ValueError("wrong"), 1)])
+def test_shards_stay_together_after_a_store_that_failed_and_are_tried_apart_after_an_error_of_their_own(error, tries):
+    pool = Answers(lambda task: Failed(error, "") if len(pool.given) <= tries else done(task))
+    outcome = drive(as_work(SHARDS, 7, 0, set()), pool, poll_s=0.0)
+    apart = not isinstance(error, StoreError)
+    assert [type(task) for task in pool.given] == [*[Together] * tries, *([Shard] * 7 if apart else [Together])]
+    assert len(outcome.receipts) == 7
+    assert not outcome.set_aside
 
 
 def test_shards_that_are_done_together_are_told_of_one_by_one():
