@@ -41,7 +41,7 @@ def run_shards(
     """``run_shard`` of several (removals, seed): as many of them in one stack as it holds, whole ones.
 
     One seed's replicas may be too few to keep a GPU busy. ``seconds`` is an even share of the stack's. A stack that
-    memory does not hold is cut into smaller ones. Nothing is forked.
+    memory does not hold is cut into smaller ones. A stack of several is not forked.
 
     Args:
         wanted: places of the shards whose results are wanted: a stack of others alone is not trained. None = all.
@@ -74,6 +74,22 @@ def first_stack(start: Start, shards: Shards, replicas: int) -> int:
     most = max(1, replicas // (1 + max(len(removals) for removals, _ in shards))) if start.joins else 1
     stacks = -(-len(shards) // most)
     return -(-len(shards) // stacks)
+
+
+def joint_sizes(start: Start, removals: Sequence[int], seeds: int, replicas: int) -> list[int]:
+    """The sizes of the stacks of several shards that so many seeds come to, largest first.
+
+    Args:
+        removals: of the shards of one seed, by number.
+    """
+    sizes = set[int]()
+    for count in removals:
+        left: Shards = [((BASELINE,) * count, seed) for seed in range(seeds)]
+        while left:
+            some = first_stack(start, left, replicas)
+            sizes |= {some * (count + 1)} if some > 1 else set()
+            left = left[some:]
+    return sorted(sizes, reverse=True)
 
 
 def _together(start: Start, shards: Shards) -> list[ShardResult]:

@@ -106,7 +106,8 @@ def prove(case: Case, start: Start, budget_s: float = BUDGET_S) -> Verdict:
                 trial.precision: o.json() for trial, o in zip(trials, outcome, strict=False)
             }
             seconds = time.monotonic() - begun
-            return Verdict(engine, path, precisions, cells, steps, stacks, seconds, tuple(lines))
+            sizes = [*(case.joint if engine.join else ()), *stacks]
+            return Verdict(engine, path, precisions, cells, steps, sizes, seconds, tuple(lines))
         worst = next(o for o in outcome if not o.equal)
         lines.append(f"{path}: {worst.line}")
     raise UnprovenError(
@@ -134,13 +135,15 @@ def _ways(case: Case, start: Start) -> Iterator[tuple[Engine, str]]:
     seen = set()
     for engine in LEVELS:
         allowed = Engine(*(a and b for a, b in zip(_flags(engine), _flags(start.engine), strict=True)))
+        # What no stack has shown is not allowed.
+        allowed = replace(allowed, join=allowed.join and bool(case.joint))
         cut = start.trimming is not None or start.evals.places is not None
         kind = (
             allowed.replay and start.warms,
             allowed.trim and cut,
             allowed.fold and start.folds,
             allowed.stack,
-            allowed.stack and allowed.join and bool(case.joint),
+            allowed.stack and allowed.join,
         )
         if kind not in seen:
             seen.add(kind)

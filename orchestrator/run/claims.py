@@ -19,7 +19,7 @@ from typing import Any
 
 from fimo.orchestrator.run.failures import task_id
 from fimo.orchestrator.run.heartbeat import Heartbeat, Others
-from fimo.orchestrator.run.plan import Work
+from fimo.orchestrator.run.plan import Together, Work
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys
@@ -145,6 +145,14 @@ class SharedTasks:
     def done(self, work: Work) -> None:
         """What was taken has ended."""
         self._claims.release(work)
+
+    def split(self, work: Together) -> list[Work]:
+        """Those shards of what was taken that are to be tried one by one from now on, each under its own claim."""
+        mine: list[Work] = []
+        for shard, taken in zip(work.owed, self._claims.take(work.owed), strict=True):
+            (mine if taken else self._theirs).append(shard)
+        self._claims.release(work)
+        return mine
 
     @property
     def waits(self) -> int:

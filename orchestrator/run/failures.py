@@ -75,8 +75,7 @@ class Failures:
 def task_id(manifest: Manifest, task: Work) -> str:
     """A name for a task that is the same in every run of it."""
     if isinstance(task, Together):
-        first = task.shards[0]
-        return f"{manifest.digest[:16]}-seeds-{first.seed:010d}-{keys.set_hash(first.removals)}"
+        return f"{manifest.digest[:16]}-seeds-{task.block:010d}-{keys.set_hash(task.shards[0].removals)}"
     if isinstance(task, Shard):
         return f"{manifest.digest[:16]}-seed-{task.seed:010d}-{keys.set_hash(task.removals)}"
     if isinstance(task, WitnessTask):

@@ -104,6 +104,6 @@ class Lateness:
 def _size(task: Work) -> int:
     """What the time of a task grows with, at most."""
     if isinstance(task, Together):
-        return sum(map(_size, task.shards))
+        return sum(map(_size, task.owed))
     count = task.count if isinstance(task, EstimateTask) else 1
     return max(1, len(task.removals)) * count

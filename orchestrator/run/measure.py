@@ -24,8 +24,9 @@ from fimo.orchestrator.run.plan import (
     EstimateTask,
     Plan,
     Shard,
-    Task,
+    Together,
     WitnessTask,
+    Work,
     seeds_together,
     size_of_shards,
     tasks_in,
@@ -64,12 +65,12 @@ class Measured:
     proof: float
     step: float
     cell: float
-    tasks: list[tuple[Task, float]] = field(default_factory=list)
+    tasks: list[tuple[Work, float]] = field(default_factory=list)
     left_out: dict[Named, str] = field(default_factory=dict)
 
-    def seconds(self, kind: type[Task]) -> float:
-        """Of all tasks of a kind."""
-        return sum(seconds for task, seconds in self.tasks if isinstance(task, kind))
+    def seconds(self, *kinds: type[Work]) -> float:
+        """Of all tasks of some kinds."""
+        return sum(seconds for task, seconds in self.tasks if isinstance(task, kinds))
 
     def by_estimator(self) -> dict[Named, float]:
         """Seconds of each estimator, all of its tasks together."""
@@ -95,10 +96,10 @@ class Measured:
         return load + RAY_S + max(free) + TABLES_S
 
 
-def _in_order(tasks: list[tuple[Task, float]]) -> list[tuple[Task, float]]:
+def _in_order(tasks: list[tuple[Work, float]]) -> list[tuple[Work, float]]:
     """As ``run/owed.py`` hands them out: shards and estimates in turns, witnesses last."""
     estimates, shards, witnesses = (
-        [t for t in tasks if isinstance(t[0], kind)] for kind in (EstimateTask, Shard, WitnessTask)
+        [t for t in tasks if isinstance(t[0], kind)] for kind in (EstimateTask, Shard | Together, WitnessTask)
     )
     mixed = chain.from_iterable(zip_longest(estimates, shards))
     return [*(t for t in mixed if t is not None), *witnesses]
@@ -134,9 +135,12 @@ def measure(resolved: Resolved, plan: Plan, sweep: Sweep | None = None, say: Say
         together = min(engine.replicas, seeds * cells)
         measured = Measured(device.type, workers, together, path, started, proof_s, step, cell)
         for work in to_hand_over(manifest, held, plan.shards):
-            some = [task for task in tasks_in(work) if isinstance(task, Shard)]
+            some = work.shards if isinstance(work, Together) else [t for t in tasks_in(work) if isinstance(t, Shard)]
             took = shards.together([([r.indices for r in shard.removals], shard.seed) for shard in some])
-            measured.tasks += [(shard, took / len(some)) for shard in some]
+            measured.tasks.append((work, took))
+            if len(some) > 1:
+                own = took / sum(len(shard.removals) + 1 for shard in some)
+                measured.step, measured.cell = step * own / cell, own
         _time_estimators(measured, Estimators(resolved, engine, say), missing_estimates(manifest, held, nothing))
         witnesses = missing_witnesses(manifest, held, nothing)
         if witnesses:
@@ -180,7 +184,7 @@ def measured_json(measured: Measured, load: float) -> dict[str, Any]:
             "load": load,
             "start": measured.start,
             "proof": measured.proof,
-            "shards": measured.seconds(Shard),
+            "shards": measured.seconds(Shard, Together),
             "witnesses": measured.seconds(WitnessTask),
             "estimators": [
                 {"name": name, "params": params, "seconds": seconds}

@@ -27,8 +27,10 @@ from fimo.orchestrator.run.plan import (
     witness_tasks,
 )
 from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.store import NotFound
+from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.manifest import Manifest
+from fimo.orchestrator.sweep.parts import BadPartError
 from fimo.orchestrator.sweep.sweep import Sweep
 
 Done = Mapping[int, set[tuple[int, ...]]]
@@ -143,8 +145,24 @@ def to_hand_over(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task]) -> lis
         StoreError: the store cannot be read.
     """
     together = seeds_together(manifest, len(manifest.removals))
-    held = {(part.seed, part.set) for part in sweep.list_parts(manifest.digest)} if together > 1 else set()
-    return as_work(tasks, together, manifest.spec.seeds.first, held)
+    listed = sweep.list_parts(manifest.digest) if together > 1 else []
+    held = {(part.seed, part.set): part.key for part in listed}
+
+    def mates(owed: Sequence[Shard]) -> set[int]:
+        """Of a stack that was interrupted, what is committed stands right before, or after, what is owed."""
+        name, seeds, found = keys.set_hash(owed[0].removals), {shard.seed for shard in owed}, set[int]()
+        for seed in {one + step for one in seeds for step in (-1, 1)} - seeds:
+            if (seed, name) not in held or seed in found:
+                continue
+            try:
+                named = records.together(sweep.read_part(held[seed, name], manifest).provenance)
+            except (ValueError, NotFound, BadPartError):
+                continue
+            if any((one, name) in named for one in seeds):
+                found |= {other for other, of in named if of == name and (other, name) in held}
+        return found
+
+    return as_work(tasks, together, manifest.spec.seeds.first, mates)
 
 
 def cells_in(tasks: Sequence[Task]) -> int:

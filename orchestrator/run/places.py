@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from fimo.orchestrator.run.plan import Work
+from fimo.orchestrator.run.plan import Together, Work
 from fimo.orchestrator.run.tasks import Receipt, run_task
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -81,6 +81,9 @@ class Source(Protocol):
     def done(self, work: Work) -> None:
         """What was taken has ended, or was set aside."""
 
+    def split(self, work: Together) -> list[Work]:
+        """Those shards of what was taken that are to be tried one by one from now on."""
+
     @property
     def waits(self) -> int:
         """Tasks that others compute."""
@@ -104,6 +107,10 @@ class Unshared:
 
     def done(self, work: Work) -> None:
         """See ``Source``."""
+
+    def split(self, work: Together) -> list[Work]:
+        """See ``Source``."""
+        return list(work.owed)
 
 
 @contextlib.contextmanager

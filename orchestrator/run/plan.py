@@ -6,13 +6,12 @@ parts, and resuming is: list and subtract.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 from fimo.orchestrator.spec.limits import FEWEST, MOST_NUMBERS
 from fimo.orchestrator.spec.removals import NamedRemoval
-from fimo.orchestrator.sweep.keys import set_hash
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.workers.amounts import steps_recorded
 from fimo.workers.settings import FurtherTraining
@@ -94,12 +93,14 @@ class Together:
     """Shards of the same removals that are trained in the same stacks; each is committed as its own part.
 
     Attributes:
-        shards: all that make the stacks, whatever of them is done: a shard's stack is the same after an interruption.
-        owed: those of them whose parts are missing.
+        shards: all that make the stacks: those that are owed, and what is done of a stack that was interrupted.
+        owed: those whose parts are missing.
+        block: the first seed of their block, which they are claimed by.
     """
 
     shards: tuple[Shard, ...]
     owed: tuple[Shard, ...]
+    block: int
 
 
 Work = Task | Together
@@ -119,12 +120,14 @@ def tasks_in(work: Work) -> tuple[Task, ...]:
     return work.owed if isinstance(work, Together) else (work,)
 
 
-def as_work(tasks: Iterable[Task], together: int, first: int, held: Collection[tuple[int, str]]) -> list[Work]:
+def as_work(
+    tasks: Iterable[Task], together: int, first: int, mates: Callable[[Sequence[Shard]], Collection[int]]
+) -> list[Work]:
     """The tasks in order, shards of the same removals and of one block of seeds as one, where the first of them stood.
 
     Args:
         together: seeds of a block; ``first``: the sweep's first seed, where the first block begins.
-        held: (seed, set of removals) of the parts that are there.
+        mates: the seeds that are done of the stacks of which some are owed.
     """
     kept, blocks = list(tasks), dict[tuple[int, tuple[NamedRemoval, ...]], list[Shard]]()
     if together <= 1:
@@ -138,13 +141,10 @@ def as_work(tasks: Iterable[Task], together: int, first: int, held: Collection[t
             every.append(task)
             continue
         block = (task.seed - first) // together
-        owed = blocks.pop((block, task.removals), None)
-        if owed is not None:
-            begin, name = first + block * together, set_hash(task.removals)
-            there = {seed for seed in range(begin, begin + together) if (seed, name) in held}
-            seeds = sorted(there | {shard.seed for shard in owed})
+        if owed := blocks.pop((block, task.removals), None):
+            seeds = sorted({*mates(owed), *(shard.seed for shard in owed)})
             shards = tuple(Shard(seed, task.removals) for seed in seeds)
-            every.append(Together(shards, tuple(owed)) if len(shards) > 1 else task)
+            every.append(Together(shards, tuple(owed), first + block * together) if len(shards) > 1 else task)
     return every
 
 
@@ -205,7 +205,7 @@ def size_of_shards(manifest: Manifest) -> int:
 def seeds_together(manifest: Manifest, removals: int) -> int:
     """Seeds whose shards are trained in the same stacks: as the spec says, or so many that they fill a GPU.
 
-    Told by the spec alone, and not by the cluster at hand: which cells share a stack decides how they round.
+    Told by the spec, and not by the cluster at hand: which cells share a stack decides how they round.
 
     Args:
         removals: of the sweep.
@@ -216,7 +216,9 @@ def seeds_together(manifest: Manifest, removals: int) -> int:
     # No dearer than a shard may be, and its deltas stay on the device until it is done.
     dear = int(SHARD_WORK // max(1, manifest.scalars * manifest.steps[-1])) // each
     held = STACK_NUMBERS // (len(manifest.steps) * manifest.evals * (each + 1))
-    return max(1, min(FULL // (each + 1), dear, held)) if resources.gpus else 1
+    # Seeds that come in rounds come so many at a time.
+    round_of = manifest.spec.seeds.min if manifest.spec.seeds.until_reliability is not None else FULL
+    return max(1, min(FULL // (each + 1), dear, held, round_of)) if resources.gpus else 1
 
 
 def make_plan(

@@ -25,7 +25,8 @@ from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.amounts import Removal
 from fimo.workers.device import device_name
-from fimo.workers.errors import StoreError
+from fimo.workers.errors import StoreError, UsageError
+from fimo.workers.joined import joint_sizes
 from fimo.workers.proof import UnprovenError, prove
 from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.start import Engine, Start
@@ -65,10 +66,10 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
         UnprovenError: the engine does not give the definition's numbers, here or in an earlier proof.
     """
     manifest, device = resolved.manifest, device_name(start.model.device)
-    if not resolved.spec.resources.proof:
-        size = _replicas(sweep, resolved, start, len(removals))
-        return Proven(start, size, {"proof": "off", "path": "not proven"})
     every = _removals(sweep, manifest) or removals
+    if not resolved.spec.resources.proof:
+        size = _replicas(sweep, resolved, start, len(every))
+        return Proven(start, size, {"proof": "off", "path": "not proven"})
     shards = _shards(manifest, len(every))
     asked = resolved.spec.resources
     about: dict[str, Any] = {
@@ -100,9 +101,16 @@ def engine_of_part(sweep: Sweep, manifest: Manifest, provenance: Mapping[str, An
     if not isinstance(key, str) or not key.startswith(keys.proof(sweep.name, manifest.digest)) or not is_key(key):
         return Engine(replay=manifest.spec.resources.replay)
     try:
-        return _engine(_verdict(sweep, key))
-    except (StoreError, UnprovenError):
-        return Engine(replay=manifest.spec.resources.replay)
+        found = records.read(records.Verdict, sweep.store.get(key))
+    except StoreError:
+        found = None
+    # An older verdict says nothing of what there was not yet.
+    flags = {} if found is None else found[0].engine
+    return (
+        Engine(**{name: flags.get(name, True) for name in ENGINE})
+        if flags
+        else Engine(replay=manifest.spec.resources.replay)
+    )
 
 
 def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, float]:
@@ -130,8 +138,8 @@ def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, f
 def _prove(
     sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Removal, ...], shards: list[int]
 ) -> dict[str, Any]:
-    replicas, each = _replicas(sweep, resolved, start, len(removals)), max(shards) + 1
-    joint = min(replicas // each, seeds_together(resolved.manifest, len(removals))) * each
+    manifest = resolved.manifest
+    replicas, together = _replicas(sweep, resolved, start, len(removals)), seeds_together(manifest, len(removals))
     case = Case(
         workload=resolved.workload,
         state=resolved.state,
@@ -142,8 +150,7 @@ def _prove(
         seed=resolved.spec.seeds.first,
         replicas=replicas,
         shards=shards,
-        # A full stack, and a small one.
-        joint=sorted({joint, 2 * each}, reverse=True) if joint > each else (),
+        joint=joint_sizes(start, shards, together, replicas),
     )
     try:
         verdict = prove(case, start)
@@ -161,21 +168,20 @@ def _verdict(sweep: Sweep, key: str) -> dict[str, Any]:
     return found[1]
 
 
-def _engine(verdict: Mapping[str, Any]) -> Engine:
+def _taken(verdict: Mapping[str, Any], key: str, start: Start) -> Proven:
     if "refused" in verdict:
         raise UnprovenError(str(verdict["refused"]))
-    return Engine(**{name: bool(verdict["engine"][name]) for name in ENGINE})
-
-
-def _taken(verdict: Mapping[str, Any], key: str, start: Start) -> Proven:
-    engine = _engine(verdict)
+    engine = Engine(**{name: bool(verdict["engine"][name]) for name in ENGINE})
     record = {"proof": key, "path": str(verdict["path"])}
     return Proven(start.using(engine), max(1, int(verdict["replicas"])), record)
 
 
 def _removals(sweep: Sweep, manifest: Manifest) -> tuple[Removal, ...]:
-    """The sweep's removals as index tuples; none if the store's manifest is another run's."""
-    stored = sweep.read_manifest()
+    """The sweep's removals as index tuples; none if the store's manifest is another run's, or there is none."""
+    try:
+        stored = sweep.read_manifest()
+    except UsageError:
+        return ()
     return tuple(r.indices for r in stored.removals) if stored.digest == manifest.digest else ()
 
 

@@ -14,19 +14,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from fimo.orchestrator.resolve.at_hand import Own
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_again
 from fimo.orchestrator.run.provenance import versions
 from fimo.orchestrator.run.proving import engine_of_part
-from fimo.orchestrator.sweep import keys
+from fimo.orchestrator.sweep import keys, records
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
@@ -35,6 +34,7 @@ from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, device_name, pick_device
 from fimo.workers.errors import StoreError, UsageError
 from fimo.workers.joined import Shards, train_again
+from fimo.workers.shard import out_of_memory
 from fimo.workers.start import Start
 from fimo.workers.trial import RELATIVE, SLACK, moved_state
 
@@ -42,12 +42,6 @@ FLOORS = 10.0
 """Noise floors that an effect may differ by if bits cannot be expected to agree."""
 ROUNDING = 1e-12
 """The least tolerance, as a share of the largest delta: a float64 sweep's noise floor may be 0."""
-
-MOST_TOGETHER = 2**16
-"""Replicas of one stack that a part's provenance may name: nobody vouches for what stands there."""
-_Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
-_Set = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$", strict=True)]
-_TOGETHER = TypeAdapter(Annotated[list[tuple[_Seed, _Set]], Field(max_length=MOST_TOGETHER)])
 
 Array = NDArray[np.float64]
 
@@ -134,25 +128,33 @@ def _rerun(
     sweep: Sweep, manifest: Manifest, part: Part, row: int, start: Start, floor: Array, definition: float
 ) -> Rerun:
     replicas, mates = _count(part, "replicas"), _mates(sweep, manifest, part)
-    known = mates is not None
-    shards, which = mates or ([_asked(part)], 0)
-    engine = engine_of_part(sweep, manifest, part.provenance)
-    both = train_again(start.using(engine), shards, which, row, replicas)
+    device, here = str(part.provenance.get("device", "unknown")), device_name(start.model.device)
+    # One that memory ran short for at a step that nobody recorded cannot be made again.
+    exact = (
+        mates is not None
+        and device == here
+        and part.provenance.get("versions") == versions()
+        and part.provenance.get("replay") == manifest.spec.resources.replay
+        and replicas == _count(part, "replicas_at_start")
+    )
+    own = start.using(engine_of_part(sweep, manifest, part.provenance))
+    both = None
+    if exact and mates is not None:
+        try:
+            both = train_again(own, *mates, row, replicas)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            exact = False
+    if both is None:
+        # Of other bits whatever is trained beside them.
+        both = train_again(own, [([part.removals[row].indices], part.seed)], 0, 0, 2)
     cell, baseline = (deltas.numpy() for deltas in both)
     identical = np.array_equal(cell, part.deltas[row]) and np.array_equal(baseline, part.deltas[-2])
     effect = (cell - baseline) - (part.deltas[row] - part.deltas[-2])
     least = ROUNDING * np.abs(part.deltas[[row, -2]]).max(axis=(0, 2))
     tolerance = np.maximum(FLOORS * floor, np.maximum(least, np.finfo(np.float64).tiny))
     difference = float((np.sqrt((effect**2).mean(axis=1)) / tolerance).max())
-    device, here = str(part.provenance.get("device", "unknown")), device_name(start.model.device)
-    exact = (
-        device == here
-        and part.provenance.get("versions") == versions()
-        and part.provenance.get("replay") == manifest.spec.resources.replay
-        # One that memory ran short for at a step that nobody recorded cannot be made again.
-        and known
-        and replicas == _count(part, "replicas_at_start")
-    )
     return Rerun(part.seed, part.removals[row].number, device, here, exact, identical, difference, definition)
 
 
@@ -171,13 +173,13 @@ def _mates(sweep: Sweep, manifest: Manifest, part: Part) -> tuple[Shards, int] |
     if "together" not in part.provenance:
         return [_asked(part)], 0
     try:
-        named = _TOGETHER.validate_python(part.provenance["together"])
+        named = records.together(part.provenance)
         own = named.index((part.seed, keys.set_hash(part.removals)))
         every = [(sweep.read_set(manifest.digest, name), seed) for seed, name in named]
     except (ValueError, StoreError):
         return None
     shards = [([removal.indices for removal in removals], seed) for removals, seed in every]
-    return (shards, own) if sum(1 + len(removals) for removals, _ in shards) <= MOST_TOGETHER else None
+    return (shards, own) if sum(1 + len(removals) for removals, _ in shards) <= records.MOST_TOGETHER else None
 
 
 @contextmanager

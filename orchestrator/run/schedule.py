@@ -16,7 +16,7 @@ from fimo.orchestrator.run.budget import TooDearError
 from fimo.orchestrator.run.lateness import Lateness
 from fimo.orchestrator.run.places import Failed, Lost, Pool, Result, Source, Unshared
 from fimo.orchestrator.run.plan import Shard, Task, Together, Work, tasks_in
-from fimo.orchestrator.run.shards import ConflictError
+from fimo.orchestrator.run.shards import ApartError, ConflictError
 from fimo.orchestrator.run.tasks import CannotEstimateError, Receipt, UnableError
 from fimo.orchestrator.run.witnessing import NoWitnessError
 from fimo.workers.errors import DivergedError, FimoError, StoreError, UsageError, WorkloadError
@@ -135,6 +135,7 @@ class _Loop:
         self.most, self.most_at = 0, 0.0
         self.store_failures, self.store_line = 0, ""
         self.unable, self.unable_line = 0, ""
+        self.apart = False
         self.outcome = Outcome()
 
     def refill(self) -> bool:
@@ -148,7 +149,8 @@ class _Loop:
         self._doubts(stuck)
         if (room := window - len(self.flying)) > 0:
             tasks = [self.again.popleft() for _ in range(min(room, len(self.again)))]
-            tasks += self.source.take(room - len(tasks))
+            for task in self.source.take(room - len(tasks)):
+                tasks += self.source.split(task) if self.apart and isinstance(task, Together) else [task]
             for task in tasks:
                 self.flying[self.pool.submit(task)] = _Flight(task)
             if not (self.again or self.source.open):
@@ -262,7 +264,7 @@ class _Loop:
         self.outcome.lost += 1
         self.losses[name] = self.losses.get(name, 0) + 1
         if isinstance(task, Together):
-            self.again.extend(task.owed if self.losses[name] >= APART else (task,))
+            self.again.extend(self.source.split(task) if self.losses[name] >= APART else (task,))
         elif self.losses[name] >= LOSSES:
             line = f"lost {LOSSES} times, the last time: {result.reason}"
             self._set_aside(SetAside(task, line, result.reason))
@@ -287,7 +289,8 @@ class _Loop:
         if isinstance(task, Together):
             # The store's error is none of theirs. Another's shows when they are tried one by one.
             whole = isinstance(result.error, StoreError) and self.failures[name] < ATTEMPTS
-            self.again.extend((task,) if whole else task.owed)
+            self.again.extend((task,) if whole else self.source.split(task))
+            self.apart |= isinstance(result.error, ApartError)
             return
         dear = isinstance(result.error, TooDearError)
         final = dear or isinstance(result.error, CannotEstimateError)

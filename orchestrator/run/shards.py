@@ -26,6 +26,10 @@ class ConflictError(FimoError):
     """Another writer committed different rows under the same key."""
 
 
+class ApartError(FimoError):
+    """Shards cannot be trained together on this model: another time they need not be handed over so."""
+
+
 @dataclass(frozen=True)
 class Committed:
     """A shard whose part is in the store.
@@ -71,8 +75,11 @@ def train(
         owed: those that are committed; the others are trained where they share a stack with these.
 
     Raises:
+        ApartError: they are several, and no two can be trained in one stack.
         ConflictError: other rows are committed under a shard's key.
     """
+    if len(shards) > 1 and not engine.start.joins:
+        raise ApartError("no two seeds can be trained in one stack here: from now on one by one")
     read, graphs = clock(device), engine.start.graphs
 
     def now() -> float:
@@ -103,9 +110,13 @@ def _commit(sweep: Sweep, manifest: Manifest, shard: Shard, result: ShardResult,
     own = {**about, "replicas": result.replicas, "peak_bytes": result.peak_bytes or peak_host_bytes()}
     data, rows = parts.encode_part(result, shard.removals, manifest.digest, own)
     written = sweep.store.create(key, data)
-    if not written and sweep.read_part(key, manifest).rows != rows:
-        raise ConflictError(
-            f"part {key} holds other rows than this run computed (another device, threads or replicas, or other shards "
-            "together?); the committed part stands"
-        )
+    if not written:
+        there = sweep.read_part(key, manifest)
+        # Of another stack it rounds otherwise, and stands.
+        alike = all(there.provenance.get(name) == own.get(name) for name in ("together", "replicas"))
+        if there.rows != rows and alike:
+            raise ConflictError(
+                f"part {key} holds other rows than this run computed (another device, threads or versions?); the "
+                "committed part stands"
+            )
     return Committed(shard, key, written, int((~result.deltas.isfinite().all(dim=2)).any(dim=1).sum()))

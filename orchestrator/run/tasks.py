@@ -169,7 +169,15 @@ def _device(gpus: float, number: int) -> torch.device:
 def engine_of(sweep: Sweep, resolved: Resolved, device: torch.device, removals: tuple[Removal, ...]) -> Proven:
     """What the sweep's cells share, with the engine that is proven for it; once a process."""
     asked = resolved.spec.resources
-    name = (resolved.manifest.digest, str(device), asked.replay, asked.proof, asked.replicas, asked.shard)
+    name = (
+        resolved.manifest.digest,
+        str(device),
+        asked.replay,
+        asked.proof,
+        asked.replicas,
+        asked.shard,
+        asked.together,
+    )
     if name not in _engines:
         # A process that is given another GPU leaves none of its memory on the last one.
         _engines.clear()

@@ -165,7 +165,7 @@ class Resources(Section):
     together: Annotated[int, Field(ge=1, le=4096, strict=True)] | Literal["auto"] = Field(
         default="auto",
         description="Seeds whose shards are trained in the same stacks, each committed as a part of its own. `auto`: "
-        "on a GPU so many that a stack has about 500 cells; 1 without one.",
+        "on a GPU so many that a stack has up to 512 cells, fewer of a dear model; 1 without one.",
     )
     deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",

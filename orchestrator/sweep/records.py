@@ -6,9 +6,10 @@ A record decides little, and is shown: one that is none is passed over by whoeve
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 
 class _Record(BaseModel):
@@ -95,3 +96,21 @@ def read(kind: type[_Kind], data: bytes) -> tuple[_Kind, dict[str, Any]] | None:
         return kind.model_validate(values), values
     except (ValidationError, ValueError, RecursionError):
         return None
+
+
+MOST_TOGETHER = 2**16
+"""Replicas of one stack that a part's provenance may name: nobody vouches for what stands there."""
+
+_Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+_Set = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$", strict=True)]
+_Together = Annotated[list[tuple[_Seed, _Set]], Field(max_length=MOST_TOGETHER)]
+_TOGETHER: TypeAdapter[list[tuple[int, str]]] = TypeAdapter(_Together)
+
+
+def together(provenance: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """(seed, set of removals) of the shards that a part says it was trained with in one stack, its own among them.
+
+    Raises:
+        ValueError: it says nothing of it, or nothing that can be.
+    """
+    return _TOGETHER.validate_python(provenance.get("together"))

@@ -32,6 +32,11 @@ REMOVALS = [(3,), (7,), (11, 12), (22,), (0,), (5, 6, 8)]
 PLAIN = Engine(replay=False)
 
 
+def apart(**ways: bool) -> Engine:
+    """An engine without stacks of several seeds, of which none was shown."""
+    return Engine(join=False, **ways)
+
+
 def verdict(
     workload: Workload,
     chosen: FurtherTraining,
@@ -52,7 +57,7 @@ def verdict(
 @pytest.mark.parametrize("mode", ["drop", pytest.param("mask", marks=pytest.mark.slow), "reweight"])
 def test_a_sound_engine_is_proven_and_the_verdict_says_on_what(mode: str) -> None:
     got = verdict(regression(), settings(precision="float32", removal_mode=mode, epochs=8), engine=Engine())
-    assert (got.engine, got.path, got.lines) == (Engine(), TRACED, ())
+    assert (got.engine, got.path, got.lines) == (apart(), TRACED, ())
     assert {(), REMOVALS[0], REMOVALS[-1], (11, 12)} <= set(got.cells)
     assert list(got.stacks) == [4, 3, 1], "the full stack, the last of a shard, and a cell alone"
     assert got.steps[-1] > 6 * 5, "through the epochs until ragged batches are traced too"
@@ -63,7 +68,7 @@ def test_a_sound_engine_is_proven_and_the_verdict_says_on_what(mode: str) -> Non
     assert got.precisions["float64"]["bound"] < 1e-7
     assert got.seconds < 60
     plain = json.loads(json.dumps(got.json(), allow_nan=False))
-    assert plain["engine"] == dict.fromkeys(("replay", "trim", "fold", "stack", "fork", "join"), True)
+    assert plain["engine"] == {"replay": True, "trim": True, "fold": True, "stack": True, "fork": True, "join": False}
 
 
 # -- faults of gradients and measures -------------------------------------------------------------------------------
@@ -155,7 +160,7 @@ def test_a_fault_of_tracing_alone_gives_up_tracing_alone(monkeypatch: Any) -> No
 
     monkeypatch.setattr(replay, "_trace", wrong)
     got = verdict(regression(), settings(epochs=8), engine=Engine())
-    assert (got.path, got.engine) == (FOLDED, Engine(replay=False))
+    assert (got.path, got.engine) == (FOLDED, apart(replay=False))
     assert [line.startswith(TRACED) for line in got.lines] == [True]
 
 
@@ -185,7 +190,7 @@ def test_a_fault_of_folding_gives_up_folding(wrong: Any, mode: str, monkeypatch:
 
     monkeypatch.setattr(further_training, "folded", folded)
     got = verdict(regression(), settings(removal_mode=mode))
-    assert (got.path, got.engine) == (STACKED, Engine(replay=False, trim=False, fold=False))
+    assert (got.path, got.engine) == (STACKED, apart(replay=False, trim=False, fold=False))
 
 
 # -- several seeds in one stack ---------------------------------------------------------------------------------------
@@ -232,7 +237,7 @@ def test_what_cannot_be_stacked_falls_back_and_the_line_says_why() -> None:
             return super().forward(x) * (1 + self[0].bias[0].item())
 
     got = verdict(classification(model=Reads(nn.Linear(4, 3))), settings(), engine=Engine())
-    assert (got.path, got.engine) == (ALONE, Engine(replay=False, trim=False, fold=False, stack=False))
+    assert (got.path, got.engine) == (ALONE, apart(replay=False, trim=False, fold=False, stack=False))
     assert list(got.stacks) == [1]
     assert ".item()" in got.lines[-1]
 

@@ -159,7 +159,7 @@ def test_the_proof_compares_cells_of_the_sweeps_own_weight(precision: str, monke
     start = make(workload, chosen)
     case = Case(workload, None, chosen, 7, torch.device("cpu"), GROUPS[1:], 0, 4, [4])
     verdict = prove(case, start)
-    assert verdict.engine == Engine()
+    assert verdict.engine == Engine(join=False)
 
     def lighter(start: Start, *more: object) -> Deltas:
         return further_train(replace(start, settings=replace(start.settings, removal_weight=5.0)), *more)

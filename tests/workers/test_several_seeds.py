@@ -14,7 +14,7 @@ from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.errors import UsageError
 from fimo.workers.further_training import further_train
-from fimo.workers.joined import run_shards, train_again
+from fimo.workers.joined import joint_sizes, run_shards, train_again
 from fimo.workers.settings import Evaluate, Optimizer
 from fimo.workers.shard import ShardResult, run_shard
 from fimo.workers.start import Engine
@@ -146,6 +146,22 @@ def test_a_stack_that_memory_does_not_hold_is_cut_and_what_is_done_stays_done(
     assert [result.seed for result in got] == list(range(7))
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one.deltas, other.deltas, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("removals", "seeds", "replicas", "sizes"),
+    [
+        ([3], 7, 64, [28]),
+        ([3], 7, 16, [16, 12]),
+        ([10], 46, 128, [110, 99]),
+        ([100, 3], 5, 64, [20]),  # the last shards of a seed alone fit together
+        ([100], 5, 64, []),
+        ([3], 1, 64, []),
+    ],
+)
+def test_the_sizes_that_are_proven_are_those_that_are_trained(removals, seeds, replicas, sizes) -> None:
+    start = make(regression(), settings(removal_mode="drop"))
+    assert joint_sizes(start, removals, seeds, replicas) == sizes
 
 
 @pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,16 +13,20 @@ import pytest
 
 from fimo.orchestrator.resolve.at_hand import Own
 from fimo.orchestrator.resolve.resolved import resolve
+from fimo.orchestrator.run import tasks
+from fimo.orchestrator.run.claims import Claims, SharedTasks
+from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.failures import task_id
-from fimo.orchestrator.run.owed import few_shards
+from fimo.orchestrator.run.heartbeat import Heartbeat
+from fimo.orchestrator.run.owed import current_plan, few_shards, to_hand_over
 from fimo.orchestrator.run.places import Failed, Lost, Pool
 from fimo.orchestrator.run.plan import EstimateTask, Shard, Together, as_work, seeds_together, task_name, tasks_in
 from fimo.orchestrator.run.schedule import APART, drive
+from fimo.orchestrator.run.shards import ApartError
 from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.run.verification import verify
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import MemoryStore
-from fimo.orchestrator.sweep.keys import set_hash
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers import joined
 from fimo.workers.errors import StoreError
@@ -75,7 +81,7 @@ def test_each_shard_is_told_of_once(swept):
 def test_a_cell_is_verified_in_the_stack_that_it_was_part_of_or_held_to_the_noise_floor(folder, swept, monkeypatch):
     found = verify(Sweep(swept[0], "flowers"), rerun=4, own=Own(folder))
     assert [(r.exact, r.identical, r.ok) for r in found.reruns] == 4 * [(True, True, True)]
-    monkeypatch.setattr("fimo.orchestrator.run.rerun.MOST_TOGETHER", 2)
+    monkeypatch.setattr("fimo.orchestrator.sweep.records.MOST_TOGETHER", 2)
     found = verify(Sweep(swept[0], "flowers"), rerun=3, own=Own(folder))
     assert [(r.exact, r.ok) for r in found.reruns] == [(r.seed == 3, True) for r in found.reruns]
     assert any(r.seed < 3 for r in found.reruns)
@@ -146,33 +152,37 @@ ONE = (NamedRemoval(0, "0", (0,)),)
 SHARDS = [Shard(seed, ONE) for seed in range(7)]
 
 
+def none(owed):
+    """Nothing is done of any stack."""
+    return ()
+
+
 def test_shards_of_a_block_of_seeds_are_one_where_the_first_of_them_stood_and_other_tasks_stay():
     estimates = [EstimateTask("cg", "{}", ONE, first, 1) for first in range(3)]
     mixed = [estimates[0], SHARDS[0], estimates[1], SHARDS[1], estimates[2], *SHARDS[2:]]
-    work = as_work(mixed, 3, 0, set())
-    first, second = (Together(tuple(SHARDS[i : i + 3]), tuple(SHARDS[i : i + 3])) for i in (0, 3))
+    work = as_work(mixed, 3, 0, none)
+    first, second = (Together(tuple(SHARDS[i : i + 3]), tuple(SHARDS[i : i + 3]), i) for i in (0, 3))
     assert work == [estimates[0], first, estimates[1], estimates[2], second, SHARDS[6]]
     assert sorted(map(repr, (task for one in work for task in tasks_in(one)))) == sorted(map(repr, mixed))
-    assert as_work(mixed, 1, 0, set()) == mixed
-    assert as_work([], 4, 0, set()) == []
+    assert as_work(mixed, 1, 0, none) == mixed
+    assert as_work([], 4, 0, none) == []
     assert task_name(first) == "seeds 0 to 2, 1 removals each"
 
 
-def test_blocks_are_the_same_whatever_is_done_of_them():
-    """Of seeds 10 to 16, in blocks of three from 10 on, 10, 12 and 13 are done; of 14 other removals are."""
+def test_what_is_done_of_an_interrupted_stack_is_trained_with_what_is_owed_of_it():
+    """Of seeds 10 to 16, in blocks of three from 10 on, 10 and 12 were trained with 11, and 13 with others."""
     shards = [Shard(seed, ONE) for seed in (11, 14, 15, 16)]
-    held = {(10, set_hash(ONE)), (12, set_hash(ONE)), (13, set_hash(ONE)), (14, "0" * 16), (9, set_hash(ONE))}
-    first, second, last = as_work(shards, 3, 10, held)
-    assert first == Together(tuple(Shard(seed, ONE) for seed in (10, 11, 12)), (shards[0],))
-    assert second == Together(tuple(Shard(seed, ONE) for seed in (13, 14, 15)), (shards[1], shards[2]))
+    first, second, last = as_work(shards, 3, 10, lambda owed: {10, 12} if owed[0].seed == 11 else ())
+    assert first == Together(tuple(Shard(seed, ONE) for seed in (10, 11, 12)), (shards[0],), 10)
+    assert second == Together((shards[1], shards[2]), (shards[1], shards[2]), 13)
     assert last == shards[3]
     assert task_id_of(first) == task_id_of(replace(first, owed=first.shards)), "drivers that see more or less"
 
 
 def test_shards_of_other_removals_are_no_mates():
     other = (NamedRemoval(1, "1", (1,)),)
-    assert as_work([Shard(0, ONE), Shard(1, other)], 2, 0, set()) == [Shard(0, ONE), Shard(1, other)]
-    assert [len(one.owed) for one in as_work([Shard(s, r) for s in (0, 1) for r in (ONE, other)], 2, 0, set())] == [
+    assert as_work([Shard(0, ONE), Shard(1, other)], 2, 0, none) == [Shard(0, ONE), Shard(1, other)]
+    assert [len(one.owed) for one in as_work([Shard(s, r) for s in (0, 1) for r in (ONE, other)], 2, 0, none)] == [
         2,
         2,
     ]
@@ -211,7 +221,7 @@ def done(task):
 
 def test_shards_that_are_lost_together_are_in_the_end_tried_one_by_one():
     pool, told = Answers(lambda task: done(task) if isinstance(task, Shard) else Lost("out of memory")), []
-    work = as_work(SHARDS, 7, 0, set())
+    work = as_work(SHARDS, 7, 0, none)
     outcome = drive(work, pool, lambda task, result: told.append((task, type(result))), poll_s=0.0)
     assert [type(task) for task in pool.given] == [*[Together] * APART, *[Shard] * 7]
     assert len(outcome.receipts) == 7
@@ -222,16 +232,75 @@ def test_shards_that_are_lost_together_are_in_the_end_tried_one_by_one():
 @pytest.mark.parametrize(("error", "tries"), [(StoreError("the server is busy"), 2), (ValueError("wrong"), 1)])
 def test_shards_stay_together_after_a_store_that_failed_and_are_tried_apart_after_an_error_of_their_own(error, tries):
     pool = Answers(lambda task: Failed(error, "") if len(pool.given) <= tries else done(task))
-    outcome = drive(as_work(SHARDS, 7, 0, set()), pool, poll_s=0.0)
+    outcome = drive(as_work(SHARDS, 7, 0, none), pool, poll_s=0.0)
     apart = not isinstance(error, StoreError)
     assert [type(task) for task in pool.given] == [*[Together] * tries, *([Shard] * 7 if apart else [Together])]
     assert len(outcome.receipts) == 7
     assert not outcome.set_aside
 
 
+def test_once_shards_cannot_be_trained_together_the_others_are_handed_over_one_by_one():
+    pool = Answers(lambda task: done(task) if isinstance(task, Shard) else Failed(ApartError("one by one"), ""))
+    work = as_work([Shard(seed, ONE) for seed in range(40)], 4, 0, none)
+    outcome = drive(work, pool, poll_s=0.0)
+    # Those that were handed over already are asked for nothing more.
+    assert [isinstance(task, Together) for task in pool.given].count(True) <= 2
+    assert len(outcome.receipts) == 40
+    assert not outcome.set_aside
+
+
+def test_drivers_that_each_set_a_shard_aside_do_not_wait_for_each_other(folder):
+    """A block that is tried shard by shard is no longer claimed; its shards are."""
+    manifest, store = resolve(make_spec(resources=TOGETHER), folder).manifest, MemoryStore()
+    block = as_work(SHARDS[:3], 3, 0, none)[0]
+    with contextlib.ExitStack() as both:
+        sources = []
+        for _ in range(2):
+            sweep = Sweep(store, "flowers")
+            heartbeat = both.enter_context(Heartbeat(sweep))
+            heartbeat.follow(Course.of(3, 0, SHARDS[:3]))
+            claims = both.enter_context(Claims(sweep, manifest, heartbeat))
+            sources.append(SharedTasks([block], claims, lambda work: work))
+        mine, others = sources
+        assert mine.take(1) == [block]
+        assert others.take(1) == []
+        assert mine.split(block) == SHARDS[:3]
+        for shard in SHARDS[:3]:
+            mine.done(shard)
+        deadline = time.monotonic() + 20
+        while not (took := others.take(1)) and time.monotonic() < deadline:
+            others._looked = 0.0
+            time.sleep(0.05)
+        assert took == [block]
+
+
+def test_rows_of_another_stack_are_no_conflict(folder, monkeypatch):
+    """Two drivers put seed 0 together otherwise, and neither knows of the other: the first one's part stands."""
+    _, store, _ = run_here(make_spec(resources={"replicas": 64}), folder)
+    right = tasks.shards.met
+    monkeypatch.setattr(tasks.shards, "met", lambda *of: None)
+    manifest = resolve(make_spec(resources=TOGETHER), folder).manifest
+    sweep, before = Sweep(store, "flowers"), dict(parts_of(store, folder, make_spec()))
+    [first, *_] = to_hand_over(manifest, Sweep(MemoryStore(), "flowers"), current_plan(manifest, None).shards)
+    monkeypatch.setattr(joined, "_of_groups", moved(joined._of_groups))
+    receipt = tasks.run_task(sweep, manifest, None, first)
+    assert not receipt.written
+    monkeypatch.setattr(tasks.shards, "met", right)
+    assert all(np.array_equal(part.deltas, before[key].deltas) for key, part in parts_of(store, folder, SPEC).items())
+
+
+def moved(of_groups):
+    """As another stack rounds."""
+
+    def rounded(*of):
+        return [replace(result, deltas=result.deltas * (1 + 1e-7)) for result in of_groups(*of)]
+
+    return rounded
+
+
 def test_shards_that_are_done_together_are_told_of_one_by_one():
     pool, told = Answers(done), []
-    work = as_work(SHARDS, 3, 0, set())
+    work = as_work(SHARDS, 3, 0, none)
     outcome = drive(work, pool, lambda task, result: told.append((task, result.cells)), poll_s=0.0)
     assert told == [(shard, 1) for shard in SHARDS]
     assert len(outcome.receipts) == 7
@@ -257,8 +326,8 @@ def test_the_spec_says_how_many(beside):
 
 
 def test_a_large_cluster_is_told_that_it_has_few_tasks():
-    assert few_shards(as_work(SHARDS, 3, 0, set()), 4) is None
-    line = few_shards(as_work(SHARDS, 3, 0, set()), 8)
+    assert few_shards(as_work(SHARDS, 3, 0, none), 4) is None
+    line = few_shards(as_work(SHARDS, 3, 0, none), 8)
     assert line is not None
     assert "3 tasks for 8 places, of up to 3 seeds each" in line
     assert "{together}" in line
