@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fimo.orchestrator.resolve.resolved import Resolved, read_final
 from fimo.orchestrator.run.driver import Listener, Where, note_sets
 from fimo.orchestrator.run.owed import current_plan
+from fimo.orchestrator.run.plan import seeds_together
 from fimo.orchestrator.run.proving import ENGINE
 from fimo.orchestrator.run.reading import Costs, Gathered, seed_blocks
 from fimo.orchestrator.run.schedule import drive
@@ -124,6 +125,8 @@ def proven_whole(of: Manifest, sweep: Sweep) -> bool:
     """Whether the engine has been proven with nothing given up, on every device type that it was proven on."""
     asked, verdicts = of.spec.resources, sweep.proofs(of.digest)
     wanted = {name: name != "replay" or asked.replay for name in ENGINE}
+    # Of stacks that no task has, none is shown.
+    wanted["join"] = seeds_together(of, len(of.removals)) > 1
     return bool(verdicts) and all(verdict.get("engine") == wanted for verdict in verdicts)
 
 
