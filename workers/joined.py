@@ -76,6 +76,14 @@ def first_stack(start: Start, shards: Shards, replicas: int) -> int:
     return -(-len(shards) // stacks)
 
 
+def cut(start: Start, shards: Shards, replicas: int) -> Iterator[Shards]:
+    """The shards stack by stack, as ``run_shards`` trains them while memory lasts."""
+    while shards:
+        count = first_stack(start, shards, replicas)
+        yield shards[:count]
+        shards = shards[count:]
+
+
 def joint_sizes(start: Start, removals: Sequence[int], seeds: int, replicas: int) -> list[int]:
     """The sizes of the stacks of several shards that so many seeds come to, largest first.
 
@@ -84,11 +92,8 @@ def joint_sizes(start: Start, removals: Sequence[int], seeds: int, replicas: int
     """
     sizes = set[int]()
     for count in removals:
-        left: Shards = [((BASELINE,) * count, seed) for seed in range(seeds)]
-        while left:
-            some = first_stack(start, left, replicas)
-            sizes |= {some * (count + 1)} if some > 1 else set()
-            left = left[some:]
+        shards: Shards = [((BASELINE,) * count, seed) for seed in range(seeds)]
+        sizes |= {len(some) * (count + 1) for some in cut(start, shards, replicas) if len(some) > 1}
     return sorted(sizes, reverse=True)
 
 

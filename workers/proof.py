@@ -134,7 +134,7 @@ def _ways(case: Case, start: Start) -> Iterator[tuple[Engine, str]]:
     """The ways that differ for this model, fastest first; what the sweep's own engine lacks is not tried."""
     seen = set()
     for engine in LEVELS:
-        allowed = Engine(*(a and b for a, b in zip(_flags(engine), _flags(start.engine), strict=True)))
+        allowed = Engine(*(a and b for a, b in zip(astuple(engine), astuple(start.engine), strict=True)))
         # What no stack has shown is not allowed.
         allowed = replace(allowed, join=allowed.join and bool(case.joint))
         cut = start.trimming is not None or start.evals.places is not None
@@ -157,10 +157,6 @@ def _in_words(traced: bool, cut: bool, folded: bool, stacked: bool, joined: bool
     used = [word for word, is_used in words if is_used]
     path = " and ".join([", ".join(used[:-1]), used[-1]] if len(used) > 1 else used)
     return f"{path}, several seeds together" if joined else path
-
-
-def _flags(engine: Engine) -> tuple[bool, ...]:
-    return astuple(engine)
 
 
 # -- what is compared -----------------------------------------------------------------------------------------------

@@ -96,21 +96,17 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
 
 def engine_of_part(sweep: Sweep, manifest: Manifest, provenance: Mapping[str, Any]) -> Engine:
     """The engine that a part was trained with, by the verdict that it names; everything if it names none."""
-    about = provenance.get("engine")
+    everything, about = Engine(replay=manifest.spec.resources.replay), provenance.get("engine")
     key = about.get("proof") if isinstance(about, dict) else None
     if not isinstance(key, str) or not key.startswith(keys.proof(sweep.name, manifest.digest)) or not is_key(key):
-        return Engine(replay=manifest.spec.resources.replay)
+        return everything
     try:
         found = records.read(records.Verdict, sweep.store.get(key))
     except StoreError:
-        found = None
-    # An older verdict says nothing of what there was not yet.
+        return everything
     flags = {} if found is None else found[0].engine
-    return (
-        Engine(**{name: flags.get(name, True) for name in ENGINE})
-        if flags
-        else Engine(replay=manifest.spec.resources.replay)
-    )
+    # An older verdict says nothing of what there was not yet.
+    return Engine(**{name: flags.get(name, True) for name in ENGINE}) if flags else everything
 
 
 def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, float]:

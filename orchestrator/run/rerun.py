@@ -164,14 +164,10 @@ def _count(part: Part, name: str) -> int:
     return value if isinstance(value, int) and value > 0 else 1
 
 
-def _asked(part: Part) -> tuple[Sequence[Removal], int]:
-    return [removal.indices for removal in part.removals], part.seed
-
-
 def _mates(sweep: Sweep, manifest: Manifest, part: Part) -> tuple[Shards, int] | None:
     """The shards that the part's was trained with in one stack, and which is its own; None if they cannot be told."""
     if "together" not in part.provenance:
-        return [_asked(part)], 0
+        return [([removal.indices for removal in part.removals], part.seed)], 0
     try:
         named = records.together(part.provenance)
         own = named.index((part.seed, keys.set_hash(part.removals)))

@@ -24,7 +24,7 @@ from fimo.orchestrator.run.proving import Proven
 from fimo.workers.amounts import BASELINE, Removal, steps_recorded
 from fimo.workers.device import clock
 from fimo.workers.errors import FimoError
-from fimo.workers.joined import first_stack
+from fimo.workers.joined import cut
 from fimo.workers.shard import out_of_memory
 from fimo.workers.stacking.forking import stacks_of
 from fimo.workers.stacking.pace import Pace, pace
@@ -94,12 +94,10 @@ class Shards:
 
     def together(self, shards: Sequence[tuple[Sequence[Removal], int]]) -> float:
         """Seconds of shards that are one task: see ``fimo.workers.joined``."""
-        start, left, total = self._engine.start, list(shards), 0.0
+        start, total = self._engine.start, 0.0
         recorded = steps_recorded(len(start.train), start.settings)
-        while left:
-            count = first_stack(start, left, self._engine.replicas)
-            some, left = left[:count], left[count:]
-            if count == 1:
+        for some in cut(start, shards, self._engine.replicas):
+            if len(some) == 1:
                 total += self.seconds(some[0][0])
                 continue
             lanes = [(cell, seed) for removals, seed in some for cell in (BASELINE, *removals)]
