@@ -34,9 +34,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from fimo.orchestrator.run import lateness, schedule
-from fimo.orchestrator.run.places import Lost, Pool, Result
-from fimo.orchestrator.run.plan import Shard, Task
-from fimo.orchestrator.run.tasks import Receipt
+from fimo.orchestrator.run.places import Pool
+from fimo.orchestrator.run.results import Lost, Receipt, Result
+from fimo.orchestrator.run.work import Shard, Task
 from fimo.orchestrator.spec.removals import NamedRemoval
 
 NOTICED_S, BACK_S = 16.0, 300.0

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from fimo.estimators import Problem, parse
-from fimo.estimators.base import estimating
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators.products import sides
 from fimo.estimators.rates import Rates
 from fimo.workers.examples import Examples

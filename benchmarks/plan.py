@@ -30,7 +30,7 @@ def compare(path: Path, default: bool) -> None:
     from fimo.orchestrator.run.measure import measure
     from fimo.orchestrator.run.owed import current_plan
     from fimo.orchestrator.run.places import in_process
-    from fimo.orchestrator.run.plan import Shard, WitnessTask
+    from fimo.orchestrator.run.work import Shard, WitnessTask
     from fimo.orchestrator.spec.spec import read_file
     from fimo.orchestrator.store import MemoryStore
 

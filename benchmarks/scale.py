@@ -4,9 +4,9 @@
     python benchmarks/scale.py resume [--seeds 1000 --removals 100 --shard 1]      100,000 parts there: listed, status
 
 `run`: 10,000 shards; `--seeds 10000 --removals 100 --shard 100` is 1,000,000 cells in 10,000 shards. `--workers` are
-the places that the driver fills. Its own CPU is told apart from that of the stand-ins, which make, encode and commit a
-part as a worker of another machine would. `--unclaimed` runs without claims, which tells what they cost. `--store s3://…`
-takes another store than a folder (AWS environment).
+the places that the driver fills. The stand-ins make, encode and commit parts in processes of their own, as workers do;
+what they are handed and what comes back goes through pipes, whose cost counts as the driver's. `--unclaimed` runs
+without claims, which tells what they cost. `--store s3://…` takes another store than a folder (AWS environment).
 `resume` puts the parts there as plain files, or by many threads into another store, for it is not about writing them.
 """
 
@@ -22,19 +22,23 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import made
+import numpy as np
 
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run import claims, driver
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.owed import owed_tasks
-from fimo.orchestrator.run.places import Failed, Pool, Result
-from fimo.orchestrator.run.plan import Shard, Task
-from fimo.orchestrator.run.tasks import Receipt
+from fimo.orchestrator.run.places import Pool
+from fimo.orchestrator.run.results import Failed, Receipt, Result
+from fimo.orchestrator.run.work import Shard, Task
 from fimo.orchestrator.store import Store, open_store
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -42,29 +46,35 @@ from fimo.orchestrator.sweep.sweep import Sweep
 
 
 class StandIn(Pool):
-    """Workers that commit made-up parts, in threads of this process; ``cpu_s``: what each part took of a CPU."""
+    """Workers that commit made-up parts, in processes of their own as Ray's are.
 
-    def __init__(self, sweep: Sweep, of: Manifest, slots: int) -> None:
-        self._sweep, self._of, self._effects, self._slots = sweep, of, made.truth(of), slots
-        self.cpu_s: list[float] = []
-        self._threads, self._done = ThreadPoolExecutor(8), queue.SimpleQueue[tuple[Hashable, Result]]()
+    Args:
+        slots: the tasks that the driver believes to run at once; ``processes`` are those that do.
+    """
+
+    def __init__(self, sweep: Sweep, of: Manifest, slots: int, processes: int) -> None:
+        self._slots, self._done = slots, queue.SimpleQueue[tuple[Hashable, Result]]()
+        self._workers = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (sweep, of))
+        # Nothing is timed before they have begun.
+        for started in [self._workers.submit(_begun) for _ in range(4 * processes)]:
+            started.result()
         self._count = 0
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.shutdown()
 
     def submit(self, task: Task) -> Hashable:
         self._count += 1
-        self._threads.submit(self._work, self._count, task)
+        self._workers.submit(_commit, task).add_done_callback(partial(self._arrived, self._count))
         return self._count
 
-    def _work(self, handle: int, task: Task) -> None:
-        began = time.thread_time()
-        try:
-            assert isinstance(task, Shard)
-            key, data = made.part(self._of, task.seed, task.removals, self._effects)
-            written = self._sweep.store.create(key, data)
-            self.cpu_s.append(time.thread_time() - began)
-            self._done.put((handle, Receipt(key, written, len(task.removals), 0, 0.0, "made")))
-        except Exception as error:
-            self._done.put((handle, Failed(error, traceback.format_exc())))
+    def _arrived(self, handle: int, done: Future[Receipt]) -> None:
+        error = done.exception()
+        result = done.result() if error is None else Failed(error, "".join(traceback.format_exception(error)))
+        self._done.put((handle, result))
 
     def wait(self, timeout_s: float) -> list[tuple[Hashable, Result]]:
         found: list[tuple[Hashable, Result]] = []
@@ -81,6 +91,27 @@ class StandIn(Pool):
         return self._slots
 
 
+_of: list[tuple[Sweep, Manifest, np.ndarray[Any, Any]]] = []
+"""What this worker makes parts of."""
+
+
+def _begin(sweep: Sweep, of: Manifest) -> None:
+    _of.append((sweep, of, made.truth(of)))
+
+
+def _begun() -> None:
+    time.sleep(0.2)
+
+
+def _commit(task: Task) -> Receipt:
+    [(sweep, of, effects)] = _of
+    assert isinstance(task, Shard)
+    began = time.process_time()
+    key, data = made.part(of, task.seed, task.removals, effects)
+    written = sweep.store.create(key, data)
+    return Receipt(key, written, len(task.removals), 0, time.process_time() - began, "made")
+
+
 class Unclaimed(claims.Claims):
     def take(self, tasks: Sequence[Task]) -> list[bool]:
         return [True for _ in tasks]
@@ -89,32 +120,32 @@ class Unclaimed(claims.Claims):
         return None
 
 
-def run(of: Manifest, store: Store, workers: int, unclaimed: bool) -> None:
-    if unclaimed:
+def run(of: Manifest, store: Store, given: argparse.Namespace) -> None:
+    if given.unclaimed:
         driver.Claims = Unclaimed  # type: ignore[misc]
-    pools: list[StandIn] = []
+    clocks: list[tuple[float, float]] = []
+    memory: list[float] = []
 
     @contextlib.contextmanager
     def place(sweep: Sweep, of: Manifest, _: bytes | None) -> Iterator[Pool]:
-        pools.append(StandIn(sweep, of, workers))
-        yield pools[-1]
-        clocks.append((time.perf_counter(), time.process_time(), peak_mb()))
+        with StandIn(sweep, of, given.workers, given.processes) as pool:
+            clocks.append((time.perf_counter(), time.process_time()))
+            memory.append(peak_mb())
+            yield pool
+            clocks.append((time.perf_counter(), time.process_time()))
+            memory.append(peak_mb())
 
-    started, before = time.perf_counter(), peak_mb()
-    clocks: list[tuple[float, float, float]] = []
-
-    cpu = time.process_time()
     report = driver.run(Resolved(of, None, None), store, where=place)  # type: ignore[arg-type]
-    ended, total = time.perf_counter(), time.process_time()
+    clocks.append((time.perf_counter(), time.process_time()))
     shards = len(report.outcome.receipts)
-    computed, used, memory = clocks[0]
-    took = computed - started
-    print(f"{of.cells} cells in {shards} shards: {took:.1f} s, {shards / took:.0f} shards a second", end="")
-    theirs = sum(sum(pool.cpu_s) for pool in pools)
-    each = 1e3 / shards
-    print(f"; of CPU each {each * (used - cpu - theirs):.2f} ms the driver, {each * theirs:.2f} ms the workers")
-    print(f"reduced in {ended - computed:.1f} s ({total - used:.1f} s of CPU)")
-    print(f"memory at most {memory:.0f} MB while computing, {peak_mb():.0f} MB in all, {before:.0f} MB before")
+    (computing, reducing), (own, reducing_cpu) = [
+        [after - before for before, after in pairwise(one)] for one in zip(*clocks, strict=True)
+    ]
+    print(f"{of.cells} cells in {shards} shards: {computing:.1f} s, {shards / computing:.0f} shards a second", end="")
+    each, theirs = 1e3 / shards, sum(receipt.seconds for receipt in report.outcome.receipts)
+    print(f"; of CPU each {each * own:.2f} ms the driver, {each * theirs:.2f} ms the workers")
+    print(f"reduced in {reducing:.1f} s ({reducing_cpu:.1f} s of CPU)")
+    print(f"memory at most {memory[1]:.0f} MB while computing, {peak_mb():.0f} MB in all, {memory[0]:.0f} MB before")
     print(f"exit {report.exit_code}, {report.gathered.done} of {report.gathered.cells} cells")
 
 
@@ -173,6 +204,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "resume"])
     for name, default in (("seeds", 1000), ("removals", 0), ("shard", 0), ("steps", 1), ("evals", 4), ("workers", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--processes", type=int, default=2, help="that stand in for workers")
     parser.add_argument("--store")
     parser.add_argument("--unclaimed", action="store_true")
     given = parser.parse_args()
@@ -183,7 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(given.store or folder)
         if given.what == "run":
-            run(of, store, given.workers, given.unclaimed)
+            run(of, store, given)
         else:
             resume(of, store, None if given.store else Path(folder))
 

@@ -11,10 +11,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fimo.estimators.base import Estimate as Estimate
     from fimo.estimators.base import Estimator as Estimator
-    from fimo.estimators.base import Problem as Problem
     from fimo.estimators.operators.kronecker import coverage as coverage
+    from fimo.estimators.problem import Estimate as Estimate
+    from fimo.estimators.problem import Problem as Problem
     from fimo.estimators.registry import DEFAULTS as DEFAULTS
     from fimo.estimators.registry import REGISTRY as REGISTRY
     from fimo.estimators.registry import choose as choose

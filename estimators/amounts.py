@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fimo.estimators.base import GradientEstimator, Hyperparameters, Problem, flat_loss
+from fimo.estimators.base import GradientEstimator, Hyperparameters
 from fimo.estimators.declared import families as declared
+from fimo.estimators.differentiable import flat_loss
+from fimo.estimators.problem import Problem
 from fimo.workers.amounts import steps_recorded
 from fimo.workers.errors import UsageError
 from fimo.workers.settings import FurtherTraining, Optimizer

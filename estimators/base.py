@@ -1,4 +1,4 @@
-"""What an estimator is given, what it returns, and the loop over blocks of gradients that most of them share.
+"""What an estimator is, and the loop over blocks of gradients that most of them share.
 
 Estimators do no I/O and know nothing of sweeps or Ray. Invariants: an estimate is float64, ``removal × eval``; positive
 means that removing the example raises g; gradients and curvature are taken at θᶠ in eval mode; the model of the problem
@@ -7,90 +7,24 @@ is as it was when an estimate returns or raises.
 
 from __future__ import annotations
 
-import dataclasses
-import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeAlias
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.estimators.counts import Work, of_gradients
 from fimo.estimators.declared.base import JSON, Declaration
+from fimo.estimators.differentiable import estimating, undifferentiable
 from fimo.estimators.operators.gradients import Layout, held_blocks
-from fimo.estimators.operators.output_functions import is_flat
 from fimo.estimators.operators.parts import Gradients
-from fimo.estimators.operators.plain import plain_operations
 from fimo.estimators.operators.products import Sides, sides
-from fimo.estimators.operators.rows import loss_gradients, measure_gradients, removal_gradients
-from fimo.workers.errors import DivergedError, WorkloadError
-from fimo.workers.examples import Examples
-from fimo.workers.functional import FunctionalModel, Tensors
-from fimo.workers.settings import FurtherTraining
-from fimo.workers.start import Start
-
-Notes: TypeAlias = dict[str, JSON]
-"""What a reader needs to judge the numbers: iterations, residuals, what was left out."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One estimation problem.
-
-    Attributes:
-        model: the model at θᶠ; ``model.params`` are the P trainable scalars that gradients are taken of.
-        train, evals: training examples 𝒟 (n) and evaluation examples (E), on the model's device and in its dtype.
-        removals: training indices of each removal (R); the training-side gradient of a group is the sum over it.
-        further_training: the sweep's section, for estimators that depend on the amount of further training.
-        seeds: what ``unrolled`` and ``mirrored`` train with, and average over; never the sweep's own, but in a check.
-        at: the recorded steps that are wanted of an estimate by amounts; None = all.
-        start: what the sweep's cells share, with the engine that is proven for them, for estimators that train on it;
-            None = they make it themselves.
-        replicas: runs that they train together; None = measured.
-        displacement: step -> Δθ̂(𝒟), the baseline's mean displacement over seeds, for ``training_gradient``.
-        progress: called with one line now and then.
-    """
-
-    model: FunctionalModel
-    train: Examples
-    evals: Examples
-    removals: Sequence[Sequence[int]]
-    further_training: FurtherTraining | None = None
-    seeds: Sequence[int] = ()
-    at: Sequence[int] | None = None
-    start: Start | None = None
-    replicas: int | None = None
-    displacement: Mapping[int, Tensors] | None = None
-    progress: Callable[[str], None] | None = None
-
-    def with_seeds(self, seeds: Sequence[int]) -> Problem:
-        """The same, to be trained with other seeds."""
-        return dataclasses.replace(self, seeds=tuple(seeds))
-
-    def say(self, line: str) -> None:
-        """Report progress, if anyone listens."""
-        if self.progress is not None:
-            self.progress(line)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An estimator's â.
-
-    Attributes:
-        values: float64 (R, E), on the CPU; (steps, R, E) if ``steps`` is given.
-        steps: optimizer steps since θᶠ that the leading dimension runs over, for estimators of an amount.
-        notes: see ``Notes``.
-    """
-
-    values: Tensor
-    steps: tuple[int, ...] | None = None
-    notes: Mapping[str, JSON] = field(default_factory=dict)
+from fimo.estimators.operators.rows import measure_gradients, removal_gradients
+from fimo.estimators.problem import Estimate, Notes, Problem
+from fimo.workers.errors import DivergedError
+from fimo.workers.functional import Tensors
 
 
 class Estimator(Protocol):
@@ -259,96 +193,6 @@ def gradients_of_removals(
     ``along`` adds Σ_{i∈removal} ∇²ℓ_i times a displacement.
     """
     return removal_gradients(problem.model, problem.train, problem.removals, params, along)
-
-
-@contextmanager
-def estimating(model: FunctionalModel) -> Iterator[None]:
-    """Eval mode, and operations that can be vmapped and differentiated twice and forwards, for the body alone.
-
-    Attention is by plain matrix products, in torch's transformer layers too; for the rest see ``PlainOperations``.
-
-    Raises:
-        WorkloadError: torch cannot take a derivative of an operation of the model.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with model.mode("eval"), sdpa_kernel(SDPBackend.MATH), plain_operations(model.module):
-            yield
-    except RuntimeError as error:
-        line = not_differentiable(error)
-        if line is None:
-            raise
-        raise WorkloadError(line) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def flat_loss(problem: Problem) -> str | None:
-    """Why there is no Gauss-Newton matrix to precondition with; None if there is one."""
-    with estimating(problem.model):
-        flat = is_flat(problem.model, problem.train)
-    return FLAT if flat else None
-
-
-FLAT = (
-    "the loss has no curvature in the outputs, so the Gauss-Newton matrix is 0 and the estimate would be Grad-Dot's: "
-    "let outputs return the model's predictions (logits) and loss compute the loss from them"
-)
-
-
-def undifferentiable(problem: Problem) -> str | None:
-    """Why the model's loss has no gradient that an estimator could take, told from one training example."""
-    try:
-        with estimating(problem.model):
-            next(loss_gradients(problem.model, problem.train, [0]))
-    except WorkloadError as error:
-        return str(error)
-    return None
-
-
-CHECKPOINTING = (
-    "estimators cannot differentiate through activation checkpointing (torch.utils.checkpoint): turn it off in the "
-    "workload's model (model.gradient_checkpointing_disable() in transformers)"
-)
-NO_DERIVATIVE = (
-    "estimators need a derivative that torch lacks for an operation of the model: write it with other operations, or "
-    "leave this estimator out; torch says: "
-)
-UNDIFFERENTIABLE = {
-    "saved tensor hooks": CHECKPOINTING,
-    "torch.utils.checkpoint": CHECKPOINTING,
-    "Checkpointing is not compatible": CHECKPOINTING,
-    "CheckpointFunction": CHECKPOINTING,
-    "autograd.Function with functorch transforms": NO_DERIVATIVE,
-    "forward AD": NO_DERIVATIVE,
-    "forward mode AD": NO_DERIVATIVE,
-    "derivative for": NO_DERIVATIVE,
-    "'Sparse": NO_DERIVATIVE,
-    "doesn't match the broadcast shape": NO_DERIVATIVE,
-    "doesn't have storage": NO_DERIVATIVE,
-    "would mutate a captured Tensor": NO_DERIVATIVE,
-    "vmap": NO_DERIVATIVE,
-    "Batching rule": NO_DERIVATIVE,
-}
-"""What torch's refusals to differentiate say, and what a user can do about them."""
-
-
-def not_differentiable(error: RuntimeError) -> str | None:
-    """The one line for an error of torch's that says that an operation cannot be differentiated; None for others."""
-    text = str(error)
-    if "setup_context" in text and _inside_checkpoint(error):
-        return CHECKPOINTING
-    first = (text.strip().splitlines() or [""])[0]
-    for words, mend in UNDIFFERENTIABLE.items():
-        if words in text:
-            return mend + first[:160] if mend is NO_DERIVATIVE else mend
-    return None
-
-
-def _inside_checkpoint(error: RuntimeError) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(frame.filename == torch.utils.checkpoint.__file__ for frame in frames)
 
 
 def finite(values: Tensor, what: str) -> Tensor:

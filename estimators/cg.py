@@ -13,16 +13,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import Notes, Problem, flat_loss
 from fimo.estimators.counts import ITERATIONS, Work, of_curvature
 from fimo.estimators.declared import shipped as declared
 from fimo.estimators.declared.base import JSON
+from fimo.estimators.differentiable import flat_loss
 from fimo.estimators.ekfac import as_inverse
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.matching import Shift
 from fimo.estimators.operators.kronecker import coverage
 from fimo.estimators.operators.krylov import Solved, conjugate_gradients, preconditioned
 from fimo.estimators.operators.spaces import Curvature, Space, make_curvature, outputs_of
+from fimo.estimators.problem import Notes, Problem
 
 UNSOLVED = 1000
 """How many times the tolerance a true residual may be before the reader is warned."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
-from fimo.estimators.base import Hyperparameters, Problem
+from fimo.estimators.base import Hyperparameters
 from fimo.estimators.counts import Work
 from fimo.estimators.declared import families as declared
 from fimo.estimators.matching import Shift, matched, of_scale, spread
@@ -16,6 +16,7 @@ from fimo.estimators.operators.gradients import Layout, held
 from fimo.estimators.operators.layerwise import layerwise
 from fimo.estimators.operators.products import mean_squares
 from fimo.estimators.operators.rows import mean_square
+from fimo.estimators.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import Estimate, Layered, Notes, Problem, estimating, finite
+from fimo.estimators.base import Layered, finite
 from fimo.estimators.counts import Work, of_products
 from fimo.estimators.declared import shipped as declared
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, incidence, unique
 from fimo.estimators.operators.parts import Gradients, tiles
 from fimo.estimators.operators.products import Sides, mean_squares, sides, square_norms
 from fimo.estimators.operators.rows import loss_gradients, mean_square, measure_gradients
+from fimo.estimators.problem import Estimate, Notes, Problem
 
 Rows = Iterator[tuple[list[int], Tensor]]
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.amounts import linear
-from fimo.estimators.base import Hyperparameters, Layered, Notes, Problem, estimating, flat_loss
+from fimo.estimators.base import Hyperparameters, Layered
 from fimo.estimators.counts import POSITIONS, Work, is_large
 from fimo.estimators.declared import families
 from fimo.estimators.declared import shipped as declared
+from fimo.estimators.differentiable import estimating, flat_loss
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.matching import Shift
 from fimo.estimators.operators.eigenbasis import Eigenbasis
@@ -28,6 +29,7 @@ from fimo.estimators.operators.products import Sides
 from fimo.estimators.operators.pseudo_gradients import FEW
 from fimo.estimators.operators.rotated import spectral_products
 from fimo.estimators.operators.spaces import make_curvature, outputs_of
+from fimo.estimators.problem import Notes, Problem
 
 EIGEN = 10.0
 """Flops of an eigendecomposition, in units of the side's cube."""

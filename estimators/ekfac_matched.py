@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.amounts import SGDMatched
-from fimo.estimators.base import Layered, Notes, Pair, Pairing, Problem
+from fimo.estimators.base import Layered, Pair, Pairing
 from fimo.estimators.declared import shipped as declared
 from fimo.estimators.ekfac import Factored, uncovered
 from fimo.estimators.operators.eigenbasis import Eigenbasis
@@ -27,6 +27,7 @@ from fimo.estimators.operators.gradients import dot_products
 from fimo.estimators.operators.optimizers import Descent
 from fimo.estimators.operators.products import Sides
 from fimo.estimators.operators.rotated import spectral_products
+from fimo.estimators.problem import Notes, Problem
 from fimo.workers.settings import Optimizer
 
 

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fimo.estimators.base import GradientEstimator, Layered, Notes, Pairing, Problem
+from fimo.estimators.base import GradientEstimator, Layered, Pairing
 from fimo.estimators.declared import shipped as declared
 from fimo.estimators.operators.gradients import dot_products, units
 from fimo.estimators.operators.products import Sides, cosines
 from fimo.estimators.operators.rows import removal_gradients
+from fimo.estimators.problem import Notes, Problem
 
 
 @dataclass(frozen=True)

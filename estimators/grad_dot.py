@@ -8,13 +8,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from fimo.estimators.amounts import NEEDS_TRAINING, linear, settings_of
-from fimo.estimators.base import GradientEstimator, Layered, Notes, Pair, Pairing, Problem
+from fimo.estimators.base import GradientEstimator, Layered, Pair, Pairing
 from fimo.estimators.counts import Work
 from fimo.estimators.declared import shipped as declared
 from fimo.estimators.matching import inverse_scale, of_scale
 from fimo.estimators.operators import products
 from fimo.estimators.operators.gradients import dot_products
 from fimo.estimators.operators.products import Sides
+from fimo.estimators.problem import Notes, Problem
 
 
 @dataclass(frozen=True)

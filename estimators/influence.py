@@ -22,20 +22,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import (
-    Estimate,
-    GradientEstimator,
-    Notes,
-    Pair,
-    Pairing,
-    Problem,
-    TrainingSide,
-    gradients_of_removals,
-)
+from fimo.estimators.base import GradientEstimator, Pair, Pairing, TrainingSide, gradients_of_removals
 from fimo.estimators.damping import Damped
 from fimo.estimators.declared import families as declared
 from fimo.estimators.operators.gradients import Layout, dot_products
 from fimo.estimators.operators.rows import loss_gradients
+from fimo.estimators.problem import Estimate, Notes, Problem
 from fimo.workers.errors import UsageError
 from fimo.workers.functional import Tensors
 

@@ -19,15 +19,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import Notes, Problem, flat_loss
 from fimo.estimators.counts import Work, of_curvature
 from fimo.estimators.declared import shipped as declared
 from fimo.estimators.declared.base import JSON
+from fimo.estimators.differentiable import flat_loss
 from fimo.estimators.ekfac import as_inverse
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.kronecker import coverage
 from fimo.estimators.operators.spaces import Curvature, Space, make_curvature, outputs_of
+from fimo.estimators.problem import Notes, Problem
 from fimo.workers.errors import DivergedError
 
 TRACE = 20

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.amounts import SGDMatched
-from fimo.estimators.base import Notes, Pair, Pairing, Problem
+from fimo.estimators.base import Pair, Pairing
 from fimo.estimators.counts import Work, of_curvature
 from fimo.estimators.declared import shipped as declared
 from fimo.estimators.operators.gradients import dot_products
 from fimo.estimators.operators.optimizers import Descent
 from fimo.estimators.operators.spaces import MatrixFree, make_curvature, outputs_of
+from fimo.estimators.problem import Notes, Problem
 from fimo.workers import batches
 from fimo.workers.amounts import BASELINE
 from fimo.workers.errors import DivergedError, UsageError

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.func import grad
 
 from fimo.estimators.amounts import linear
-from fimo.estimators.base import Notes, Problem
 from fimo.estimators.counts import Work
 from fimo.estimators.declared.base import JSON
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.optimizers import Descent, clipped
+from fimo.estimators.problem import Notes, Problem
 from fimo.workers import batches
 from fimo.workers.amounts import BASELINE, epoch_steps
 from fimo.workers.forward import observe

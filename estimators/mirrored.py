@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from fimo.estimators.amounts import settings_of
-from fimo.estimators.base import CHECKPOINTING, Estimate, Problem, finite, undifferentiable
+from fimo.estimators.base import finite
 from fimo.estimators.counts import Work
 from fimo.estimators.declared import shipped as declared
 from fimo.estimators.declared.base import JSON
+from fimo.estimators.differentiable import CHECKPOINTING, undifferentiable
 from fimo.estimators.own_seeds import OwnSeeds
+from fimo.estimators.problem import Estimate, Problem
 from fimo.workers.errors import WorkloadError
 from fimo.workers.forward import Forward, observe
 from fimo.workers.mirror import train_mirrored, why_not

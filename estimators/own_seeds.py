@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fimo.estimators.amounts import NEEDS_TRAINING, recorded_steps, settings_of
-from fimo.estimators.base import Hyperparameters, Problem
+from fimo.estimators.base import Hyperparameters
 from fimo.estimators.declared import families as declared
+from fimo.estimators.problem import Problem
 
 
 @dataclass(frozen=True)

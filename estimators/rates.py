@@ -12,14 +12,15 @@ from functools import cached_property
 import torch
 from torch.func import grad
 
-from fimo.estimators.base import Problem, estimating
 from fimo.estimators.counts import Work, is_large
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.curvature import GaussNewton, Hessian, Operator
 from fimo.estimators.operators.gradients import Layout
 from fimo.estimators.operators.kronecker import sum_factors
 from fimo.estimators.operators.layerwise import layerwise
 from fimo.estimators.operators.rows import loss_gradients
+from fimo.estimators.problem import Problem
 from fimo.workers.device import clock
 from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors

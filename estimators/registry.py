@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fimo.estimators.amounts import linear
-from fimo.estimators.base import Estimator, Problem
+from fimo.estimators.base import Estimator
 from fimo.estimators.cg import CG
 from fimo.estimators.datainf import DataInf
 from fimo.estimators.ekfac import EKFAC
@@ -17,6 +17,7 @@ from fimo.estimators.grad_dot import GradDot
 from fimo.estimators.lissa import LiSSA, LiSSAH
 from fimo.estimators.lissa_matched import LiSSAMatched
 from fimo.estimators.mirrored import Mirrored
+from fimo.estimators.problem import Problem
 from fimo.estimators.trak import TRAK
 from fimo.estimators.unrolled import Unrolled
 

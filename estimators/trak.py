@@ -17,9 +17,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.estimators.base import Layered, Notes, Problem, estimating
+from fimo.estimators.base import Layered
 from fimo.estimators.counts import POSITIONS, Work, dense_size
 from fimo.estimators.declared import shipped as declared
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.influence import Influence, Preconditioner
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.gradients import Layout, PerExample
@@ -28,6 +29,7 @@ from fimo.estimators.operators.output_functions import is_cross_entropy, is_scal
 from fimo.estimators.operators.products import Sides
 from fimo.estimators.operators.rows import loss_gradients
 from fimo.estimators.operators.sketch import Sketch
+from fimo.estimators.problem import Notes, Problem
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel, Tensors
 

@@ -28,16 +28,18 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.amounts import settings_of
-from fimo.estimators.base import Estimate, Problem, estimating, finite
+from fimo.estimators.base import finite
 from fimo.estimators.counts import Work
 from fimo.estimators.declared import shipped as declared
 from fimo.estimators.declared.base import JSON
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators import changes, gradients
 from fimo.estimators.operators.changes import Changes
 from fimo.estimators.operators.cotangents import Checkpoints, cotangents
 from fimo.estimators.operators.gradients import Layout, directional, each_example
 from fimo.estimators.operators.trajectory import Trajectory, why_not
 from fimo.estimators.own_seeds import OwnSeeds
+from fimo.estimators.problem import Estimate, Problem
 from fimo.workers.amounts import Removal
 from fimo.workers.errors import DivergedError, WorkloadError
 from fimo.workers.examples import Batch

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.operators import gradients
+from fimo.estimators.operators.by_layer import Layerwise
 from fimo.estimators.operators.capture import Recipe, parts_of, watching
 from fimo.estimators.operators.eigenbasis import Eigenbasis, LayerBlock, share_covered
 from fimo.estimators.operators.guards import apart
 from fimo.estimators.operators.layers import layers_of, proven, watched
-from fimo.estimators.operators.layerwise import Layerwise, layerwise
+from fimo.estimators.operators.layerwise import layerwise
 from fimo.estimators.operators.moments import Moment, SquareSum
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
 from fimo.estimators.operators.squares import Squares, add_by_themselves

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fimo.estimators.operators.by_layer import Layerwise
 from fimo.estimators.operators.gradients import Layout, incidence, unique
-from fimo.estimators.operators.layerwise import Layerwise, layerwise
+from fimo.estimators.operators.layerwise import layerwise
 from fimo.estimators.operators.parts import Gradients, tiles
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel, Tensors

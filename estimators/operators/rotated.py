@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fimo.estimators.operators.by_layer import Layerwise
 from fimo.estimators.operators.eigenbasis import DenseBlock, Eigenbasis, LayerBlock
 from fimo.estimators.operators.gradients import Layout
-from fimo.estimators.operators.layerwise import Layerwise
 from fimo.estimators.operators.parts import Dense, Gradients, Outer, Part, tiles
 
 

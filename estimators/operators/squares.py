@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fimo.estimators.operators import gradients
+from fimo.estimators.operators.by_layer import seen_as
 from fimo.estimators.operators.eigenbasis import Block, DenseBlock
 from fimo.estimators.operators.gradients import Layout
-from fimo.estimators.operators.layerwise import seen_as
 from fimo.estimators.operators.parts import Parts
 from fimo.estimators.operators.pseudo_gradients import PseudoGradients
 from fimo.estimators.operators.spaces import linearised, outputs_of

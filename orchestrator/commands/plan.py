@@ -165,7 +165,7 @@ def _plan_json(resolved: Resolved, planned: Plan) -> dict[str, Any]:
     from fimo import estimators
     from fimo.orchestrator.report.planned import until
     from fimo.orchestrator.report.show import labels
-    from fimo.orchestrator.run.plan import count_witnesses, witness_share
+    from fimo.orchestrator.run.witness_plan import count_witnesses, witness_share
 
     manifest, spec = resolved.manifest, resolved.spec
     kronecker = any(name.startswith("ekfac") for name, _ in manifest.estimators)

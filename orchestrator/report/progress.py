@@ -15,10 +15,9 @@ from fimo.orchestrator.report.course import course_lines
 from fimo.orchestrator.report.show import task_label
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.driver import Listener
-from fimo.orchestrator.run.places import Failed, Lost, Result
-from fimo.orchestrator.run.plan import Plan, Shard, Work
-from fimo.orchestrator.run.schedule import error_line
-from fimo.orchestrator.run.tasks import Receipt
+from fimo.orchestrator.run.plan import Plan
+from fimo.orchestrator.run.results import Failed, Lost, Receipt, Result, error_line
+from fimo.orchestrator.run.work import Shard, Work
 
 LOG_EVERY_S, LOG_SHARE, LOG_AT_MOST_S = 10.0, 0.05, 300.0
 """Seconds between two log lines: at first, as a share of the time so far, and at most."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fimo.estimators import declared
-from fimo.orchestrator.run.plan import EstimateTask, Work, task_name
+from fimo.orchestrator.run.work import EstimateTask, Work, task_name
 
 COLUMNS = 6
 """Amounts shown in the score table; all of them are in ``scores.parquet``."""

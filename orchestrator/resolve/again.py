@@ -88,7 +88,7 @@ def second() -> int:
     """The process: the folder and when it was started are its arguments."""
     # The other process starts before it imports torch itself.
     import_to_stay("torch")
-    from fimo.orchestrator.resolve.resolved import count_evals, digests, load_here
+    from fimo.orchestrator.resolve.loading import count_evals, digests, load_here
 
     try:
         spec, beside = parse(json.load(sys.stdin), "the spec"), Path(sys.argv[1])

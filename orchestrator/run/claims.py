@@ -19,7 +19,7 @@ from typing import Any
 
 from fimo.orchestrator.run.failures import task_id
 from fimo.orchestrator.run.heartbeat import Heartbeat, Others
-from fimo.orchestrator.run.plan import Together, Work
+from fimo.orchestrator.run.work import Together, Work
 from fimo.orchestrator.spec.canonical import canonical
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys

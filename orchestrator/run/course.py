@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-from fimo.orchestrator.run.plan import EstimateTask, Task, WitnessTask, Work, task_name
+from fimo.orchestrator.run.work import EstimateTask, Task, WitnessTask, Work, task_name
 
 
 @dataclass

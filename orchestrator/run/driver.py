@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fimo.orchestrator.resolve.differences import in_words, since
-from fimo.orchestrator.resolve.resolved import Resolved, read_final
+from fimo.orchestrator.resolve.loading import read_final
+from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.claims import Claims, SharedTasks
 from fimo.orchestrator.run.course import Course
@@ -21,13 +22,14 @@ from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import gather
 from fimo.orchestrator.run.heartbeat import Heartbeat
 from fimo.orchestrator.run.owed import cells_in, estimators_in, few_shards, owed_tasks, remaining, to_hand_over
-from fimo.orchestrator.run.places import Pool, Result, Source
-from fimo.orchestrator.run.plan import EstimateTask, Plan, Shard, Task, WitnessTask, Work, tasks_in
+from fimo.orchestrator.run.places import Pool, Source
+from fimo.orchestrator.run.plan import Plan
 from fimo.orchestrator.run.pool import on_ray
 from fimo.orchestrator.run.reading import Gathered
-from fimo.orchestrator.run.schedule import Outcome, drive
+from fimo.orchestrator.run.results import Outcome, Receipt, Result
+from fimo.orchestrator.run.schedule import drive
 from fimo.orchestrator.run.seeds import next_seeds
-from fimo.orchestrator.run.tasks import Receipt
+from fimo.orchestrator.run.work import EstimateTask, Shard, Task, WitnessTask, Work, tasks_in
 from fimo.orchestrator.run.written import write_tables
 from fimo.orchestrator.store import Store
 from fimo.orchestrator.store.watched import WatchedStore

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fimo.orchestrator.run.blocks import value_digest
-from fimo.orchestrator.run.plan import EstimateTask, Shard, Together, WitnessTask, Work, task_name
+from fimo.orchestrator.run.work import EstimateTask, Shard, Together, WitnessTask, Work, task_name
 from fimo.orchestrator.spec.canonical import canonical, digest
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.store.base import is_key
@@ -26,7 +26,7 @@ from fimo.orchestrator.sweep.records import read as read_record
 from fimo.orchestrator.sweep.sweep import Sweep
 
 if TYPE_CHECKING:
-    from fimo.orchestrator.run.schedule import SetAside
+    from fimo.orchestrator.run.results import SetAside
 
 OUT_OF_MEMORY = ("out of memory", "outofmemoryerror", "memoryerror", "can't allocate memory")
 """What errors of too little memory say: torch's on a GPU and on a CPU, Python's, Ray's."""

@@ -6,7 +6,7 @@ from collections import deque
 from statistics import median
 
 from fimo.orchestrator.run.course import kind_of
-from fimo.orchestrator.run.plan import EstimateTask, Together, Work
+from fimo.orchestrator.run.work import EstimateTask, Together, Work
 
 LATE, LATE_S, LONGEST = 10.0, 60.0, 1.5
 """A task is given up after so many times what the last ones of its kind took, at least after so many seconds.

@@ -20,19 +20,10 @@ from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.blocks import Named
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.owed import missing_estimates, missing_witnesses, to_hand_over
-from fimo.orchestrator.run.plan import (
-    EstimateTask,
-    Plan,
-    Shard,
-    Together,
-    WitnessTask,
-    Work,
-    seeds_together,
-    size_of_shards,
-    tasks_in,
-)
+from fimo.orchestrator.run.plan import Plan, seeds_together, size_of_shards
 from fimo.orchestrator.run.proving import rehearsed
 from fimo.orchestrator.run.timing import Estimators, Shards, seconds_of_witnesses
+from fimo.orchestrator.run.work import EstimateTask, Shard, Together, WitnessTask, Work, tasks_in
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.device import deterministic, pick_device

@@ -11,21 +11,9 @@ from itertools import chain, zip_longest
 
 from fimo.orchestrator.run.blocks import Named, held_removals, listed_blocks, shares, value_digest
 from fimo.orchestrator.run.failures import Failures, task_id
-from fimo.orchestrator.run.plan import (
-    EACH,
-    EstimateTask,
-    Plan,
-    Shard,
-    Task,
-    Together,
-    WitnessTask,
-    Work,
-    as_work,
-    make_plan,
-    seeds_together,
-    size_of_shards,
-    witness_tasks,
-)
+from fimo.orchestrator.run.plan import EACH, Plan, make_plan, seeds_together, size_of_shards
+from fimo.orchestrator.run.witness_plan import witness_tasks
+from fimo.orchestrator.run.work import EstimateTask, Shard, Task, Together, WitnessTask, Work, as_work
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys, records

@@ -6,34 +6,16 @@ import contextlib
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
 import torch
 
-from fimo.orchestrator.run.plan import Together, Work
-from fimo.orchestrator.run.tasks import Receipt, run_task
+from fimo.orchestrator.run.results import Failed, Receipt, Result
+from fimo.orchestrator.run.tasks import run_task
+from fimo.orchestrator.run.work import Together, Work
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
-
-
-@dataclass(frozen=True)
-class Lost:
-    """The worker or node died, or a deadline passed; not the task's own error."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The task raised."""
-
-    error: BaseException
-    traceback: str
-
-
-Result = Receipt | Lost | Failed
 
 
 class Pool(Protocol):

@@ -18,9 +18,10 @@ from fimo.orchestrator.run import placement
 from fimo.orchestrator.run.entry import enter
 from fimo.orchestrator.run.kept import KeptRay
 from fimo.orchestrator.run.nodes import Node, NodeWatch, slots_of
-from fimo.orchestrator.run.places import Failed, Lost, Result
-from fimo.orchestrator.run.plan import Work
-from fimo.orchestrator.run.tasks import Receipt, UnableError, is_prepared, run_task
+from fimo.orchestrator.run.prepared import is_prepared
+from fimo.orchestrator.run.results import Failed, Lost, Receipt, Result, UnableError
+from fimo.orchestrator.run.tasks import run_task
+from fimo.orchestrator.run.work import Work
 from fimo.orchestrator.spec.spec import Resources
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep

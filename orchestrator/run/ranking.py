@@ -23,16 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fimo.estimators import REGISTRY
-from fimo.orchestrator.resolve.resolved import Resolved, read_final
+from fimo.orchestrator.resolve.loading import read_final
+from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.blocks import Named, assemble, common_steps, listed_blocks, runs_of, value_digest
 from fimo.orchestrator.run.driver import Listener, note_sets
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.owed import current_plan, missing_estimates
 from fimo.orchestrator.run.places import Pool
-from fimo.orchestrator.run.plan import Task
 from fimo.orchestrator.run.reading import Gathered, seed_blocks
 from fimo.orchestrator.run.schedule import drive
 from fimo.orchestrator.run.witnesses import read_witnesses
+from fimo.orchestrator.run.work import Task
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.manifest import Manifest

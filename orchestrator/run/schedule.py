@@ -9,17 +9,27 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 
 from fimo.orchestrator.run.budget import TooDearError
 from fimo.orchestrator.run.lateness import Lateness
-from fimo.orchestrator.run.places import Failed, Lost, Pool, Result, Source, Unshared
-from fimo.orchestrator.run.plan import Shard, Task, Together, Work, tasks_in
+from fimo.orchestrator.run.places import Pool, Source, Unshared
+from fimo.orchestrator.run.results import (
+    CannotEstimateError,
+    Failed,
+    Lost,
+    Outcome,
+    Receipt,
+    Result,
+    SetAside,
+    UnableError,
+    error_line,
+)
 from fimo.orchestrator.run.shards import ApartError, ConflictError
-from fimo.orchestrator.run.tasks import CannotEstimateError, Receipt, UnableError
 from fimo.orchestrator.run.witnessing import NoWitnessError
-from fimo.workers.errors import DivergedError, FimoError, StoreError, UsageError, WorkloadError
+from fimo.orchestrator.run.work import Shard, Together, Work, tasks_in
+from fimo.workers.errors import DivergedError, StoreError, UsageError, WorkloadError
 
 WINDOW = 2
 """Tasks that are handed over, of those that run at once: a GPU that is done must find the next one there."""
@@ -35,39 +45,6 @@ APART = 5
 """Times that shards may be lost together before they are tried one by one: together they may take too much memory."""
 REMEMBERED_S = 60.0
 """Nodes that have gone leave their tasks behind for a while, so the window shrinks so late."""
-
-
-@dataclass(frozen=True)
-class SetAside:
-    """A task given up, with its last error.
-
-    Attributes:
-        final: an estimator's own verdict, the same at every try.
-        dear: it is over the budget of the default set, which is no verdict on an estimator that the spec names.
-    """
-
-    task: Task
-    line: str
-    traceback: str
-    final: bool = False
-    dear: bool = False
-
-
-@dataclass
-class Outcome:
-    """How a drive ended.
-
-    Attributes:
-        stopped: why it ended early, None if every task was finished or set aside.
-        broken: the circuit breaker opened: nothing was set aside for good.
-        lost: how often a task's worker or node died, or a deadline passed.
-    """
-
-    receipts: list[Receipt] = field(default_factory=list)
-    set_aside: list[SetAside] = field(default_factory=list)
-    stopped: str | None = None
-    broken: bool = False
-    lost: int = 0
 
 
 @dataclass
@@ -341,9 +318,3 @@ class _Loop:
             self.pool.cancel(handle)
         self.flying.clear()
         self.outcome.stopped = reason
-
-
-def error_line(error: BaseException) -> str:
-    """The first line of an error, with its type unless it is one of fimo's own."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return text if isinstance(error, FimoError) else f"{type(error).__name__}: {text}"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from fimo.orchestrator.resolve.resolved import Resolved
-from fimo.orchestrator.run.plan import Shard
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
 from fimo.orchestrator.run.proving import Proven
+from fimo.orchestrator.run.work import Shard
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest

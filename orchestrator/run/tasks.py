@@ -7,90 +7,24 @@ is not imported here; the same functions run in process under test.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import platform
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from fimo.estimators import REGISTRY
-from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
-from fimo.orchestrator.run import estimating, shards
-from fimo.orchestrator.run.blocks import assemble, common_steps, runs_of, shares, value_digest
-from fimo.orchestrator.run.plan import EstimateTask, Shard, Together, WitnessTask, Work, tasks_in
+from fimo.orchestrator.resolve.resolved import Resolved
+from fimo.orchestrator.run import shards
+from fimo.orchestrator.run.blocks import value_digest
+from fimo.orchestrator.run.estimate_block import estimate_block
+from fimo.orchestrator.run.prepared import engine_of, pick, prepared
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
-from fimo.orchestrator.run.proving import Proven, proven
+from fimo.orchestrator.run.results import Receipt
 from fimo.orchestrator.run.witnessing import witnessed
+from fimo.orchestrator.run.work import EstimateTask, Shard, Together, WitnessTask, Work, tasks_in
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import estimates, keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.orchestrator.tables.score import EstimateMatrix
-from fimo.workers.amounts import Removal
-from fimo.workers.device import clock, deterministic, device_name, forget_peak, peak, pick_device, prepare_environment
-from fimo.workers.errors import DivergedError, FimoError, UsageError, WorkloadError
-
-
-class UnableError(FimoError):
-    """A node cannot begin a task: it lacks a package or a file, or its code or data are others.
-
-    Attributes:
-        node: Ray's id of it; empty in a process of the driver's own.
-    """
-
-    def __init__(self, line: str, node: str = "") -> None:
-        super().__init__(line, node)
-        self.node = node
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-class CannotEstimateError(FimoError):
-    """An estimator cannot give values for this model: no other try, moment or machine changes that."""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a finished task says of itself.
-
-    Attributes:
-        key: the committed object.
-        written: by this task, rather than met there.
-        cells: in it, 0 for estimates and witnesses; ``diverged``: how many of its runs were not finite.
-        seconds: wall time of the task.
-        lines: what a person should know of it.
-        node: Ray's id of where it ran; empty in a process of the driver's own.
-        each: the receipts of shards that were done together, in their order; the rest is then said of all of them.
-    """
-
-    key: str
-    written: bool
-    cells: int
-    diverged: int
-    seconds: float
-    device: str
-    lines: tuple[str, ...] = ()
-    node: str = ""
-    each: tuple[Receipt, ...] = ()
-
-
-@dataclass(frozen=True)
-class Estimated:
-    """An estimator's values for every removal and evaluation example.
-
-    Attributes:
-        seconds: of the device; ``notes``: the estimator's own, of its first block.
-    """
-
-    matrix: EstimateMatrix
-    seconds: float
-    device: str
-    notes: Mapping[str, Any]
+from fimo.workers.device import deterministic, device_name, prepare_environment
 
 
 def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: Work, gpu: int = 0) -> Receipt:
@@ -112,79 +46,6 @@ def run_task(sweep: Sweep, manifest: Manifest, final_model: bytes | None, task: 
     if isinstance(task, WitnessTask):
         return _witness(sweep, resolved, device, task)
     return _estimate(sweep, resolved, device, task)
-
-
-# One sweep at a time in a process: the next one's model and data replace this one's.
-_loaded: dict[tuple[str, ...], Resolved] = {}
-_engines: dict[tuple[object, ...], Proven] = {}
-
-
-def is_prepared(manifest: Manifest) -> bool:
-    """Whether this process holds the sweep's model and data already."""
-    return _sweep_of(manifest) in _loaded
-
-
-def _sweep_of(manifest: Manifest) -> tuple[str, ...]:
-    return manifest.digest, manifest.beside, manifest.spec.name
-
-
-def prepared(manifest: Manifest, final_model: bytes | None) -> Resolved:
-    """The sweep's model and data in this process, loaded once; errors as ``resolve_like``."""
-    name = _sweep_of(manifest)
-    if name not in _loaded:
-        _loaded.clear()
-        _engines.clear()
-        try:
-            resolved = resolve_like(manifest, final_model)
-        except (UsageError, WorkloadError, ImportError) as error:
-            # The driver could: it is the node's fault, or something has changed since.
-            line = str(error) if isinstance(error, FimoError) else f"{type(error).__name__}: {error}"
-            here = f"node {platform.node()}"
-            raise UnableError(line if line.startswith(here) else f"{here}: {line}") from error
-        # torch loads its function transforms on first use: a second that no estimator should be charged with.
-        torch.func.vmap(torch.func.grad(lambda x: x * x))(torch.ones(1))
-        _loaded[name] = resolved
-    # Of an equal digest, resources may differ.
-    return dataclasses.replace(_loaded[name], manifest=manifest)
-
-
-def pick(manifest: Manifest, gpu: int) -> torch.device:
-    """The device of a task, with its threads set."""
-    torch.set_num_threads(max(1, int(manifest.spec.resources.cpus)))
-    return _device(manifest.spec.resources.gpus, gpu)
-
-
-def _device(gpus: float, number: int) -> torch.device:
-    """The task's device; a share of a GPU bounds this process's memory there to the same share."""
-    device = pick_device(gpus)
-    if device.type != "cuda":
-        return device
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
-    if gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(gpus, device)
-    return device
-
-
-def engine_of(sweep: Sweep, resolved: Resolved, device: torch.device, removals: tuple[Removal, ...]) -> Proven:
-    """What the sweep's cells share, with the engine that is proven for it; once a process."""
-    asked = resolved.spec.resources
-    name = (
-        resolved.manifest.digest,
-        str(device),
-        asked.replay,
-        asked.proof,
-        asked.replicas,
-        asked.shard,
-        asked.together,
-    )
-    if name not in _engines:
-        # A process that is given another GPU leaves none of its memory on the last one.
-        _engines.clear()
-        engine = proven(sweep, resolved, resolved.start(device), removals)
-        _engines[name] = dataclasses.replace(engine, lines=())
-        return engine
-    return _engines[name]
 
 
 # -- shards --------------------------------------------------------------------------------------------------------
@@ -258,114 +119,5 @@ def _estimate(sweep: Sweep, resolved: Resolved, device: torch.device, task: Esti
         with contextlib.suppress(parts.BadPartError):
             sweep.read_block(key, digest, task.estimator, task.params)
         return receipt(False)
-    block, warned = _block(sweep, resolved, device, task)
+    block, warned = estimate_block(sweep, resolved, device, task)
     return receipt(sweep.store.create(key, estimates.encode_block(block)[0]), warned)
-
-
-def estimate_whole(
-    sweep: Sweep, manifest: Manifest, final_model: bytes | None, estimator: str, params: str, gpu: int = 0
-) -> Estimated:
-    """An estimator's values on the whole sweep, computed as its tasks would and committed nowhere.
-
-    Args:
-        manifest: with its removals; ``final_model`` and ``gpu`` as for ``run_task``.
-
-    Raises:
-        CannotEstimateError: it does not apply, or its values are not finite.
-        FimoError: in one line.
-    """
-    prepare_environment()
-    # Whoever names an estimator gives it no budget.
-    named = dataclasses.replace(manifest, spec=manifest.spec.model_copy(update={"estimators": ()}))
-    resolved = prepared(named, final_model)
-    device = pick(manifest, gpu)
-    blocks = []
-    for seed, first, count in shares(manifest, estimator, params):
-        task = EstimateTask(estimator, params, manifest.removals, first, count, count == manifest.evals, seed)
-        blocks.append(_block(sweep, resolved, device, task)[0])
-    seeds = runs_of(manifest, estimator, params)
-    values = assemble(blocks, manifest, seeds)
-    if values is None:
-        raise CannotEstimateError("its values do not cover every removal and evaluation example")
-    seconds = sum(float(block.provenance["device_seconds"]) for block in blocks)
-    matrix = EstimateMatrix(estimator, params, values, common_steps(blocks, seeds))
-    return Estimated(matrix, seconds, device_name(device), dict(blocks[0].provenance["notes"]))
-
-
-def _block(
-    sweep: Sweep, resolved: Resolved, device: torch.device, task: EstimateTask
-) -> tuple[estimates.EstimateBlock, tuple[str, ...]]:
-    """The values of a block, and what a person should know of them."""
-    manifest = resolved.manifest
-    digest = value_digest(manifest, task.estimator, task.params, task.at)
-    forget_peak(device)
-    removals, span, said = [r.indices for r in task.removals], (task.first, task.count), list[str]()
-    named = task.estimator, task.params
-    try:
-        with deterministic(device) as flags:
-            # The proof is the sweep's, and no cost of the estimator's; nor is loading the data, or the budget's timing.
-            run, engine = _run(sweep, resolved, device, task)
-            tasks = _budgeted(sweep, manifest, task)
-            asked = estimating.asked(resolved, device, *named, removals, span, said.append, run, tasks, task.at)
-            read = clock(device)
-            began = read()
-            estimate = asked()
-            spent = read() - began
-    except (DivergedError, UsageError, WorkloadError) as error:
-        raise CannotEstimateError(without_name(str(error))) from error
-    about = {
-        **provenance(device, resolved, flags),
-        **({} if engine is None else {"engine": dict(engine.record)}),
-        "notes": json.loads(json.dumps(dict(estimate.notes), default=str)),
-        "device_seconds": spent,
-        "peak_bytes": peak(device) or peak_host_bytes(),
-    }
-    block = estimates.EstimateBlock(
-        digest=digest,
-        estimator=task.estimator,
-        params=task.params,
-        removals=task.removals,
-        first=task.first,
-        steps=estimate.steps,
-        values=estimate.values.numpy(),
-        provenance=about,
-        seed=task.seed,
-    )
-    warned = tuple(line for line in said if line.startswith("warning")) + (engine.lines if engine is not None else ())
-    return block, warned
-
-
-def without_name(line: str) -> str:
-    """An estimator's complaint without its own name in front, since whoever tells it names the task.
-
-    The name may be that of the estimator that it is built on: lissa's, of lissa_h.
-    """
-    before, colon, rest = line.partition(": ")
-    return rest if colon and before.removeprefix("estimator ") in REGISTRY else line
-
-
-def _budgeted(sweep: Sweep, manifest: Manifest, task: EstimateTask) -> int | None:
-    """How many tasks like this one there are, of an estimator that nobody named; else None.
-
-    What has begun goes on: a second timing would drop an estimator at the budget's edge with half of its values there.
-    """
-    if manifest.spec.estimators is not None or task.at is not None:
-        return None
-    prefix = keys.estimates(
-        sweep.name, value_digest(manifest, task.estimator, task.params), task.estimator, task.params
-    )
-    if any(sweep.store.list(prefix)):
-        return None
-    return sum(1 for _ in shares(manifest, task.estimator, task.params))
-
-
-def _run(
-    sweep: Sweep, resolved: Resolved, device: torch.device, task: EstimateTask
-) -> tuple[estimating.Run | None, Proven | None]:
-    """What one seed's share of an estimate is trained with, and the engine if it trains in the sweep's stacks."""
-    if task.seed is None:
-        return None, None
-    if not REGISTRY[task.estimator].trains:
-        return estimating.Run(task.seed), None
-    engine = engine_of(sweep, resolved, device, tuple(r.indices for r in task.removals))
-    return estimating.Run(task.seed, engine.start, engine.replicas), engine

@@ -19,8 +19,8 @@ from fimo.estimators.rates import Rates
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.blocks import shares
 from fimo.orchestrator.run.budget import too_dear, too_large
-from fimo.orchestrator.run.plan import EstimateTask, WitnessTask
 from fimo.orchestrator.run.proving import Proven
+from fimo.orchestrator.run.work import EstimateTask, WitnessTask
 from fimo.workers.amounts import BASELINE, Removal, steps_recorded
 from fimo.workers.device import clock
 from fimo.workers.errors import FimoError

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fimo.orchestrator.resolve.resolved import Resolved, read_final
+from fimo.orchestrator.resolve.loading import read_final
+from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.driver import Listener, Where, note_sets
 from fimo.orchestrator.run.owed import current_plan
 from fimo.orchestrator.run.plan import seeds_together

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fimo.orchestrator.run import failures
-from fimo.orchestrator.run.plan import witness_tasks
+from fimo.orchestrator.run.witness_plan import witness_tasks
 from fimo.orchestrator.run.written import listed_witnesses
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys

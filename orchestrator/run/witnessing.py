@@ -1,7 +1,7 @@
 """What a worker does for a witness task: how many of its removals are worth their cost, and their training.
 
-The number of witnesses is planned by counting cells (``run/plan.py``). A float64 cell may cost far more than two in
-float32 (on a GPU up to 64 times), so a worker times both before it trains, if the spec leaves the number open.
+The number of witnesses is planned by counting cells (``run/witness_plan.py``). A float64 cell may cost far more than
+two in float32 (on a GPU up to 64 times), so a worker times both before it trains, if the spec leaves the number open.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from fimo.orchestrator.resolve.resolved import Resolved
-from fimo.orchestrator.run.plan import WITNESS_SHARE, WitnessTask, spread_evenly, trained_cells, witness_tasks
+from fimo.orchestrator.run.plan import trained_cells
 from fimo.orchestrator.run.proving import Proven
+from fimo.orchestrator.run.witness_plan import WITNESS_SHARE, spread_evenly, witness_tasks
+from fimo.orchestrator.run.work import WitnessTask
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.device import clock

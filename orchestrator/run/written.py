@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from fimo.orchestrator.run.blocks import listed_blocks
-from fimo.orchestrator.run.plan import witness_tasks
+from fimo.orchestrator.run.witness_plan import witness_tasks
 from fimo.orchestrator.spec.canonical import canonical, digest, is_sealed, sealed
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.imported import imported_keys

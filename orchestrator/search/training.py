@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fimo.orchestrator.resolve.resolved import Resolved, read_final
+from fimo.orchestrator.resolve.loading import read_final
+from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.driver import note_sets, refuse_other
 from fimo.orchestrator.run.gather import gather
 from fimo.orchestrator.run.owed import current_plan, missing_witnesses
 from fimo.orchestrator.run.reading import Gathered
 from fimo.orchestrator.run.tasks import run_task
-from fimo.orchestrator.run.together import train_rates
+from fimo.orchestrator.run.rates import train_rates
 from fimo.orchestrator.run.weighing import proven_whole
 from fimo.orchestrator.run.witnessing import NoWitnessError
 from fimo.orchestrator.search.candidates import Candidate, candidates_of, groups_of

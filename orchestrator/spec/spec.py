@@ -5,17 +5,17 @@ Reads nothing but what it is given. ``fimo.orchestrator.resolve.identity`` says 
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fimo.orchestrator.spec.limits import MOST_SHARDS, check_depth
-from fimo.orchestrator.spec.search import Search, SearchedTraining
+from fimo.orchestrator.spec.mistakes import in_one_line
+from fimo.orchestrator.spec.search import Search
 from fimo.orchestrator.spec.section import Count, Index, Section
 from fimo.orchestrator.spec.shipped import SHIPPED
-from fimo.orchestrator.spec.training import SGD, Adam, AdamW, Evaluate, FurtherTraining, Lora
+from fimo.orchestrator.spec.training import FurtherTraining
 from fimo.orchestrator.spec.yaml import MAX_BYTES, read_yaml
 from fimo.workers.errors import UsageError, nearest
 
@@ -283,7 +283,7 @@ def parse(values: Any, name: str = "the spec") -> Spec:
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{name}: {_one_line(error)}") from error
+        raise UsageError(f"{name}: {in_one_line(error, Spec)}") from error
 
 
 def read(text: str, name: str = "the spec") -> Spec:
@@ -304,71 +304,3 @@ def read_file(path: Path) -> Spec:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"spec {path} cannot be read: {reason}") from error
     return read(text, str(path))
-
-
-def _one_line(error: ValidationError) -> str:
-    errors = error.errors(include_url=False)
-    # Tell the unknown key first: a misspelt one is both unknown and missing.
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # Leave out the alternatives that pydantic tried ("sgd", "constrained-int"): no user wrote them.
-    path = [str(p) for p in first["loc"] if str(p) not in _ALTERNATIVES and "[" not in str(p)]
-    where, kind = ".".join(path), first["type"]
-    more = len(errors) - 1
-    tail = f" (and {more} more)" if more and not _in_union(first["loc"]) else ""
-    if kind == "extra_forbidden":
-        known = _fields(first["loc"])
-        return f"unknown key '{where}'{nearest(path[-1], known)}{tail}"
-    if kind == "missing":
-        return f"'{where}' is missing{tail}"
-    if kind == "union_tag_invalid":
-        hint = nearest(str(first["ctx"].get("tag")), ["sgd", "adam", "adamw"])
-        return f"'{where}.name' must be one of sgd, adam, adamw{hint}"
-    if kind in ("model_type", "dict_type"):
-        return f"'{where}' must be a mapping of keys to values, got {str(first.get('input'))[:60]!r}{tail}"
-    if kind == "union_tag_not_found":
-        return f"'{where}' needs a name: sgd, adam or adamw"
-    said = re.sub(r"^Value error, ", "", first["msg"])
-    if kind == "string_pattern_mismatch" and where == "name":
-        said = "use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 100"
-    if kind == "string_pattern_mismatch" and where == "workload":
-        said = "write it as module:function, or the name of a shipped workload"
-    given = first.get("input")
-    shown = f", got {str(given)[:60]!r}" if isinstance(given, str | int | float | bool) else ""
-    return f"'{where}': {said[:1].lower()}{said[1:]}{shown}{tail}"
-
-
-_ALTERNATIVES = {
-    "int",
-    "float",
-    "constrained-int",
-    "constrained-float",
-    "literal['auto']",
-    "str",
-    "sgd",
-    "adam",
-    "adamw",
-}
-
-
-def _in_union(location: tuple[int | str, ...]) -> bool:
-    return str(location[-1]) in _ALTERNATIVES or "[" in str(location[-1])
-
-
-def _fields(location: tuple[int | str, ...]) -> list[str]:
-    """The known keys of the section that an unknown one stands in."""
-    sections: dict[str, type[BaseModel]] = {
-        "removals": RemovalsSection,
-        "seeds": Seeds,
-        "further_training": FurtherTraining,
-        "evaluate": Evaluate,
-        "lora": Lora,
-        "resources": Resources,
-        "sgd": SGD,
-        "adam": Adam,
-        "adamw": AdamW,
-        "search": Search,
-    }
-    if location[0] == "search":
-        sections["further_training"] = SearchedTraining
-    section = next((sections[str(p)] for p in reversed(location[:-1]) if str(p) in sections), Spec)
-    return [field.alias or name for name, field in section.model_fields.items()]

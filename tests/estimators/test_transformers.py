@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.estimators import REGISTRY, parse
-from fimo.estimators.base import estimating
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators.curvature import Hessian
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.workload import Workload

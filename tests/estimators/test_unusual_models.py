@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from fimo.estimators import REGISTRY, parse
-from fimo.estimators.base import estimating
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators import gradients
 from fimo.estimators.operators.plain import PlainOperations
 from fimo.workers.errors import FimoError

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from fimo.orchestrator.run.driver import Where
-from fimo.orchestrator.run.places import Failed, LocalPool, Lost, Result
-from fimo.orchestrator.run.plan import Task
-from fimo.orchestrator.run.tasks import Receipt, run_task
+from fimo.orchestrator.run.places import LocalPool
+from fimo.orchestrator.run.results import Failed, Lost, Receipt, Result
+from fimo.orchestrator.run.tasks import run_task
+from fimo.orchestrator.run.work import Task
 from fimo.orchestrator.store import Entry, Store
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep

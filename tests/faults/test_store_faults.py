@@ -14,10 +14,10 @@ import pytest
 
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run import heartbeat
-from fimo.orchestrator.run.places import LocalPool, Result
-from fimo.orchestrator.run.plan import Shard
+from fimo.orchestrator.run.places import LocalPool
+from fimo.orchestrator.run.results import Receipt, Result
 from fimo.orchestrator.run.schedule import drive
-from fimo.orchestrator.run.tasks import Receipt
+from fimo.orchestrator.run.work import Shard
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import MemoryStore, Store
 from fimo.orchestrator.sweep import keys

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fimo
 from fimo.estimators import parse
-from fimo.estimators.base import Problem
+from fimo.estimators.problem import Problem
 from fimo.workers.contract import check_contract
 from fimo.workers.draws import Draws
 from fimo.workers.errors import WorkloadError

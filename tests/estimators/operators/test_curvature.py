@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fimo.estimators.base import estimating
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators.curvature import GaussNewton, Hessian
 from fimo.estimators.operators.spaces import Compressed, MatrixFree
 from tests.estimators import problems

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fimo.estimators import parse
-from fimo.estimators.base import estimating
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators import capture, gradients, kronecker
 from fimo.estimators.operators import moments as sums_of
 from fimo.estimators.operators.curvature import GaussNewton

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fimo.estimators import parse
-from fimo.estimators.base import estimating
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators.curvature import GaussNewton, Hessian
 from fimo.estimators.operators.trajectory import Trajectory
 from fimo.workers.settings import Optimizer

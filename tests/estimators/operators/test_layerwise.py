@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fimo.estimators import parse
-from fimo.estimators.base import Problem, estimating
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators import layerwise, parts, rows
 from fimo.estimators.operators.layerwise import layerwise as way_to
+from fimo.estimators.problem import Problem
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.workload import Workload
@@ -23,7 +24,7 @@ TOKENS = 7
 def every_model_is_large(monkeypatch):
     monkeypatch.setattr(layerwise, "LARGE", 0)
     monkeypatch.setattr(parts, "TILE", 50)  # several tiles of every tensor
-    monkeypatch.setattr(layerwise, "together", lambda _: 2000)  # several batches, the last one ragged
+    monkeypatch.setattr(layerwise, "scalars_at_once", lambda _: 2000)  # several batches, the last one ragged
 
 
 class Tied(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fimo.estimators import parse
-from fimo.estimators.base import estimating
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators import layerwise
 from fimo.estimators.operators.layerwise import layerwise as way_to
 from fimo.workers.workload import Workload
@@ -22,7 +22,7 @@ PROVEN = [0, COUNT // 2, COUNT - 1]
 @pytest.fixture(autouse=True)
 def every_model_is_large(monkeypatch):
     monkeypatch.setattr(layerwise, "LARGE", 0)
-    monkeypatch.setattr(layerwise, "together", lambda _: 300)
+    monkeypatch.setattr(layerwise, "scalars_at_once", lambda _: 300)
 
 
 class PastItsForward(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fimo.estimators import parse
-from fimo.estimators.base import estimating
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators import layerwise, pseudo_gradients, spaces, squares
 from fimo.estimators.operators.curvature import GaussNewton
 from fimo.estimators.operators.output_functions import class_dimension
@@ -185,7 +185,7 @@ def test_a_draw_is_the_example_s_own_however_it_is_cut_and_batched(monkeypatch):
     truth = parse(entry)[0].estimate(p).values
     assert not torch.equal(truth, parse({**entry, "seed": 1})[0].estimate(p).values)
     monkeypatch.setattr(layerwise, "LARGE", 0)
-    monkeypatch.setattr(layerwise, "together", lambda _: 1500)
+    monkeypatch.setattr(layerwise, "scalars_at_once", lambda _: 1500)
     p = language(9, 5, n=11)
     with estimating(p.model):
         assert layerwise.layerwise(p.model, p.model.loss, p.train).cuts is not None

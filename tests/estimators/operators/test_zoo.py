@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fimo.estimators.base import estimating
+from fimo.estimators.differentiable import estimating
 from fimo.estimators.operators import gradients, spaces
 from fimo.estimators.operators.curvature import GaussNewton, Hessian
 from fimo.estimators.operators.rows import loss_gradients

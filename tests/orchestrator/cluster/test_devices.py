@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fimo.orchestrator.run import tasks
+from fimo.orchestrator.run import prepared
 
 
 def given(monkeypatch: pytest.MonkeyPatch, ids: list[str], visible: str | None) -> int:
@@ -48,24 +48,24 @@ def test_a_share_of_a_gpu_bounds_the_memory(
     """The calls alone; the next test sees what CUDA does with them, if there is a GPU."""
     bounds: list[Any] = []
     chosen: list[Any] = []
-    monkeypatch.setattr(tasks, "pick_device", lambda gpus: torch.device("cuda", 0))
+    monkeypatch.setattr(prepared, "pick_device", lambda gpus: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: bounds.append((share, device.index))
     )
-    assert tasks._device(gpus, 2) == torch.device("cuda", 2)
+    assert prepared._device(gpus, 2) == torch.device("cuda", 2)
     assert chosen == [2]
     assert bounds == expected
 
 
 def test_no_gpu_asked_for_is_the_cpu() -> None:
-    assert tasks._device(0.0, 3) == torch.device("cpu")
+    assert prepared._device(0.0, 3) == torch.device("cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_the_share_is_out_of_memory() -> None:
-    device = tasks._device(0.25, 0)
+    device = prepared._device(0.25, 0)
     try:
         total = torch.cuda.get_device_properties(device).total_memory
         with pytest.raises(torch.cuda.OutOfMemoryError):

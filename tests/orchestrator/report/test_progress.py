@@ -9,7 +9,7 @@ from rich.console import Console
 from fimo.estimators.declared import Declaration
 from fimo.orchestrator.report.progress import ProgressReport
 from fimo.orchestrator.run.course import Course
-from fimo.orchestrator.run.plan import EstimateTask, Shard
+from fimo.orchestrator.run.work import EstimateTask, Shard
 from fimo.orchestrator.spec.removals import NamedRemoval
 from tests.support.small_sweep import make_spec, run_here
 
@@ -36,7 +36,7 @@ def test_an_only_block_goes_without_saying(beside):
 
 
 def test_a_block_is_named_in_errors_too():
-    from fimo.orchestrator.run.plan import task_name
+    from fimo.orchestrator.run.work import task_name
 
     assert task_name(EstimateTask("cg", "{}", (), 128, 40, whole=False)).endswith("evaluation examples 128 to 167")
 

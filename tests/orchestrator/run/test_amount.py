@@ -13,7 +13,7 @@ import pytest
 
 from fimo.orchestrator.report.amount import amounts_json, amounts_tables, legend
 from fimo.orchestrator.resolve.resolved import resolve
-from fimo.orchestrator.run import tasks
+from fimo.orchestrator.run import prepared
 from fimo.orchestrator.run.amount import first_order, how_much
 from fimo.orchestrator.run.places import in_process
 from fimo.orchestrator.run.weighing import proven_whole
@@ -65,7 +65,7 @@ def beside(tmp_path_factory):
 @pytest.fixture(scope="module")
 def swept(beside):
     # A process proves an engine once, and another test's store may hold the verdict.
-    tasks._engines.clear()
+    prepared._engines.clear()
     return run_here(make_spec(**SPEC), beside)[1]
 
 

@@ -14,10 +14,9 @@ from torch.utils.data import RandomSampler
 
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import driver as runs
-from fimo.orchestrator.run import tasks
-from fimo.orchestrator.run.places import Failed
-from fimo.orchestrator.run.plan import EstimateTask, Shard
-from fimo.orchestrator.run.tasks import Receipt
+from fimo.orchestrator.run import prepared
+from fimo.orchestrator.run.results import Failed, Receipt
+from fimo.orchestrator.run.work import EstimateTask, Shard
 from fimo.orchestrator.store import MemoryStore, NotFound, open_store
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables.schemas import SCHEMAS
@@ -281,7 +280,7 @@ def test_measured_replicas_are_kept_and_used_again(beside):
     store.put(entry.key, json.dumps({"replicas": 2 if kept != 2 else 3}).encode())
     for part in [*store.list("flowers/parts/"), *store.list("flowers/proofs/")]:
         store.delete(part.key)
-    tasks._engines.clear()  # as in a new process
+    prepared._engines.clear()  # as in a new process
     run_here(spec, beside, store)
     listed = Sweep(store, "flowers").list_parts(resolve(spec, beside).manifest.digest)
     part = Sweep(store, "flowers").read_part(listed[0].key, resolve(spec, beside).manifest)

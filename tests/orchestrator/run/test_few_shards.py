@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fimo.orchestrator.run.owed import few_shards
-from fimo.orchestrator.run.plan import EstimateTask, Shard
+from fimo.orchestrator.run.work import EstimateTask, Shard
 from fimo.orchestrator.spec.removals import NamedRemoval
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fimo.orchestrator.report.scores import score_tables
 from fimo.orchestrator.resolve.resolved import resolve
-from fimo.orchestrator.run.tasks import Receipt
+from fimo.orchestrator.run.results import Receipt
 from fimo.orchestrator.tables import schemas
 from fimo.workers.definition import attribution
 from tests.support.own.flowers import flowers

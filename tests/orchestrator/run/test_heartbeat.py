@@ -19,10 +19,11 @@ from fimo.orchestrator.run import heartbeat
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.heartbeat import Heartbeat, drivers
 from fimo.orchestrator.run.places import LocalPool, in_process
-from fimo.orchestrator.run.plan import EstimateTask, Shard, WitnessTask
+from fimo.orchestrator.run.results import Receipt
 from fimo.orchestrator.run.schedule import drive
 from fimo.orchestrator.run.status import sweep_status
-from fimo.orchestrator.run.tasks import Receipt, run_task
+from fimo.orchestrator.run.tasks import run_task
+from fimo.orchestrator.run.work import EstimateTask, Shard, WitnessTask
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.sweep import Sweep

@@ -17,10 +17,10 @@ from fimo.orchestrator.run import budget, timing
 from fimo.orchestrator.run import suited as suiting
 from fimo.orchestrator.run.measure import Measured, measure, measured_json
 from fimo.orchestrator.run.owed import current_plan
-from fimo.orchestrator.run.plan import EstimateTask, Shard, WitnessTask
 from fimo.orchestrator.run.proving import Proven
 from fimo.orchestrator.run.suited import judged, refuse_unsuited
 from fimo.orchestrator.run.timing import Shards, extrapolated, part_of, parts_of
+from fimo.orchestrator.run.work import EstimateTask, Shard, WitnessTask
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.amounts import BASELINE

@@ -13,14 +13,14 @@ import torch
 from fimo import estimators
 from fimo.estimators.declared import DECLARED
 from fimo.orchestrator.resolve.resolved import resolve
-from fimo.orchestrator.run import estimating, failures, plan, proving, tasks
+from fimo.orchestrator.run import estimating, failures, plan, prepared, proving, tasks
 from fimo.orchestrator.run.blocks import runs_of, value_digest
 from fimo.orchestrator.run.failures import task_id
 from fimo.orchestrator.run.gather import gather
 from fimo.orchestrator.run.owed import missing_estimates, owed_tasks
 from fimo.orchestrator.run.places import in_process
-from fimo.orchestrator.run.plan import EstimateTask, task_name
 from fimo.orchestrator.run.verification import verify
+from fimo.orchestrator.run.work import EstimateTask, task_name
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.estimates import encode_block
@@ -224,7 +224,7 @@ def test_it_trains_with_the_engine_that_was_proven(beside, monkeypatch):
 
     monkeypatch.setattr(estimating, "asked", estimate)
     monkeypatch.setattr(proving, "prove", refuse_stacks)
-    monkeypatch.setattr(tasks, "_engines", {})
+    monkeypatch.setattr(prepared, "_engines", {})
     spec = make_spec(**{**SPEC, "seeds": 1, "estimators": ["grad_dot", {"name": "mirrored", "seeds": 1}]})
     report, _, _ = run_here(spec, beside)
     assert report.exit_code == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fimo.orchestrator.run import pool
-from fimo.orchestrator.run.places import Failed, Lost
+from fimo.orchestrator.run.results import Failed, Lost
 from fimo.orchestrator.spec.spec import Resources
 
 

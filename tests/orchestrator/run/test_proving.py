@@ -11,7 +11,7 @@ import torch
 
 from fimo.orchestrator.report.status import status_lines
 from fimo.orchestrator.resolve.at_hand import Own
-from fimo.orchestrator.run import proving, tasks, verification
+from fimo.orchestrator.run import prepared, proving, verification
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.usefixtures("proven")
 
 @pytest.fixture(autouse=True)
 def new_process():
-    tasks._engines.clear()
+    prepared._engines.clear()
     yield
-    tasks._engines.clear()
+    prepared._engines.clear()
 
 
 def proofs(store: MemoryStore) -> list[dict[str, Any]]:
@@ -59,12 +59,12 @@ def test_the_verdict_is_kept_named_in_every_part_and_shown(beside):
 def test_a_resume_proves_nothing_again_and_other_software_does(beside, monkeypatch):
     _, store, _ = run_here(make_spec(seeds=1), beside)
     monkeypatch.setattr(proving, "prove", lambda *_: pytest.fail("proven again"))
-    tasks._engines.clear()
+    prepared._engines.clear()
     report, _, _ = run_here(make_spec(seeds=3), beside, store)
     assert report.exit_code == 0
     monkeypatch.undo()
     monkeypatch.setattr(proving, "versions", lambda: {"torch": "another"})
-    tasks._engines.clear()
+    prepared._engines.clear()
     run_here(make_spec(seeds=4), beside, store)
     assert len(proofs(store)) == 2
 
@@ -92,7 +92,7 @@ def wrong_in_a_stack(monkeypatch: pytest.MonkeyPatch, lane: int = 1) -> None:
 
 def test_an_engine_that_is_wrong_in_a_stack_falls_back_to_one_at_a_time_and_says_so(beside, monkeypatch):
     alone, expected, _ = run_here(make_spec(resources={"replicas": 1, "proof": False, "replay": False}), beside)
-    tasks._engines.clear()
+    prepared._engines.clear()
     wrong_in_a_stack(monkeypatch)
     report, store, heard = run_here(make_spec(), beside)
     assert report.exit_code == alone.exit_code == 0
@@ -126,7 +126,7 @@ def test_verify_finds_what_the_engine_gets_wrong_every_time(beside, monkeypatch)
     assert verified.exit_code == 1
     assert [(r.identical, r.ok, r.definition > 1) for r in verified.reruns] == 3 * [(True, False, True)]
     monkeypatch.undo()
-    tasks._engines.clear()
+    prepared._engines.clear()
     _, sound, _ = run_here(make_spec(), beside)
     verified = verification.verify(Sweep(sound, "flowers"), rerun=3, own=Own(beside))
     assert verified.exit_code == 0

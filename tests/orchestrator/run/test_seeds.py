@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fimo.orchestrator.resolve.resolved import resolve
-from fimo.orchestrator.run.plan import EstimateTask, Shard
 from fimo.orchestrator.run.seeds import needed_seeds
+from fimo.orchestrator.run.work import EstimateTask, Shard
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import UsageError
 from tests.support.small_sweep import make_spec, run_here, table_bytes

@@ -19,12 +19,13 @@ from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.failures import task_id
 from fimo.orchestrator.run.heartbeat import Heartbeat
 from fimo.orchestrator.run.owed import current_plan, few_shards, to_hand_over
-from fimo.orchestrator.run.places import Failed, Lost, Pool
-from fimo.orchestrator.run.plan import EstimateTask, Shard, Together, as_work, seeds_together, task_name, tasks_in
+from fimo.orchestrator.run.places import Pool
+from fimo.orchestrator.run.plan import seeds_together
+from fimo.orchestrator.run.results import Failed, Lost, Receipt
 from fimo.orchestrator.run.schedule import APART, drive
 from fimo.orchestrator.run.shards import ApartError
-from fimo.orchestrator.run.tasks import Receipt
 from fimo.orchestrator.run.verification import verify
+from fimo.orchestrator.run.work import EstimateTask, Shard, Together, as_work, task_name, tasks_in
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep

@@ -11,11 +11,12 @@ import pytest
 from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import tasks as running
 from fimo.orchestrator.run import witnessing
-from fimo.orchestrator.run.plan import WitnessTask, count_witnesses, witness_tasks
 from fimo.orchestrator.run.reading import Gathered, seed_blocks
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.run.verification import verify
+from fimo.orchestrator.run.witness_plan import count_witnesses, witness_tasks
 from fimo.orchestrator.run.witnesses import read_witnesses
+from fimo.orchestrator.run.work import WitnessTask
 from fimo.orchestrator.run.written import listed_parts
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep import keys
@@ -349,9 +350,9 @@ def test_what_costs_more_in_float64_than_was_reckoned_is_cut(beside, monkeypatch
     timed(monkeypatch, wide, own)
     monkeypatch.setattr(witnessing, "witness_tasks", lambda manifest: [None])
     monkeypatch.setattr(witnessing, "trained_cells", lambda manifest, removals: 120)
-    from fimo.orchestrator.run import owed, plan, witnesses, written
+    from fimo.orchestrator.run import owed, witness_plan, witnesses, written
 
-    every = lambda manifest: (WitnessTask(0, tuple(plan.spread_evenly(manifest.removals, 4))),)  # noqa: E731
+    every = lambda manifest: (WitnessTask(0, tuple(witness_plan.spread_evenly(manifest.removals, 4))),)  # noqa: E731
     for module in (owed, witnesses, written):
         monkeypatch.setattr(module, "witness_tasks", every)
     spec = witnessed(seeds=1, resources={"shard": 5})

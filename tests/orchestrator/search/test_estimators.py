@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fimo.orchestrator.resolve.resolved import resolve
-from fimo.orchestrator.run.tasks import estimate_whole
+from fimo.orchestrator.run.estimate_block import estimate_whole
 from fimo.orchestrator.search import estimators as searching
 from fimo.orchestrator.search.estimators import Listener, search_estimators
 from fimo.orchestrator.search.tabled import matched_dampings, search_table

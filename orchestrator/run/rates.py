@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fimo.orchestrator.run import tasks
 from fimo.orchestrator.run.owed import current_plan
-from fimo.orchestrator.run.plan import Shard
+from fimo.orchestrator.run.prepared import engine_of, pick, prepared
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
+from fimo.orchestrator.run.work import Shard
 from fimo.orchestrator.sweep import keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -34,11 +34,11 @@ def train_rates(sweep: Sweep, manifests: Sequence[Manifest], final_model: bytes 
         return False
     prepare_environment()
     first = manifests[0]
-    resolved, device = tasks.prepared(first, final_model), tasks.pick(first, gpu)
+    resolved, device = prepared(first, final_model), pick(first, gpu)
     rates = [of.spec.further_training.optimizer.lr for of in manifests]
     for shard in plans[0]:
         with deterministic(device) as flags:
-            engine = tasks.engine_of(sweep, resolved, device, tuple(r.indices for r in shard.removals))
+            engine = engine_of(sweep, resolved, device, tuple(r.indices for r in shard.removals))
             read = clock(device)
             began = read()
             try:
