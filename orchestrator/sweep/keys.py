@@ -38,6 +38,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.spec.removals import NamedRemoval
@@ -54,6 +55,12 @@ def manifest(sweep: str) -> str:
 
 def set_hash(removals: Sequence[NamedRemoval]) -> str:
     """The name of a set of removals in keys: 16 hex digits over their numbers and indices."""
+    return _set_hash(tuple(removals))
+
+
+@lru_cache(maxsize=1024)
+def _set_hash(removals: tuple[NamedRemoval, ...]) -> str:
+    """Once for the shards of all seeds, which remove the same."""
     return digest([[r.number, list(r.indices)] for r in removals])[:16]
 
 
