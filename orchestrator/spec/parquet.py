@@ -127,16 +127,18 @@ def _struct(data: bytes, place: int, depth: int = 0) -> tuple[dict[int, Any], in
     """A struct's fields by number, and where it ends."""
     if depth > 16:
         raise ValueError("its footer is nested too deeply")
-    fields, number = dict[int, Any](), 0
-    while True:
-        kind, place = data[place], place + 1
-        if kind == 0:
-            return fields, place
-        if kind >> 4:
-            number += kind >> 4
+    fields: dict[int, Any] = {}
+    number = 0
+    while head := data[place]:
+        place += 1
+        if step := head >> 4:
+            number += step
         else:
             number, place = _integer(data, place)
-        fields[number], place = _value(data, place, kind & 15, depth)
+        kind = head & 15
+        # Most fields are numbers.
+        fields[number], place = _integer(data, place) if 4 <= kind <= 6 else _value(data, place, kind, depth)
+    return fields, place + 1
 
 
 def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
@@ -169,6 +171,9 @@ def _several(data: bytes, place: int, depth: int) -> tuple[list[Any], int]:
 
 
 def _unsigned(data: bytes, place: int) -> tuple[int, int]:
+    # Most have one byte.
+    if (value := data[place]) < 128:
+        return value, place + 1
     value = 0
     for shift in range(0, 70, 7):
         byte, place = data[place], place + 1
