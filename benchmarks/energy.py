@@ -32,6 +32,7 @@ import yaml
 
 import fimo
 from fimo.workers.workloads import energy, recipe
+from fimo.workers.workloads.tabular import RECIPE
 
 ROOT = Path(__file__).parent.parent
 SCALES = [0.1, 1.0, 10.0, 100.0, 1000.0]
@@ -66,7 +67,7 @@ def sweep(data: Path, folder: Path, number: int, seeds: int) -> fimo.OpenSweep:
     final = folder / f"energy-{number}.safetensors"
     if not final.exists():
         workload = energy.energy(data, initial=number)
-        recipe.train(workload, energy.RECIPE, number)
+        recipe.train(workload, RECIPE, number)
         recipe.save(workload.model, final)
         quality = recipe.quality(workload)
         print(

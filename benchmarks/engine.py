@@ -253,7 +253,7 @@ def text(what: str, steps: int, removals: int, plain: int, batch: int, **shape: 
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager", **shape
     )
     data = sentences(200, 1), sentences(20, 2)

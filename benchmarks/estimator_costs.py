@@ -76,7 +76,7 @@ def gradients_computed(name: str) -> dict[str, int]:
         return rows
 
     whole = problem()
-    gradients.per_example = counting
+    gradients.per_example = counting  # type: ignore[assignment]
     try:
         parse(name)[0].estimate(whole)
     finally:

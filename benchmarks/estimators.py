@@ -77,9 +77,9 @@ def bert() -> Workload:
     )
     tokens = torch.randint(5, 120, (240, 12), generator=torch.Generator().manual_seed(1))
     labels = (tokens < 14).any(dim=1).long()
-    data = [{"ids": tokens[s], "label": labels[s]} for s in (slice(0, 200), slice(200, 220))]
+    train, evals = ({"ids": tokens[s], "label": labels[s]} for s in (slice(0, 200), slice(200, 220)))
     model = BertForSequenceClassification(config)
-    return fitted(Workload(model, *data, lambda m, batch: m(batch["ids"]).logits, cross_entropy), 200, 1e-3)
+    return fitted(Workload(model, train, evals, lambda m, batch: m(batch["ids"]).logits, cross_entropy), 200, 1e-3)
 
 
 def measure(name: str, workload: Workload, optimizer: str, seeds: int, budget: float) -> None:

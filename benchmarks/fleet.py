@@ -30,13 +30,14 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pyarrow.parquet as pq
 
 from fimo.orchestrator.run import lateness, schedule
 from fimo.orchestrator.run.places import Pool
 from fimo.orchestrator.run.results import Lost, Receipt, Result
-from fimo.orchestrator.run.work import Shard, Task
+from fimo.orchestrator.run.work import Shard, Work
 from fimo.orchestrator.spec.removals import NamedRemoval
 
 NOTICED_S, BACK_S = 16.0, 300.0
@@ -127,7 +128,7 @@ class Fleet(Pool):
     def _reclaim_some_time(self, place: int) -> None:
         self._at(self.random.expovariate(1 / (3600 * self.world.hours_between)), "reclaim", place)
 
-    def submit(self, task: Task) -> Hashable:
+    def submit(self, task: Work) -> Hashable:
         assert isinstance(task, Shard)
         self._count += 1
         self.tasks[self._count] = task
@@ -264,15 +265,14 @@ def costs(path: Path) -> list[float]:
 
 
 def simulated(world: World, shards: Sequence[Shard], seed: int, policy: Policy) -> dict[str, float]:
-    clock, kept = Clock(), (schedule.time, schedule.WINDOW, lateness.COPIED)
+    clock = Clock()
     fleet, cpu = Fleet(world, clock, seed), time.process_time()
-    try:
-        schedule.time, schedule.WINDOW = clock, policy.window  # type: ignore[assignment]
-        lateness.COPIED = lateness.COPIED if policy.copies else math.inf
-        order = sorted(shards, key=lambda shard: -len(shard.removals)) if policy.largest_first else shards
+    order = sorted(shards, key=lambda shard: -len(shard.removals)) if policy.largest_first else shards
+    with (
+        mock.patch.multiple(schedule, time=clock, WINDOW=policy.window),
+        mock.patch.object(lateness, "COPIED", lateness.COPIED if policy.copies else math.inf),
+    ):
         outcome = schedule.drive(order, fleet, poll_s=1.0)
-    finally:
-        schedule.time, schedule.WINDOW, lateness.COPIED = kept
     cpu = time.process_time() - cpu
     assert outcome.stopped is None, outcome.stopped
     assert len(outcome.receipts) + len(outcome.set_aside) == len(shards), "a shard was lost for good"

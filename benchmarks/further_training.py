@@ -141,7 +141,7 @@ def bert() -> Setting:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         vocab_size=200, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, num_labels=2
     )
     tokens, labels = torch.randint(1, 200, (264, 24)), torch.randint(2, (264,))

@@ -87,7 +87,7 @@ def one(way: str, folder: str, replicas: int, steps: int) -> dict[str, float]:
         training.advance()
         seconds = time.perf_counter() - begun
     stacked = sum(p.numel() for p in training._stack.params.values())
-    state = sum(t.numel() for rows in training._optimizer.state.values() for t in rows.values())
+    state = sum(t.numel() for t in training._optimizing.tensors())
     return {"seconds": seconds / replicas, "bytes": peak() - before, "scalars": stacked + state}
 
 

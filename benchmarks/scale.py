@@ -28,6 +28,7 @@ from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import made
 import numpy as np
@@ -38,7 +39,7 @@ from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.owed import owed_tasks
 from fimo.orchestrator.run.places import Pool
 from fimo.orchestrator.run.results import Failed, Receipt, Result
-from fimo.orchestrator.run.work import Shard, Task
+from fimo.orchestrator.run.work import Shard, Work
 from fimo.orchestrator.store import Store, open_store
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
@@ -66,7 +67,7 @@ class StandIn(Pool):
     def __exit__(self, *_: object) -> None:
         self._workers.shutdown()
 
-    def submit(self, task: Task) -> Hashable:
+    def submit(self, task: Work) -> Hashable:
         self._count += 1
         self._workers.submit(_commit, task).add_done_callback(partial(self._arrived, self._count))
         return self._count
@@ -103,7 +104,7 @@ def _begun() -> None:
     time.sleep(0.2)
 
 
-def _commit(task: Task) -> Receipt:
+def _commit(task: Work) -> Receipt:
     [(sweep, of, effects)] = _of
     assert isinstance(task, Shard)
     began = time.process_time()
@@ -113,16 +114,14 @@ def _commit(task: Task) -> Receipt:
 
 
 class Unclaimed(claims.Claims):
-    def take(self, tasks: Sequence[Task]) -> list[bool]:
-        return [True for _ in tasks]
+    def take(self, work: Sequence[Work]) -> list[bool]:
+        return [True for _ in work]
 
-    def release(self, task: Task) -> None:
+    def release(self, work: Work) -> None:
         return None
 
 
 def run(of: Manifest, store: Store, given: argparse.Namespace) -> None:
-    if given.unclaimed:
-        driver.Claims = Unclaimed  # type: ignore[misc]
     clocks: list[tuple[float, float]] = []
     memory: list[float] = []
 
@@ -135,7 +134,8 @@ def run(of: Manifest, store: Store, given: argparse.Namespace) -> None:
             clocks.append((time.perf_counter(), time.process_time()))
             memory.append(peak_mb())
 
-    report = driver.run(Resolved(of, None, None), store, where=place)  # type: ignore[arg-type]
+    with mock.patch.object(driver, "Claims", Unclaimed if given.unclaimed else claims.Claims):
+        report = driver.run(Resolved(of, None, None), store, where=place)  # type: ignore[arg-type]
     clocks.append((time.perf_counter(), time.process_time()))
     shards = len(report.outcome.receipts)
     (computing, reducing), (own, reducing_cpu) = [

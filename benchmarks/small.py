@@ -50,8 +50,8 @@ def fitted(workload: Workload, steps: int, lr: float) -> Workload:
 
 
 def classifier(model: nn.Module, x: Tensor, label: Tensor, train: int, steps: int, lr: float) -> Workload:
-    parts = [{"x": x[rows], "label": label[rows]} for rows in (slice(0, train), slice(train, train + EVALS))]
-    return fitted(Workload(model, *parts, lambda m, batch: m(batch["x"]), cross_entropy), steps, lr)
+    own, evals = ({"x": x[rows], "label": label[rows]} for rows in (slice(0, train), slice(train, train + EVALS)))
+    return fitted(Workload(model, own, evals, lambda m, batch: m(batch["x"]), cross_entropy), steps, lr)
 
 
 def cancer() -> Workload:
@@ -103,9 +103,9 @@ def bert(train: int, tokens: int, marked: int, wrong: float, dropout: float) -> 
     flipped = torch.rand(train + EVALS, generator=generator) < wrong
     flipped[train:] = False
     labels = torch.where(flipped, 1 - labels, labels)
-    parts = [{"ids": ids[rows], "label": labels[rows]} for rows in (slice(0, train), slice(train, None))]
+    own, evals = ({"ids": ids[rows], "label": labels[rows]} for rows in (slice(0, train), slice(train, None)))
     model = BertForSequenceClassification(config)
-    return fitted(Workload(model, *parts, lambda m, batch: m(batch["ids"]).logits, cross_entropy), 200, 1e-3)
+    return fitted(Workload(model, own, evals, lambda m, batch: m(batch["ids"]).logits, cross_entropy), 200, 1e-3)
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,9 @@ MODES: list[tuple[str, float]] = [("drop", 1.0), ("mask", 1.0), ("reweight", 1.0
 def reduced(effects: Array, pairs: Sequence[Pair] = ()) -> Reduction:
     nothing = np.zeros(effects.shape[2:])
     blocks = (SeedBlock(seed, values, nothing, nothing, 1, ()) for seed, values in enumerate(effects))
-    blocks, reduction = reduce(blocks, *effects.shape[1:], witnesses=pairs)
-    for _ in blocks:
+    removals, steps, m = effects.shape[1:]
+    streamed, reduction = reduce(blocks, removals, steps, m, pairs)
+    for _ in streamed:
         pass
     return reduction
 
