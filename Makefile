@@ -72,6 +72,7 @@ bench: install
 # Minutes on a GPU. Needs no install: any Python with torch, numpy and safetensors will do (transformers for BERT).
 bench-gpu: .links/.made
 	PYTHONPATH=.links $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py --full --to benchmarks/RESULTS.md
+	PYTHONPATH=.links $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/workers.py --device cuda --to benchmarks/RESULTS.md
 
 # Every program in benchmarks/; hours.
 bench-all: bench

@@ -168,10 +168,10 @@ def put_parts(of: Manifest, store: Store, folder: Path | None) -> list[str]:
     return names
 
 
-def resume(of: Manifest, store: Store, folder: Path | None) -> None:
-    sweep, names = Sweep(store, of.spec.name), put_parts(of, store, folder)
+def resume(of: Manifest, store: Store, folder: Path | None, there: bool) -> None:
+    sweep, names = Sweep(store, of.spec.name), [] if there else put_parts(of, store, folder)
     (tasks, plan), *spent = timed(lambda: owed_tasks(of, sweep, Failures((), {})))
-    print(f"{len(names)} parts: {len(tasks)} tasks owed, {plan.done} cells done, {told(*spent)}")
+    print(f"{len(names) or 'the'} parts: {len(tasks)} tasks owed, {plan.done} cells done, {told(*spent)}")
     began, used = time.perf_counter(), children()
     uri = sweep.uri if folder is None else f"{folder}/{of.spec.name}"
     program = "from fimo.orchestrator.commands.main import main; main()"
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="that stand in for workers")
     parser.add_argument("--store")
     parser.add_argument("--unclaimed", action="store_true")
+    parser.add_argument("--there", action="store_true", help="the parts are in --store already, from the last time")
     given = parser.parse_args()
     removals, shard = (200, 20) if given.what == "run" else (100, 1)
     of = made.manifest(
@@ -217,7 +218,7 @@ def main() -> None:
         if given.what == "run":
             run(of, store, given)
         else:
-            resume(of, store, None if given.store else Path(folder))
+            resume(of, store, None if given.store else Path(folder), given.there)
 
 
 if __name__ == "__main__":
