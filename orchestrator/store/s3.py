@@ -17,6 +17,7 @@ import contextlib
 import functools
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -226,7 +227,9 @@ class S3Store:
             max_pool_connections=32,
             user_agent_appid="fimo",
         )
-        return session.client("s3", config=config), session
+        client = session.client("s3", config=config)
+        client.meta.events.register_first("before-parse.s3.ListObjectsV2", _lighten)
+        return client, session
 
     def _secrets(self) -> tuple[str | None, ...]:
         """The credentials, to be struck from messages even if they do not look like any."""
@@ -247,6 +250,16 @@ def _moment(text: Any) -> datetime:
 
     guessed: datetime = parse_timestamp(text)
     return guessed
+
+
+_UNREAD = re.compile(rb"<(ETag|StorageClass|ChecksumAlgorithm|ChecksumType)>[^<]*</\1>")
+"""Of each object of a listing, what nobody here reads."""
+
+
+def _lighten(response_dict: dict[str, Any], **_: Any) -> None:
+    """Take that out of a page, which botocore parses twice: a sixth of a long listing's work."""
+    if isinstance(body := response_dict.get("body"), bytes):
+        response_dict["body"] = _UNREAD.sub(b"", body)
 
 
 def _list_page(client: Any, request: Mapping[str, Any]) -> Any:

@@ -211,3 +211,11 @@ def test_an_object_over_the_limit_of_one_put_is_refused_before_it_travels(monkey
     for write in (open_store("s3://bucket/x").create, open_store("s3://bucket/x").put):
         with pytest.raises(StoreError, match="has over 5 GiB"):
             write("k", b"x" * 11)
+
+
+@pytest.mark.parametrize("key", ["a<ETag>b</ETag>.json", "a&amp;<StorageClass>.json", "ETag/StorageClass"])
+def test_keys_that_look_like_what_is_left_out_of_a_listing_are_listed_whole(s3_environment: Seaweed, key: str) -> None:
+    store = fresh_s3_store()
+    store.put(key, b"12345")
+    store.put("other", b"1")
+    assert [(entry.key, entry.size) for entry in store.list("")] == sorted([(key, 5), ("other", 1)])
