@@ -11,17 +11,12 @@ from fimo import estimators
 from fimo.estimators.counts import Work
 from fimo.estimators.rates import Rates
 from fimo.orchestrator.spec.spec import Spec
-from fimo.workers.errors import FimoError
 
 LEAST_S = 60.0
 SHARE = 0.25
 """Of the device-seconds of the sweep's own cells, if that is more than ``LEAST_S``."""
 FREE = 0.8
 """Of the free memory that an estimator may fill."""
-
-
-class TooDearError(FimoError):
-    """An estimator of the default set would cost more than it may."""
 
 
 def too_dear(

@@ -11,7 +11,8 @@ import torch
 
 from fimo import estimators
 from fimo.orchestrator.resolve.resolved import Resolved
-from fimo.orchestrator.run.budget import TooDearError, too_dear
+from fimo.orchestrator.run.budget import too_dear
+from fimo.orchestrator.run.results import TooDearError
 from fimo.workers.displacement import mean_displacement
 from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel

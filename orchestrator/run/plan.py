@@ -1,7 +1,7 @@
-"""The tasks of a sweep, and which shards are still to be computed: arithmetic on values, no I/O.
+"""The shards of a sweep: how large they are, how many seeds share a stack, and which are still to be computed.
 
-Cells are matched by what they are (seed and removed indices), so raising seeds or adding removals finds the old
-parts, and resuming is: list and subtract.
+Arithmetic on values, no I/O. Cells are matched by what they are (seed and removed indices), so raising seeds or adding
+removals finds the old parts, and resuming is: list and subtract.
 """
 
 from __future__ import annotations

@@ -27,6 +27,22 @@ class CannotEstimateError(FimoError):
     """An estimator cannot give values for this model: no other try, moment or machine changes that."""
 
 
+class ConflictError(FimoError):
+    """Another writer committed different rows under the same key."""
+
+
+class ApartError(FimoError):
+    """Shards cannot be trained together on this model: another time they need not be handed over so."""
+
+
+class NoWitnessError(FimoError):
+    """A witness costs too much: no other try changes that."""
+
+
+class TooDearError(FimoError):
+    """An estimator of the default set would cost more than it may."""
+
+
 @dataclass(frozen=True)
 class Receipt:
     """What a finished task says of itself.

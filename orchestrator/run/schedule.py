@@ -12,22 +12,23 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from fimo.orchestrator.run.budget import TooDearError
 from fimo.orchestrator.run.lateness import Lateness
 from fimo.orchestrator.run.places import Pool, Source, Unshared
 from fimo.orchestrator.run.results import (
+    ApartError,
     CannotEstimateError,
+    ConflictError,
     Failed,
     Lost,
+    NoWitnessError,
     Outcome,
     Receipt,
     Result,
     SetAside,
+    TooDearError,
     UnableError,
     error_line,
 )
-from fimo.orchestrator.run.shards import ApartError, ConflictError
-from fimo.orchestrator.run.witnessing import NoWitnessError
 from fimo.orchestrator.run.work import Shard, Together, Work, tasks_in
 from fimo.workers.errors import DivergedError, StoreError, UsageError, WorkloadError
 

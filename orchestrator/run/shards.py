@@ -11,23 +11,15 @@ import torch
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.provenance import peak_host_bytes, provenance
 from fimo.orchestrator.run.proving import Proven
+from fimo.orchestrator.run.results import ApartError, ConflictError
 from fimo.orchestrator.run.work import Shard
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys, parts
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.device import clock
-from fimo.workers.errors import FimoError
 from fimo.workers.joined import run_shards
 from fimo.workers.shard import ShardResult
-
-
-class ConflictError(FimoError):
-    """Another writer committed different rows under the same key."""
-
-
-class ApartError(FimoError):
-    """Shards cannot be trained together on this model: another time they need not be handed over so."""
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.plan import trained_cells
 from fimo.orchestrator.run.proving import Proven
+from fimo.orchestrator.run.results import NoWitnessError
 from fimo.orchestrator.run.witness_plan import WITNESS_SHARE, spread_evenly, witness_tasks
 from fimo.orchestrator.run.work import WitnessTask
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.device import clock
-from fimo.workers.errors import FimoError
 from fimo.workers.shard import ShardResult
 from fimo.workers.witness import Witness, beside, seconds_a_cell_step, train_moved, train_witness, witness_start
 
@@ -31,10 +31,6 @@ So on small models the number of witnesses, and with it every table, is the same
 """
 DEAR_S = 60.0
 """Seconds from which on not even one witness is trained, if it is beyond its share of the sweep."""
-
-
-class NoWitnessError(FimoError):
-    """A witness costs too much: no other try changes that."""
 
 
 @dataclass(frozen=True)

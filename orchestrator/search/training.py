@@ -25,9 +25,9 @@ from fimo.orchestrator.run.gather import gather
 from fimo.orchestrator.run.owed import current_plan, missing_witnesses
 from fimo.orchestrator.run.rates import train_rates
 from fimo.orchestrator.run.reading import Gathered
+from fimo.orchestrator.run.results import NoWitnessError
 from fimo.orchestrator.run.tasks import run_task
 from fimo.orchestrator.run.weighing import proven_whole
-from fimo.orchestrator.run.witnessing import NoWitnessError
 from fimo.orchestrator.search.candidates import Candidate, candidates_of, groups_of
 from fimo.orchestrator.search.estimators import Listener
 from fimo.orchestrator.search.place import Place

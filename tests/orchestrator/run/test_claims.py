@@ -18,8 +18,7 @@ from fimo.orchestrator.run.failures import task_id
 from fimo.orchestrator.run.heartbeat import Heartbeat
 from fimo.orchestrator.run.owed import owed_tasks, remaining
 from fimo.orchestrator.run.places import in_process
-from fimo.orchestrator.run.results import SetAside
-from fimo.orchestrator.run.shards import ConflictError
+from fimo.orchestrator.run.results import ConflictError, SetAside
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.run.work import EstimateTask, Shard
 from fimo.orchestrator.spec.removals import NamedRemoval

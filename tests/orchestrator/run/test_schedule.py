@@ -11,9 +11,8 @@ import pytest
 from fimo.orchestrator.run import lateness
 from fimo.orchestrator.run.lateness import Lateness
 from fimo.orchestrator.run.places import Pool
-from fimo.orchestrator.run.results import Failed, Lost, Receipt, UnableError
+from fimo.orchestrator.run.results import ConflictError, Failed, Lost, Receipt, UnableError
 from fimo.orchestrator.run.schedule import ATTEMPTS, LOSSES, drive
-from fimo.orchestrator.run.shards import ConflictError
 from fimo.orchestrator.run.work import EstimateTask, Shard
 from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.workers.errors import StoreError, WorkloadError

@@ -21,9 +21,8 @@ from fimo.orchestrator.run.heartbeat import Heartbeat
 from fimo.orchestrator.run.owed import current_plan, few_shards, to_hand_over
 from fimo.orchestrator.run.places import Pool
 from fimo.orchestrator.run.plan import seeds_together
-from fimo.orchestrator.run.results import Failed, Lost, Receipt
+from fimo.orchestrator.run.results import ApartError, Failed, Lost, Receipt
 from fimo.orchestrator.run.schedule import APART, drive
-from fimo.orchestrator.run.shards import ApartError
 from fimo.orchestrator.run.verification import verify
 from fimo.orchestrator.run.work import EstimateTask, Shard, Together, as_work, task_name, tasks_in
 from fimo.orchestrator.spec.removals import NamedRemoval
