@@ -32,9 +32,9 @@ from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, device_name, pick_device
-from fimo.workers.errors import StoreError, UsageError
+from fimo.workers.errors import FimoError, StoreError, UsageError
 from fimo.workers.joined import Shards, train_again
-from fimo.workers.shard import out_of_memory
+from fimo.workers.shard import out_of_memory, release
 from fimo.workers.start import Start
 from fimo.workers.trial import RELATIVE, SLACK, moved_state
 
@@ -147,8 +147,7 @@ def _rerun(
                 raise
             exact = False
     if both is None:
-        # Of other bits whatever is trained beside them.
-        both = train_again(own, [([part.removals[row].indices], part.seed)], 0, 0, 2)
+        both = _beside_its_baseline(own, part, row)
     cell, baseline = (deltas.numpy() for deltas in both)
     identical = np.array_equal(cell, part.deltas[row]) and np.array_equal(baseline, part.deltas[-2])
     effect = (cell - baseline) - (part.deltas[row] - part.deltas[-2])
@@ -156,6 +155,21 @@ def _rerun(
     tolerance = np.maximum(FLOORS * floor, np.maximum(least, np.finfo(np.float64).tiny))
     difference = float((np.sqrt((effect**2).mean(axis=1)) / tolerance).max())
     return Rerun(part.seed, part.removals[row].number, device, here, exact, identical, difference, definition)
+
+
+def _beside_its_baseline(start: Start, part: Part, row: int) -> tuple[Tensor, Tensor]:
+    """A cell and its baseline, of other bits than the part's: in a stack of two, or one at a time.
+
+    ``vmap`` may refuse the model, as it did in the sweep if the engine is not proven, and memory may not hold two.
+    """
+    shards: Shards = [([part.removals[row].indices], part.seed)]
+    try:
+        return train_again(start, shards, 0, 0, 2)
+    except FimoError:
+        raise
+    except Exception:
+        release()
+    return train_again(start, shards, 0, 0, 1)
 
 
 def _count(part: Part, name: str) -> int:
