@@ -5,6 +5,7 @@ Resuming is this and nothing else.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
@@ -134,23 +135,35 @@ def to_hand_over(manifest: Manifest, sweep: Sweep, tasks: Sequence[Task]) -> lis
     """
     together = seeds_together(manifest, len(manifest.removals))
     listed = sweep.list_parts(manifest.digest) if together > 1 else []
-    held = {(part.seed, part.set): part.key for part in listed}
+    held, seeds = {(part.seed, part.set): part.key for part in listed}, manifest.spec.seeds
 
     def mates(owed: Sequence[Shard]) -> set[int]:
-        """Of a stack that was interrupted, what is committed stands right before, or after, what is owed."""
-        name, seeds, found = keys.set_hash(owed[0].removals), {shard.seed for shard in owed}, set[int]()
-        for seed in {one + step for one in seeds for step in (-1, 1)} - seeds:
-            if (seed, name) not in held or seed in found:
+        """Of a stack that was interrupted, what is committed stands right before, or after, what is owed.
+
+        A part that does not verify is owed as soon as it is set aside: it was trained beside these, or is to be.
+        """
+        name, lost, found = keys.set_hash(owed[0].removals), {shard.seed for shard in owed}, set[int]()
+        begin = owed[0].seed - (owed[0].seed - seeds.first) % together
+        block = range(begin, min(begin + together, seeds.first + seeds.count))
+        beside = deque(one + step for one in sorted(lost) for step in (-1, 1))
+        while beside:
+            seed = beside.popleft()
+            if (seed, name) not in held or seed in found | lost:
                 continue
             try:
                 named = records.together(sweep.read_part(held[seed, name], manifest).provenance)
-            except (ValueError, NotFound, BadPartError):
+            except (ValueError, NotFound):
                 continue
-            if any((one, name) in named for one in seeds):
+            except BadPartError:
+                if seed in block:
+                    lost.add(seed)
+                    beside += [seed - 1, seed + 1]
+                continue
+            if any((one, name) in named for one in lost):
                 found |= {other for other, of in named if of == name and (other, name) in held}
-        return found
+        return found | lost
 
-    return as_work(tasks, together, manifest.spec.seeds.first, mates)
+    return as_work(tasks, together, seeds.first, mates)
 
 
 def cells_in(tasks: Sequence[Task]) -> int:

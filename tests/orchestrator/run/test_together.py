@@ -102,6 +102,23 @@ def test_what_is_trained_again_after_an_interruption_is_the_same_bytes(folder, s
     assert table_bytes(store) == table_bytes(swept[0])
 
 
+def test_beside_a_part_that_does_not_verify_what_is_lost_is_trained_in_the_stack_that_it_was_part_of(folder):
+    """Of seeds 0 to 3 in one stack, the parts of 1 and 2 are torn, which shows when they are read, and 0 is gone."""
+    spec = make_spec(seeds=4, estimators=[], resources={**TOGETHER, "together": 4, "shard": 5})
+    _, store, _ = run_here(spec, folder)
+    before, tables = parts_of(store, folder, spec), table_bytes(store)
+    gone, *torn, whole = before
+    assert before[gone].provenance["together"] == before[whole].provenance["together"]
+    store.delete(gone)
+    for key in torn:
+        store.put(key, b"torn")
+    report, _, _ = run_here(spec, folder, store)
+    assert report.exit_code == 0
+    after = parts_of(store, folder, spec)
+    assert all(np.array_equal(part.deltas, before[key].deltas) for key, part in after.items())
+    assert table_bytes(store) == tables
+
+
 def test_what_a_task_committed_before_it_died_is_not_trained_again(folder, monkeypatch):
     spec = make_spec(resources={**TOGETHER, "together": 4, "replicas": 6})
     right, stacks = joined._together, []
