@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,7 +117,7 @@ def from_json(values: Any) -> Manifest:
         NamedRemoval(number, _name(name), tuple(map(_whole, indices))) for number, (name, indices) in enumerate(listed)
     ]
     manifest = Manifest(
-        spec=spec,
+        spec=_in_order(spec, removals),
         beside=_name(values["beside"]),
         source=_digest(values["source"]),
         digest=_digest(values["digest"]),
@@ -136,6 +137,16 @@ def from_json(values: Any) -> Manifest:
     if manifest.eval_digests and len(manifest.eval_digests) != evals:
         raise ValueError("it has not one digest for each evaluation example")
     return manifest
+
+
+def _in_order(spec: Spec, removals: Sequence[NamedRemoval]) -> Spec:
+    """The spec with its groups in the order that they are numbered in, which the sorted keys of JSON do not keep."""
+    groups = spec.removals.groups
+    if groups is None:
+        return spec
+    ordered = {removal.name: groups[removal.name] for removal in removals if removal.name in groups}
+    section = spec.removals.model_copy(update={"groups": {**ordered, **groups}})
+    return spec.model_copy(update={"removals": section})
 
 
 def _whole(value: Any, least: int = 0) -> int:

@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from fimo.orchestrator.report.scores import score_tables
-from fimo.orchestrator.resolve.resolved import resolve
+from fimo.orchestrator.resolve.at_hand import Own
+from fimo.orchestrator.resolve.resolved import resolve, resolve_again
+from fimo.orchestrator.run import driver as runs
+from fimo.orchestrator.run.places import in_process
 from fimo.orchestrator.run.results import Receipt
+from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables import schemas
 from fimo.workers.definition import attribution
 from tests.support.own.flowers import flowers
-from tests.support.small_sweep import make_spec, run_here
+from tests.support.small_sweep import Heard, make_spec, run_here, table_bytes
 
 GROUPS = {"none": [], "one": [4], "pair": [0, 9], "many": [1, 2, 3, 5, 8, 13, 21], "most": list(range(20))}
 
@@ -90,6 +94,20 @@ def test_renamed_groups_have_their_new_names_in_the_tables(beside):
     _, store, _ = run_here(make_spec(removals={"groups": {"a": [1, 2]}}, seeds=1), beside)
     run_here(make_spec(removals={"groups": {"b": [1, 2]}}, seeds=1), beside, store)
     assert tables(store, "removals")["name"].tolist() == ["b"]
+
+
+def test_a_resumed_sweep_numbers_its_groups_as_the_spec_does_and_not_by_their_names(beside):
+    spec = make_spec(removals={"groups": {"z": [0], "b": [4, 7], "a": [3]}}, seeds=2, estimators=[])
+    _, store, _ = run_here(spec, beside)
+    before, part = table_bytes(store), next(e.key for e in store.list("flowers/parts/"))
+    store.delete(part)
+    again = resolve_again(Sweep(store, "flowers"), Own(beside))
+    heard = Heard()
+    assert runs.run(again, store, heard.listener(), where=in_process).exit_code == 0
+    assert [result.key for result in heard.results] == [part], "the shard that was lost, and no other"
+    assert tables(store, "removals")["name"].tolist() == ["z", "b", "a"]
+    assert table_bytes(store) == before
+    assert list(again.spec.removals.groups) == ["z", "b", "a"], "what `fimo submit` sends to a cluster"
 
 
 def test_a_group_for_each_label_runs(beside):
