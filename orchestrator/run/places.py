@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from fimo.orchestrator.run.prepared import look_again
 from fimo.orchestrator.run.results import Failed, Receipt, Result
 from fimo.orchestrator.run.tasks import run_task
 from fimo.orchestrator.run.work import Together, Work
@@ -99,6 +100,7 @@ class Unshared:
 def in_process(sweep: Sweep, manifest: Manifest, final_model: bytes | None) -> Iterator[LocalPool]:
     """Tasks in this process, one after another, under the same contract as on Ray; torch's threads are put back."""
     threads = torch.get_num_threads()
+    look_again(sweep, manifest)
     try:
         yield LocalPool(lambda task: run_task(sweep, manifest, final_model, task))
     finally:

@@ -10,6 +10,7 @@ import torch
 from fimo.orchestrator.resolve.resolved import Resolved, resolve_like
 from fimo.orchestrator.run.proving import Proven, proven
 from fimo.orchestrator.run.results import UnableError
+from fimo.orchestrator.spec.removals import NamedRemoval
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.amounts import Removal
@@ -19,6 +20,7 @@ from fimo.workers.errors import FimoError, UsageError, WorkloadError
 # One sweep at a time in a process: the next one's model and data replace this one's.
 _loaded: dict[tuple[str, ...], Resolved] = {}
 _engines: dict[tuple[object, ...], Proven] = {}
+_engines_of: dict[str, tuple[NamedRemoval, ...]] = {}
 
 
 def is_prepared(manifest: Manifest) -> bool:
@@ -48,6 +50,24 @@ def prepared(manifest: Manifest, final_model: bytes | None) -> Resolved:
         _loaded[name] = resolved
     # Of an equal digest, resources may differ.
     return dataclasses.replace(_loaded[name], manifest=manifest)
+
+
+def look_again(sweep: Sweep, manifest: Manifest) -> None:
+    """Before a run in a process that may have run others: forget an engine that this sweep's store does not vouch for.
+
+    Equal digests may lie in several stores, a store may have lost its verdict, and a verdict is on what the removals
+    were (sizes of shards, groups).
+    """
+    of, asked = {sweep.uri: manifest.removals}, manifest.spec.resources
+    if asked.proof:
+        vouched = of == _engines_of and all(any(sweep.store.list(str(e.record["proof"]))) for e in _engines.values())
+    else:
+        # A measured stack size is the store's too.
+        vouched = asked.replicas != "auto"
+    if not vouched:
+        _engines.clear()
+    _engines_of.clear()
+    _engines_of.update(of)
 
 
 def pick(manifest: Manifest, gpu: int) -> torch.device:

@@ -69,6 +69,26 @@ def test_a_resume_proves_nothing_again_and_other_software_does(beside, monkeypat
     assert len(proofs(store)) == 2
 
 
+def test_a_process_that_has_proven_another_sweep_s_engine_does_not_trust_it_here(beside, monkeypatch):
+    """As in a notebook: another store, a verdict that is gone, and groups where there were single examples."""
+
+    def proven(sweep, resolved, start, removals):
+        key = f"flowers/proofs/{max(len(r.indices) for r in sweep.read_manifest().removals) > 1}.json"
+        sweep.store.put(key, b"{}")
+        return proving.Proven(start, 3, {"proof": key})
+
+    monkeypatch.setattr(prepared, "proven", proven)
+    few = {"removals": {"indices": [0]}, "estimators": [], "further_training": {"epochs": 1}}
+    _, first, _ = run_here(make_spec(seeds=1, **few), beside)
+    _, second, _ = run_here(make_spec(seeds=1, **few), beside)
+    run_here(make_spec(seeds=1, **{**few, "removals": {"groups": {"pair": [0, 1]}}}), beside, first)
+    names = [[e.key.rpartition("/")[2] for e in store.list("flowers/proofs/")] for store in (first, second)]
+    assert names == [["False.json", "True.json"], ["False.json"]]
+    second.delete("flowers/proofs/False.json")
+    run_here(make_spec(seeds=2, **few), beside, second)
+    assert list(second.list("flowers/proofs/"))
+
+
 def test_off_is_recorded(beside):
     report, store, _ = run_here(make_spec(resources={"proof": False}), beside)
     assert report.exit_code == 0
