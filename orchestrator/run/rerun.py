@@ -184,8 +184,11 @@ def _mates(sweep: Sweep, manifest: Manifest, part: Part) -> tuple[Shards, int] |
         return [([removal.indices for removal in part.removals], part.seed)], 0
     try:
         named = records.together(part.provenance)
-        own = named.index((part.seed, keys.set_hash(part.removals)))
-        every = [(sweep.read_set(manifest.digest, name), seed) for seed, name in named]
+        mine = keys.set_hash(part.removals)
+        own = named.index((part.seed, mine))
+        every = [
+            (part.removals if name == mine else sweep.read_set(manifest.digest, name), seed) for seed, name in named
+        ]
     except (ValueError, StoreError):
         return None
     shards = [([removal.indices for removal in removals], seed) for removals, seed in every]

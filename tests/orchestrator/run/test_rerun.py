@@ -45,6 +45,12 @@ def test_those_that_it_names_are_found_in_their_order(sweep: Sweep) -> None:
     assert found == ([([(3,)], 4), ([(0,), (4, 7)], 5), ([(0,), (4, 7)], 6)], 1)
 
 
+def test_its_own_removals_are_known_from_the_part_itself() -> None:
+    lost = Sweep(MemoryStore(), "flowers")
+    assert mates(lost, {"together": [[4, NAME], [5, NAME]]}) == ([([(0,), (4, 7)], 4), ([(0,), (4, 7)], 5)], 1)
+    assert mates(lost, {"together": [[4, OTHER], [5, NAME]]}) is None
+
+
 @pytest.mark.parametrize(
     "named",
     [
