@@ -240,8 +240,7 @@ def _grown(
     outcome: Outcome,
 ) -> Manifest:
     """Train shards in rounds of more seeds until they are reliable; estimates wait for the number to be settled."""
-    # From the first round on, however far the sweep has come: what is lost is trained with the seeds of its own round.
-    manifest, rounds = manifest.with_seeds(manifest.spec.seeds.min), 0
+    rounds = 0
     while not outcome.stopped:
         tasks, plan = owed_tasks(manifest, sweep, failures.read(sweep, manifest))
         owed: list[Task] = [task for task in tasks if isinstance(task, Shard)]

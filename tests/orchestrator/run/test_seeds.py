@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fimo.orchestrator.resolve.at_hand import Own
-from fimo.orchestrator.resolve.resolved import resolve, resolve_again
-from fimo.orchestrator.run import driver as runs
-from fimo.orchestrator.run.places import in_process
+from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run.seeds import needed_seeds
 from fimo.orchestrator.run.work import EstimateTask, Shard
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -105,28 +102,6 @@ def test_a_torn_part_is_computed_again_before_more_seeds_are_added(grown):
     assert report.exit_code == 0
     assert sum(isinstance(task, Shard) for task in heard.tasks) == 1
     assert (table_bytes(store), seeds_of(store)) == (before, chosen)
-
-
-def test_a_resume_trains_what_is_lost_of_several_rounds_with_the_seeds_of_its_own_round(beside):
-    """Seed 2 came after 0 and 1 had been trained, so not in their stack, though of their block."""
-    grows = spec(resources={"together": 3, "replicas": 64, "shard": 5})
-    grows = grows.model_copy(update={"estimators": (), "seeds": grows.seeds.model_copy(update={"max": 4})})
-    _, store, _ = run_here(grows, beside)
-    sweep = Sweep(store, "flowers")
-    manifest = sweep.read_manifest()
-
-    def mates():
-        parts = [sweep.read_part(listed.key, manifest) for listed in sweep.list_parts(manifest.digest)]
-        return {part.seed: [seed for seed, _ in part.provenance.get("together", [])] for part in parts}
-
-    before = mates()
-    assert before == {0: [0, 1], 1: [0, 1], 2: [], 3: []}
-    for listed in sweep.list_parts(manifest.digest):
-        store.delete(listed.key)
-    again = resolve_again(sweep, Own(beside))
-    assert again.spec.seeds.count == 4
-    assert runs.run(again, store, where=in_process).exit_code == 0
-    assert mates() == before
 
 
 def test_the_seeds_that_a_sweep_needs_are_told_from_its_store(grown):
