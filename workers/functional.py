@@ -91,8 +91,14 @@ class FunctionalModel:
 
     @contextmanager
     def mode(self, mode: Literal["train", "eval"], norm: Literal["train", "eval"] | None = None) -> Iterator[None]:
-        """Run the body with the copy in train or eval mode; ``norm`` sets batch-norm modules apart."""
+        """Run the body with the copy in train or eval mode; ``norm`` sets batch-norm modules apart.
+
+        torch's transformer layers take no short cut in eval mode: it rounds otherwise, and is taken or not depending on
+        who looks on.
+        """
         was = {m: m.training for m in self._module.modules()}
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         self._module.train(mode == "train")
         if norm is not None:
             for m in self._module.modules():
@@ -101,6 +107,7 @@ class FunctionalModel:
         try:
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for m, training in was.items():
                 m.training = training
 
