@@ -21,6 +21,7 @@ from fimo.workers.errors import UsageError, WorkloadError
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.workload import Workload
+from tests.support.covering import covering
 from tests.workers.problems import classification, cross_entropy, make, regression, settings
 
 MODES = ["drop", "mask", "reweight"]
@@ -141,9 +142,7 @@ class Transposed(nn.Module):
         return self.last(self.drop(self.first(x).transpose(1, 2)).transpose(1, 2).mean(1))
 
 
-@pytest.mark.parametrize("replicas", [4, 5])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("model", [Encoder, Transposed])
+@pytest.mark.parametrize(("mode", "model", "replicas"), covering(MODES, [Encoder, Transposed], [4, 5]))
 def test_dropout_of_tensors_that_are_not_contiguous(model: Any, mode: str, replicas: int) -> None:
     """In stacks of 4 and 2, and of 5 and a cell alone."""
     torch.manual_seed(0)
@@ -229,8 +228,9 @@ def test_python_s_and_numpy_s_random_numbers_are_seeded_by_the_step(draw: Any, m
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.rand()), lambda: torch.rand(())])
+@pytest.mark.parametrize(
+    ("mode", "draw"), covering(MODES, [random.random, lambda: float(np.random.rand()), lambda: torch.rand(())])
+)
 def test_random_numbers_that_only_some_batches_draw_are_seeded_too(draw: Any, mode: str) -> None:
     middle = lambda m, x, h: h * (0.5 + draw()) if m.training and len(x) == 3 else h  # noqa: E731
     hold(classification(model=Forward(middle)), settings(removal_mode=mode, epochs=7))
@@ -243,9 +243,7 @@ def test_a_generator_of_the_forward_s_own_is_refused() -> None:
         make(classification(model=copy.copy(Forward(middle))), settings())
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("batch_size", [1, 5])
-@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize(("mode", "batch_size", "precision"), covering(MODES, [1, 5], ["float32", "float64"]))
 def test_convolutions_in_channels_last(mode: str, batch_size: int, precision: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -15,6 +15,7 @@ from fimo.workers.stacking.forking import stacks_of
 from fimo.workers.stacking.replay import Graphs
 from fimo.workers.start import Engine
 from fimo.workers.workload import Workload
+from tests.support.covering import covering
 from tests.workers.problems import classification, make, regression, sentences, settings
 
 ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
@@ -70,9 +71,13 @@ def both(workload: Workload, chosen: FurtherTraining, replicas: int, monkeypatch
     return found
 
 
-@pytest.mark.parametrize("replicas", [1, pytest.param(3, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("mode", ["drop", "mask"])
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize(
+    ("name", "mode", "replicas"),
+    [
+        *covering(WORKLOADS, ["drop", "mask"], [1, 4]),
+        *(pytest.param(name, mode, 3, marks=pytest.mark.slow) for name in WORKLOADS for mode in ("drop", "mask")),
+    ],
+)
 def test_forking_changes_no_bit(name: str, mode: str, replicas: int, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = ADAMW if name in ("scalar", "dropout") else MOMENTUM
     chosen = settings(optimizer, removal_mode=mode, epochs=8, evaluate=Evaluate(every_epochs=1), clip_norm=1.0)

@@ -17,6 +17,7 @@ from fimo.workers.shard import run_shard
 from fimo.workers.stacking import replay
 from fimo.workers.stacking.replay import AFTER, Replayed
 from fimo.workers.start import Engine, start_from
+from tests.support.covering import covering
 from tests.workers.problems import Workload, classification, make, regression, sentences, settings
 from tests.workers.stacking.test_stacked import Decides
 from tests.workers.test_dropout_and_norm import batch_norm
@@ -59,10 +60,13 @@ def with_an_unused_parameter() -> Workload:
     return workload
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize(
-    "workload", [regression, classification, convolutions, wide, partly_frozen, with_an_unused_parameter]
+    ("workload", "mode", "precision"),
+    covering(
+        [regression, classification, convolutions, wide, partly_frozen, with_an_unused_parameter],
+        MODES,
+        ["float32", "float64"],
+    ),
 )
 def test_replaying_changes_nothing_beyond_rounding(workload, precision: str, mode: str) -> None:
     optimizer = Optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=0.1)

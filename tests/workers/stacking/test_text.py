@@ -18,6 +18,7 @@ from fimo.workers.stacking.parts import MOST, _ends
 from fimo.workers.stacking.stacked import CannotStackError, Stacked
 from fimo.workers.start import Engine, Start
 from fimo.workers.workload import Workload
+from tests.support.covering import covering
 from tests.workers.problems import cross_entropy, make, settings
 from tests.workers.test_bert import bert
 
@@ -66,10 +67,10 @@ def hold(start: Start, workload: Workload, mode: FurtherTraining, lanes: list[tu
         torch.testing.assert_close(got.distances[lane], cell.distances, rtol=tight, atol=tight)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("lanes", [LANES, [()], [(3,)]])
+@pytest.mark.parametrize(
+    ("dropout", "attention", "mode", "lanes"),
+    covering([0.0, 0.2], ["eager", "sdpa"], MODES, [LANES, [()], [(3,)]]),
+)
 def test_parts_of_a_batch_have_the_definitions_numbers_and_its_dropout(
     lanes: list[tuple[int, ...]], dropout: float, attention: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
