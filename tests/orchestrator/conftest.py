@@ -1,6 +1,6 @@
 """Fixtures of the small sweep for every room of the orchestrator."""
 
 from tests.support.shell import shell
-from tests.support.small_sweep import beside, proven
+from tests.support.small_sweep import beside, proven, traced
 
-__all__ = ["beside", "proven", "shell"]
+__all__ = ["beside", "proven", "shell", "traced"]

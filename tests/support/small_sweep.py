@@ -32,8 +32,8 @@ SPEC: dict[str, Any] = {
         "evaluate": {"every_steps": 3},
     },
     "estimators": ["grad_dot", "grad_cos"],
-    # The proof takes longer than all the rest; tests of it turn it on.
-    "resources": {"replicas": 3, "shard": 2, "witnesses": 0, "proof": False},
+    # The proof takes longer than all the rest, and a trace longer than these few steps; tests of them turn them on.
+    "resources": {"replicas": 3, "shard": 2, "witnesses": 0, "proof": False, "replay": False},
 }
 
 
@@ -58,6 +58,15 @@ def proven() -> Iterator[None]:
     """Small sweeps that are proven, as a user's are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SPEC["resources"], "proof", True)
+        patch.setitem(SPEC["resources"], "replay", True)
+        yield
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    """Small sweeps whose steps are traced and replayed, as a user's are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SPEC["resources"], "replay", True)
         yield
 
 
@@ -83,6 +92,14 @@ def run_here(spec: Spec, beside: Path, store: Store | None = None, **options: An
     heard = Heard()
     report = runs.run(resolve(spec, beside), store, heard.listener(), where=in_process, **options)
     return report, store, heard
+
+
+def copied(store: Store) -> MemoryStore:
+    """A store in memory with the objects of another, for a test that writes into a sweep that others read."""
+    copy = MemoryStore()
+    for entry in list(store.list("")):
+        copy.put(entry.key, store.get(entry.key))
+    return copy
 
 
 def table_bytes(store: Store, name: str = "flowers") -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -163,11 +164,19 @@ def test_a_removals_file_that_is_none_is_refused(fails: Run, folder: Path, canar
     fails("plan", spec_with(folder, "{every: 4, count: 5}", f"{{from: {name}}}"))
 
 
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of the folder's sweep, run once; each test has a copy."""
+    project = tmp_path_factory.mktemp("swept") / "project"
+    spec = sweeps.write_project(project)
+    assert sweeps.run_here(sweeps.resolved(spec), sweeps.folder_store(project / "store")).exit_code == 0
+    return project / "store"
+
+
 @pytest.fixture
-def store(folder: Path) -> LocalStore:
-    store = sweeps.folder_store(folder / "store")
-    assert sweeps.run_here(sweeps.resolved(folder / "spec.yaml"), store).exit_code == 0
-    return store
+def store(folder: Path, swept: Path) -> LocalStore:
+    shutil.copytree(swept, folder / "store")
+    return sweeps.folder_store(folder / "store")
 
 
 def alter(store: LocalStore, key: str, **changes: object) -> None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
 
 from fimo.orchestrator.run.comparing import compare_sweeps, paired_steps
+from fimo.orchestrator.store import Store
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables import schemas
 from fimo.workers.errors import UsageError
-from tests.support.small_sweep import make_spec, run_here
+from tests.support.small_sweep import OWN, copied, make_spec, run_here
 
 REWEIGHT = {"removal_mode": "reweight"}
 
 
+@cache
+def unchanged() -> Store:
+    return run_here(make_spec(estimators=[]), OWN)[1]
+
+
 def swept(beside, **changes) -> Sweep:
-    _, store, _ = run_here(make_spec(estimators=[], resources={"proof": False}, **changes), beside)
+    """The small sweep, or a changed one; the test may write into it."""
+    store = run_here(make_spec(estimators=[], **changes), beside)[1] if changes else copied(unchanged())
     return Sweep(store, "flowers")
 
 

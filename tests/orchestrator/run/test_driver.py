@@ -57,6 +57,7 @@ def plain_deltas(beside, removal, seed) -> dict[int, np.ndarray]:
     return found
 
 
+@pytest.mark.usefixtures("traced")
 def test_attribution_equals_plain_runs_averaged_over_seeds(beside):
     report, store, _ = run_here(make_spec(), beside)
     assert report.exit_code == 0
@@ -82,11 +83,13 @@ def test_a_finished_sweep_computes_nothing_and_gives_the_same_bytes(beside):
     assert set(before) == {f"flowers/tables/{name}.parquet" for name in set(SCHEMAS) - {"costs"}}
 
 
+@pytest.mark.usefixtures("traced")
 def test_two_runs_from_nothing_give_the_same_bytes(beside):
     (_, one, _), (_, other, _) = run_here(make_spec(), beside), run_here(make_spec(), beside)
     assert table_bytes(one) == table_bytes(other)
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("keep", [0, 1, 5, 11])
 def test_a_resumed_sweep_has_the_bytes_of_an_undisturbed_one_and_recomputes_only_what_is_missing(beside, keep):
     _, whole, _ = run_here(make_spec(), beside)
@@ -100,6 +103,7 @@ def test_a_resumed_sweep_has_the_bytes_of_an_undisturbed_one_and_recomputes_only
     assert table_bytes(torn) == table_bytes(whole)
 
 
+@pytest.mark.usefixtures("traced")
 def test_raising_seeds_and_adding_removals_and_estimators_computes_only_the_new(beside):
     _, store, _ = run_here(make_spec(seeds=2, removals={"indices": [0, 3]}, estimators=["grad_dot"]), beside)
     _, _, heard = run_here(make_spec(seeds=2, removals={"indices": [0, 3]}), beside, store)
@@ -120,6 +124,7 @@ def test_raising_seeds_and_adding_removals_and_estimators_computes_only_the_new(
     )
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2, 32])
 def test_replicas_change_nothing_beyond_the_noise_floor(beside, replicas):
     _, one, _ = run_here(make_spec(), beside)
@@ -306,6 +311,7 @@ def test_provenance_says_where_a_part_comes_from(beside):
     assert about["device_seconds"] > 0
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_in_which_shards_finish_changes_no_byte(beside, seed):
     import contextlib

@@ -23,10 +23,26 @@ from fimo.orchestrator.spec.spec import parse
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import DivergedError, UsageError
-from tests.support.small_sweep import SPEC, make_spec, run_here
+from tests.support.small_sweep import OWN, SPEC, make_spec, run_here
 
 WHY = "the recursion grows instead of converging"
 NO_CPU_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The parts of the small sweep, by key: what is told of estimators is no other for being trained once."""
+    _, store, _ = run_here(make_spec(estimators=[]), OWN)
+    return {entry.key: store.get(entry.key) for entry in store.list("flowers/parts/")}
+
+
+@pytest.fixture
+def trained(parts):
+    """A store in which the small sweep's cells are trained and nothing else is."""
+    store = MemoryStore()
+    for key, data in parts.items():
+        store.put(key, data)
+    return store
 
 
 @pytest.fixture
@@ -58,10 +74,10 @@ def default_set(monkeypatch):
 
 
 def test_an_estimator_of_the_default_set_that_cannot_is_left_out_and_the_sweep_is_complete(
-    beside, diverging, monkeypatch
+    beside, trained, diverging, monkeypatch
 ):
     spec = default_set(monkeypatch)
-    report, store, _ = run_here(spec, beside)
+    report, store, _ = run_here(spec, beside, trained)
     assert (report.exit_code, report.complete) == (0, True)
     assert list(complaints(report)) == [f"grad_cos is left out of the default estimators: {WHY}"]
     assert report_json(report)["left_out"] == {"grad_cos": WHY}
@@ -83,16 +99,18 @@ def test_an_estimator_of_the_default_set_that_cannot_is_left_out_and_the_sweep_i
     assert report_json(again)["left_out"] == {"grad_cos": WHY}
 
 
-def test_retry_failed_tries_what_was_left_out_again(beside, diverging, monkeypatch):
+def test_retry_failed_tries_what_was_left_out_again(beside, trained, diverging, monkeypatch):
     spec = default_set(monkeypatch)
-    _, store, _ = run_here(spec, beside)
+    _, store, _ = run_here(spec, beside, trained)
     report, _, heard = run_here(spec, beside, store, retry_failed=True)
     assert [task.estimator for task in heard.tasks] == ["grad_cos"]
     assert report.exit_code == 0
 
 
-def test_a_named_estimator_that_cannot_is_an_error_and_nothing_promises_that_resume_computes_it(beside, diverging):
-    report, store, _ = run_here(make_spec(), beside)
+def test_a_named_estimator_that_cannot_is_an_error_and_nothing_promises_that_resume_computes_it(
+    beside, trained, diverging
+):
+    report, store, _ = run_here(make_spec(), beside, trained)
     assert (report.exit_code, report.complete) == (1, False)
     said = "\n".join(complaints(report))
     assert WHY in said
@@ -108,8 +126,10 @@ def test_a_named_estimator_that_cannot_is_an_error_and_nothing_promises_that_res
     assert sweep_status(Sweep(store, "flowers"))["exit_code"] == 0
 
 
-def test_an_estimator_left_out_of_the_default_set_counts_once_the_spec_names_it(beside, diverging, monkeypatch):
-    _, store, _ = run_here(default_set(monkeypatch), beside)
+def test_an_estimator_left_out_of_the_default_set_counts_once_the_spec_names_it(
+    beside, trained, diverging, monkeypatch
+):
+    _, store, _ = run_here(default_set(monkeypatch), beside, trained)
     report, _, heard = run_here(make_spec(), beside, store)
     assert heard.tasks == []
     assert report.exit_code == 1
@@ -119,11 +139,11 @@ def broken(*_args):
     raise ValueError("out of luck")
 
 
-def test_a_failure_of_a_named_estimator_that_may_be_mended_says_retry_failed(beside, monkeypatch):
+def test_a_failure_of_a_named_estimator_that_may_be_mended_says_retry_failed(beside, trained, monkeypatch):
     spec = make_spec()
     with monkeypatch.context() as patch:
         patch.setattr(estimating, "asked", broken)
-        report, store, _ = run_here(spec, beside)
+        report, store, _ = run_here(spec, beside, trained)
     assert report.exit_code == 1
     assert not report.failures.left_out
     assert any("--retry-failed" in line for line in complaints(report))
@@ -131,11 +151,11 @@ def test_a_failure_of_a_named_estimator_that_may_be_mended_says_retry_failed(bes
     assert report.exit_code == 0
 
 
-def test_the_default_set_never_fails_a_run_whatever_happens_to_it(beside, monkeypatch):
+def test_the_default_set_never_fails_a_run_whatever_happens_to_it(beside, trained, monkeypatch):
     spec = default_set(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(estimating, "asked", broken)
-        report, store, _ = run_here(spec, beside)
+        report, store, _ = run_here(spec, beside, trained)
     assert (report.exit_code, report.complete) == (0, True)
     assert {name for name, _ in report.failures.left_out} == {"grad_dot", "grad_cos"}
     assert all("out of luck" in line for line in report.failures.left_out.values())
@@ -143,12 +163,12 @@ def test_the_default_set_never_fails_a_run_whatever_happens_to_it(beside, monkey
     assert (report.exit_code, report.failures.left_out) == (0, {})
 
 
-def test_what_is_too_dear_is_left_out_until_it_is_named_or_its_budget_is_another(beside, monkeypatch):
+def test_what_is_too_dear_is_left_out_until_it_is_named_or_its_budget_is_another(beside, trained, monkeypatch):
     default_set(monkeypatch)
     values = copy.deepcopy(SPEC)
     del values["estimators"]
     tight = parse({**values, "resources": {**values["resources"], "estimator_budget_s": 1e-9}})
-    report, store, _ = run_here(tight, beside)
+    report, store, _ = run_here(tight, beside, trained)
     assert (report.exit_code, report.complete) == (0, True)
     said = list(complaints(report))
     assert len(said) == 2
@@ -162,7 +182,7 @@ def test_what_is_too_dear_is_left_out_until_it_is_named_or_its_budget_is_another
     assert [task.estimator for task in heard.tasks] == ["grad_cos"]
 
 
-def test_an_estimator_at_its_budget_s_edge_is_not_dropped_with_half_of_its_values_there(beside, monkeypatch):
+def test_an_estimator_at_its_budget_s_edge_is_not_dropped_with_half_of_its_values_there(beside, trained, monkeypatch):
     """Each of its tasks was timed anew, and one timing over the budget threw away what the others had computed."""
     spec = default_set(monkeypatch)
     monkeypatch.setattr(DECLARED["grad_dot"], "evals_together", 3)
@@ -173,16 +193,16 @@ def test_an_estimator_at_its_budget_s_edge_is_not_dropped_with_half_of_its_value
         return None if timed.count(named.name) == 1 else "too dear: about 65 device-seconds, the budget is 60"
 
     monkeypatch.setattr(estimating, "too_dear", at_the_edge)
-    report, store, _ = run_here(spec, beside)
+    report, store, _ = run_here(spec, beside, trained)
     assert (report.exit_code, report.failures.left_out) == (0, {})
     assert timed == ["grad_dot", "grad_cos"]
     assert len(list(store.list("flowers/estimates/"))) == 3 + 1
 
 
-def test_what_does_not_fit_into_memory_is_left_out(beside, monkeypatch):
+def test_what_does_not_fit_into_memory_is_left_out(beside, trained, monkeypatch):
     spec = default_set(monkeypatch)
     monkeypatch.setattr(budget, "_free_bytes", lambda device: 1.0)
-    report, _, _ = run_here(spec, beside)
+    report, _, _ = run_here(spec, beside, trained)
     assert report.exit_code == 0
     assert all("too large" in line for line in complaints(report))
 
@@ -201,12 +221,12 @@ def test_what_a_resume_would_compute_is_what_it_promises(beside):
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), MemoryError(), NO_CPU_MEMORY]
 )
-def test_what_ran_out_of_memory_is_not_simply_to_be_tried_again(beside, monkeypatch, error):
+def test_what_ran_out_of_memory_is_not_simply_to_be_tried_again(beside, trained, monkeypatch, error):
     def full(*_args):
         raise error
 
     monkeypatch.setattr(estimating, "asked", full)
-    report, _, _ = run_here(make_spec(), beside)
+    report, _, _ = run_here(make_spec(), beside, trained)
     assert report.exit_code == 1
     *_, advice = complaints(report)
     assert "ran out of memory" in advice
@@ -215,7 +235,7 @@ def test_what_ran_out_of_memory_is_not_simply_to_be_tried_again(beside, monkeypa
 
 
 @pytest.mark.parametrize("prefix", ["estimator grad_cos: ", "grad_cos: ", "lissa: ", ""])
-def test_an_estimator_is_named_once_where_its_failure_is_told(beside, monkeypatch, prefix):
+def test_an_estimator_is_named_once_where_its_failure_is_told(beside, trained, monkeypatch, prefix):
     real = estimating.asked
 
     def estimate(resolved, device, estimator, *rest):
@@ -224,7 +244,7 @@ def test_an_estimator_is_named_once_where_its_failure_is_told(beside, monkeypatc
         return real(resolved, device, estimator, *rest)
 
     monkeypatch.setattr(estimating, "asked", estimate)
-    report, _, heard = run_here(make_spec(), beside)
+    report, _, heard = run_here(make_spec(), beside, trained)
     assert [failure.line for failure in report.failures.aside] == [f"estimator grad_cos {{}}: {WHY}: really"]
     text = io.StringIO()
     with ProgressReport(Console(file=text, width=200)) as progress:
@@ -234,10 +254,10 @@ def test_an_estimator_is_named_once_where_its_failure_is_told(beside, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["trak", "cg", "ekfac", "lissa_h", "unrolled"])
-def test_no_estimator_of_ours_names_itself_twice(beside, monkeypatch, name):
+def test_no_estimator_of_ours_names_itself_twice(beside, trained, monkeypatch, name):
     """Whatever it refuses by itself, told of a model that it does not suit."""
     monkeypatch.setattr(REGISTRY[name], "unsuited", lambda self, problem: "this model is none for it")
-    report, _, _ = run_here(make_spec(estimators=[name]), beside)
+    report, _, _ = run_here(make_spec(estimators=[name]), beside, trained)
     assert report.failures.aside
     for failure in report.failures.aside:
         assert failure.line.count(f"estimator {name}") == 1, failure.line
@@ -277,8 +297,8 @@ def test_estimates_alone_that_fail_are_not_sent_to_a_resume(beside, monkeypatch)
     assert "fimo resume" not in said
 
 
-def test_a_run_lists_no_empty_table(beside):
-    report, _, _ = run_here(make_spec(estimators=[]), beside)
+def test_a_run_lists_no_empty_table(beside, trained):
+    report, _, _ = run_here(make_spec(estimators=[]), beside, trained)
     listed = listed_tables(report)
     names = {uri.rpartition("/")[2].removesuffix(".parquet") for uri in listed}
     assert names == {name for name, table in report.gathered.tables.items() if table.num_rows}
@@ -287,8 +307,8 @@ def test_a_run_lists_no_empty_table(beside):
 
 
 @pytest.mark.parametrize("record", [b"{", b"[]", b"null", b'{"task": 1}', b"[" * 100_000])
-def test_a_foreign_record_is_told_and_breaks_nothing(beside, record):
-    report, store, _ = run_here(make_spec(), beside)
+def test_a_foreign_record_is_told_and_breaks_nothing(beside, trained, record):
+    report, store, _ = run_here(make_spec(), beside, trained)
     manifest = Sweep(store, "flowers").read_manifest()
     store.put(f"flowers/failed/{manifest.digest[:16]}-x.json", record)
     store.put("flowers/failed/other-sweep.json", record)

@@ -32,7 +32,7 @@ from fimo.workers import joined
 from fimo.workers.errors import StoreError
 from tests.support.small_sweep import OWN, make_spec, run_here, table_bytes
 
-TOGETHER = {"together": 3, "replicas": 64, "shard": 2}
+TOGETHER = {"together": 3, "replicas": 64, "shard": 2, "replay": True}
 FLOAT64 = {"precision": "float64", "removal_mode": "reweight"}
 
 
@@ -60,7 +60,7 @@ def swept(folder):
 
 
 def test_the_parts_are_those_of_shards_alone_and_say_with_which_they_were_trained(folder, swept):
-    _, alone, _ = run_here(make_spec(further_training=FLOAT64, resources={"replicas": 64}), folder)
+    _, alone, _ = run_here(make_spec(further_training=FLOAT64, resources={"replicas": 64, "replay": True}), folder)
     together, expected = (parts_of(store, folder, SPEC) for store in (swept[0], alone))
     assert together.keys() == expected.keys()
     for key, part in together.items():
@@ -293,7 +293,7 @@ def test_drivers_that_each_set_a_shard_aside_do_not_wait_for_each_other(folder):
 
 def test_rows_of_another_stack_are_no_conflict(folder, monkeypatch):
     """Two drivers put seed 0 together otherwise, and neither knows of the other: the first one's part stands."""
-    _, store, _ = run_here(make_spec(resources={"replicas": 64}), folder)
+    _, store, _ = run_here(make_spec(resources={"replicas": 64, "replay": True}), folder)
     right = tasks.shards.met
     monkeypatch.setattr(tasks.shards, "met", lambda *of: None)
     manifest = resolve(make_spec(resources=TOGETHER), folder).manifest

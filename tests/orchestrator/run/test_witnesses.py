@@ -70,7 +70,7 @@ def concrete(precision: str, witnesses: object):
             "precision": precision,
             "evaluate": {"at_steps": [1, 8, 30, 120, 240]},
         },
-        resources={"replicas": 6, "shard": 5, "witnesses": witnesses, "proof": False},
+        resources={"replicas": 6, "shard": 5, "witnesses": witnesses, "proof": False, "replay": True},
     )
 
 
@@ -96,6 +96,7 @@ def test_the_floor_is_what_float32_really_is_off_by_on_concrete(beside):
     assert rms(without.floor, 1)[-1] < 0.1 * rms(off, (0, 1, 3))[-1]
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(
     "mode", [pytest.param("drop", marks=pytest.mark.slow), pytest.param("mask", marks=pytest.mark.slow), "reweight"]
 )
@@ -210,6 +211,7 @@ def test_a_witness_is_trained_once_and_again_only_if_it_is_gone(beside):
     assert sweep_status(Sweep(store, "flowers"))["complete"]
 
 
+@pytest.mark.usefixtures("traced")
 def test_two_runs_from_nothing_measure_the_same_floor(beside):
     (_, one, _), (_, other, _) = run_here(witnessed(), beside), run_here(witnessed(), beside)
     assert table_bytes(one) == table_bytes(other)
