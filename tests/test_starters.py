@@ -45,7 +45,11 @@ def test_it_runs_as_it_is_and_says_something(kind: str, tmp_path: Path, shell: S
     assert planned.code == 0, planned.err
     assert planned.out.startswith(f"{name}: ")
 
-    report, _, _ = run_here(read(spec.read_text()), tmp_path)
+    text = spec.read_text()
+    if kind in ("text", "image"):  # the others, and the tutorial, have their stacks measured: half of the time
+        assert "\nresources" not in text
+        text += "\nresources: {replicas: 8}\n"
+    report, _, _ = run_here(read(text), tmp_path)
     assert (report.exit_code, report.gathered.nonsense) == (0, False)
     effects = [row["effect"] for row in report.gathered.tables["attribution"].to_pylist()]
     assert all(math.isfinite(effect) for effect in effects)

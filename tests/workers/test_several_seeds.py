@@ -164,8 +164,17 @@ def test_the_sizes_that_are_proven_are_those_that_are_trained(removals, seeds, r
     assert joint_sizes(start, removals, seeds, replicas) == sizes
 
 
-@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
-@pytest.mark.parametrize(("size", "together"), [(64, True), (3, False), (2, False), (1, False)])
+@pytest.mark.parametrize(
+    ("mode", "size", "together"),
+    [
+        *((mode, 64, True) for mode in ("drop", "mask", "reweight")),
+        *(("drop", 3, False), ("mask", 2, False), ("reweight", 1, False)),
+        *(
+            pytest.param(mode, size, False, marks=pytest.mark.slow)
+            for mode, size in [("drop", 2), ("drop", 1), ("mask", 3), ("mask", 1), ("reweight", 3), ("reweight", 2)]
+        ),
+    ],
+)
 def test_a_cell_is_trained_again_bit_for_bit_in_the_stack_that_it_was_part_of(mode, size, together) -> None:
     chosen = settings(SGD, removal_mode=mode, precision="float32", epochs=2, evaluate=Evaluate(every_steps=1))
     start = make(regression(), chosen)

@@ -18,6 +18,7 @@ from fimo.workers.further_training import Training, further_train
 from fimo.workers.settings import Lora, Optimizer, Trains
 from fimo.workers.start import start_from
 from fimo.workers.trial import moved_state
+from tests.support.covering import covering
 from tests.workers.problems import classification, make, settings
 
 ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
@@ -48,9 +49,7 @@ def peft_or_skip(part: str) -> None:
         pytest.importorskip("peft")
 
 
-@pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("part", "mode", "dropout"), covering(PARTS, ["drop", "mask", "reweight"], [0.0, 0.3]))
 def test_the_definitions_numbers(part: str, dropout: float, mode: str) -> None:
     peft_or_skip(part)
     chosen = settings(ADAMW, removal_mode=mode, clip_norm=0.5, **PARTS[part])

@@ -14,6 +14,7 @@ from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.workload import Workload
 from tests.estimators import problems
 from tests.estimators.test_unrolled import OPTIMIZERS, estimate, gold_standard, settings_for
+from tests.support.covering import covering
 
 
 class Place(nn.Module):
@@ -53,9 +54,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("mode", ["mask", "drop"])
-@pytest.mark.parametrize("optimizer", EXACT)
+@pytest.mark.parametrize(("optimizer", "mode", "clip"), covering(EXACT, ["mask", "drop"], [None, 1.0]))
 def test_where_the_gradient_is_linear_it_is_two_runs_of_torchs_own_optimizer(optimizer, mode, clip):
     evaluate = Evaluate(at_steps=(1, 2, 5, 14))
     settings = FurtherTraining(

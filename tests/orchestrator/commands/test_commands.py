@@ -37,10 +37,14 @@ def spec(beside: Path) -> Path:
     return path
 
 
-def test_a_sweep_from_a_shell_ends_as_it_does_in_process(spec, tmp_path):
-    planned = fimo("plan", spec, "--json")
-    assert planned.returncode == 0
-    assert json.loads(planned.stdout)["cells"] == 20
+@pytest.mark.usefixtures("traced")
+def test_a_sweep_from_a_shell_ends_as_it_does_in_process(beside, shell, tmp_path):
+    """The runs are real processes; what looks at them is called here, as everywhere."""
+    spec = beside / "spec.yaml"
+    spec.write_text(yaml.safe_dump(SPEC))
+    planned = shell("plan", spec, "--json")
+    assert planned.code == 0
+    assert json.loads(planned.out)["cells"] == 20
 
     done = fimo("run", spec, "--store", tmp_path / "store")
     assert done.returncode == 0, done.stderr
@@ -52,21 +56,21 @@ def test_a_sweep_from_a_shell_ends_as_it_does_in_process(spec, tmp_path):
     report = json.loads(again.stdout)
     assert (report["complete"], report["computed"], report["exit_code"]) == (True, 0, 0)
 
-    status = fimo("status", tmp_path / "store" / "flowers", "--json")
-    told = json.loads(status.stdout)
-    assert (status.returncode, told["done"], told["missing"], told["seeds_complete"]) == (0, 20, 0, 4)
+    status = shell("status", tmp_path / "store" / "flowers", "--json")
+    told = json.loads(status.out)
+    assert (status.code, told["done"], told["missing"], told["seeds_complete"]) == (0, 20, 0, 4)
 
     # Two Ray workers here, one process there: the same bytes.
     _, here, _ = run_here(make_spec(), spec.parent)
     assert table_bytes(open_store(str(tmp_path / "store"))) == table_bytes(here)
 
-    pulled = fimo("pull", tmp_path / "store" / "flowers", "--to", tmp_path / "pulled")
-    assert pulled.returncode == 0
+    pulled = shell("pull", tmp_path / "store" / "flowers", "--to", tmp_path / "pulled")
+    assert pulled.code == 0
     assert (tmp_path / "pulled" / "attribution.parquet").read_bytes() == table_bytes(here)[
         "flowers/tables/attribution.parquet"
     ]
-    csv = fimo("pull", tmp_path / "store" / "flowers", "--to", tmp_path / "csv", "--format", "csv")
-    assert csv.returncode == 0
+    csv = shell("pull", tmp_path / "store" / "flowers", "--to", tmp_path / "csv", "--format", "csv")
+    assert csv.code == 0
     assert (tmp_path / "csv" / "scores.csv").read_text().startswith('"estimator","params","metric","adjust"')
     assert {p.stem for p in (tmp_path / "csv").iterdir()} == {p.stem for p in (tmp_path / "pulled").iterdir()}
 

@@ -16,7 +16,7 @@ from fimo.orchestrator.store import open_store
 from fimo.orchestrator.sweep import imported
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers.errors import UsageError
-from tests.support.small_sweep import make_spec, run_here
+from tests.support.small_sweep import OWN, copied, make_spec, run_here
 
 VALUES = np.random.default_rng(0).normal(size=(5, 7))
 
@@ -51,10 +51,16 @@ FORMS = {
 }
 
 
+@pytest.fixture(scope="module")
+def once():
+    report, store, _ = run_here(make_spec(), OWN)
+    return report, store
+
+
 @pytest.fixture
-def swept(beside):
-    report, store, _ = run_here(make_spec(), beside)
-    sweep = Sweep(store, "flowers")
+def swept(once):
+    report, store = once
+    sweep = Sweep(copied(store), "flowers")
     return sweep, sweep.read_manifest(), report
 
 

@@ -148,7 +148,11 @@ def test_writes_and_draws_are_refused_by_the_tracer() -> None:
     def reads_out(x: Tensor) -> Tensor:
         return x * float(x.sum())
 
-    for function in (writes, draws, reads_out):
+    def draws_in_vain(x: Tensor) -> Tensor:
+        torch.rand_like(x)
+        return x * 2
+
+    for function in (writes, draws, draws_in_vain, reads_out):
         graphs = replay.Graphs()
         replayed = Replayed(function, "f", graphs)
         for _ in range(AFTER + 2):
