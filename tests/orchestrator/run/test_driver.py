@@ -23,7 +23,13 @@ from fimo.orchestrator.tables.schemas import SCHEMAS
 from fimo.workers import joined
 from fimo.workers.errors import DivergedError, StoreError
 from fimo.workers.workload import load_workload
-from tests.support.small_sweep import make_spec, run_here, table_bytes
+from tests.support.small_sweep import OWN, make_spec, run_here, table_bytes
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The store of an undisturbed traced run, which tests compare with and do not write to."""
+    return run_here(make_spec(resources={"replay": True}), OWN)[1]
 
 
 def table(store, name, sweep="flowers"):
@@ -84,15 +90,14 @@ def test_a_finished_sweep_computes_nothing_and_gives_the_same_bytes(beside):
 
 
 @pytest.mark.usefixtures("traced")
-def test_two_runs_from_nothing_give_the_same_bytes(beside):
-    (_, one, _), (_, other, _) = run_here(make_spec(), beside), run_here(make_spec(), beside)
-    assert table_bytes(one) == table_bytes(other)
+def test_two_runs_from_nothing_give_the_same_bytes(beside, whole):
+    _, other, _ = run_here(make_spec(), beside)
+    assert table_bytes(other) == table_bytes(whole)
 
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("keep", [0, 1, 5, 11])
-def test_a_resumed_sweep_has_the_bytes_of_an_undisturbed_one_and_recomputes_only_what_is_missing(beside, keep):
-    _, whole, _ = run_here(make_spec(), beside)
+def test_a_resumed_sweep_has_the_bytes_of_an_undisturbed_one_and_recomputes_only_what_is_missing(beside, whole, keep):
     keys = [e.key for e in whole.list("flowers/parts/")]
     torn = MemoryStore()
     for key in (e.key for e in whole.list("flowers/")):
@@ -126,11 +131,10 @@ def test_raising_seeds_and_adding_removals_and_estimators_computes_only_the_new(
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2, 32])
-def test_replicas_change_nothing_beyond_the_noise_floor(beside, replicas):
-    _, one, _ = run_here(make_spec(), beside)
+def test_replicas_change_nothing_beyond_the_noise_floor(beside, whole, replicas):
     _, other, _ = run_here(make_spec(resources={"replicas": replicas, "shard": 5}), beside)
-    floor = max(table(s, "reliability")["noise_floor"].to_numpy().max() for s in (one, other))
-    difference = table(one, "attribution")["effect"].to_numpy() - table(other, "attribution")["effect"].to_numpy()
+    floor = max(table(s, "reliability")["noise_floor"].to_numpy().max() for s in (whole, other))
+    difference = table(whole, "attribution")["effect"].to_numpy() - table(other, "attribution")["effect"].to_numpy()
     assert 0 < floor < 1e-6
     assert np.abs(difference).max() <= 10 * floor
 
@@ -313,7 +317,7 @@ def test_provenance_says_where_a_part_comes_from(beside):
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("seed", range(3))
-def test_the_order_in_which_shards_finish_changes_no_byte(beside, seed):
+def test_the_order_in_which_shards_finish_changes_no_byte(beside, whole, seed):
     import contextlib
     import random
 
@@ -332,8 +336,7 @@ def test_the_order_in_which_shards_finish_changes_no_byte(beside, seed):
     def shuffled(sweep, manifest, final_model):
         yield Shuffled(lambda task: run_task(sweep, manifest, final_model, task))
 
-    _, store, _ = run_here(make_spec(), beside)
     other = MemoryStore()
     resolved = resolve(make_spec(), beside)
     runs.run(resolved, other, runs.Listener(lambda p, n: None, lambda t, r: None, lambda s: None), where=shuffled)
-    assert table_bytes(other) == table_bytes(store)
+    assert table_bytes(other) == table_bytes(whole)
