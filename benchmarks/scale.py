@@ -201,7 +201,7 @@ def peak_mb() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["run", "resume"])
+    parser.add_argument("what", nargs="?", choices=["run", "resume"], default="run")
     for name, default in (("seeds", 1000), ("removals", 0), ("shard", 0), ("steps", 1), ("evals", 4), ("workers", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--processes", type=int, default=2, help="that stand in for workers")
