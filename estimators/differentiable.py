@@ -27,8 +27,6 @@ def estimating(model: FunctionalModel) -> Iterator[None]:
     Raises:
         WorkloadError: torch cannot take a derivative of an operation of the model.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with model.mode("eval"), sdpa_kernel(SDPBackend.MATH), plain_operations(model.module):
             yield
@@ -37,8 +35,6 @@ def estimating(model: FunctionalModel) -> Iterator[None]:
         if line is None:
             raise
         raise WorkloadError(line) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def flat_loss(problem: Problem) -> str | None:
