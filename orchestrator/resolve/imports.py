@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import importlib
 
+from fimo.workers.garbage import uncollected
+
 
 def import_to_stay(module: str) -> None:
     """Import a module without a look for garbage, neither then nor when the process ends: what is imported stays.
@@ -13,11 +15,8 @@ def import_to_stay(module: str) -> None:
     so call this before there is anything large. What is garbage by now goes first.
     """
     gc.collect()
-    watched = gc.isenabled()
-    gc.disable()
-    try:
-        importlib.import_module(module)
-    finally:
-        gc.freeze()
-        if watched:
-            gc.enable()
+    with uncollected():
+        try:
+            importlib.import_module(module)
+        finally:
+            gc.freeze()

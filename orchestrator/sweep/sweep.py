@@ -7,9 +7,8 @@ called here, so no reader has checks of its own.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -22,6 +21,7 @@ from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block
 from fimo.orchestrator.sweep.manifest import Manifest, from_json
 from fimo.orchestrator.sweep.parts import BadPartError, Part, decode_part
 from fimo.workers.errors import StoreError, UsageError, plain
+from fimo.workers.garbage import uncollected
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,6 @@ class Listed:
     set: str
     size: int
     modified: datetime
-
-
-@contextlib.contextmanager
-def _without_looks_for_garbage() -> Iterator[None]:
-    """For a listing, of which all is kept: the looks take a fifth of a long one, and half where torch is loaded."""
-    watched = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if watched:
-            gc.enable()
 
 
 class Sweep:
@@ -135,7 +123,8 @@ class Sweep:
 
     def list_parts(self, digest: str) -> list[Listed]:
         """Every part under the digest, by seed and set."""
-        with _without_looks_for_garbage():
+        # All of a listing is kept: looks for garbage take a fifth of a long one, and half where torch is loaded.
+        with uncollected():
             entries = self.store.list(keys.parts(self.name, digest))
             named = ((entry, keys.read_part_key(entry.key)) for entry in entries)
             return [Listed(entry.key, *of, entry.size, entry.modified) for entry, of in named if of is not None]

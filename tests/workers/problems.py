@@ -117,3 +117,16 @@ def sentences(n: int = N, evals: int = 6) -> Workload:
         outputs=lambda model, batch: model(batch["tokens"], batch["mask"]),
         loss=cross_entropy,
     )
+
+
+class Encoder(nn.Module):
+    """torch's own layer of a transformer, with dropout, over examples of (length, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.out(self.layer(x).mean(1))
+        return logits

@@ -11,7 +11,7 @@ from fimo.workers.further_training import further_train
 from fimo.workers.randomness import step_seed
 from fimo.workers.settings import Optimizer
 from fimo.workers.shard import run_shard
-from tests.workers.problems import classification, every_step, make, regression, sentences, settings
+from tests.workers.problems import Encoder, classification, every_step, make, regression, sentences, settings
 from tests.workers.test_against_definition import MODES, hold
 
 ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
@@ -173,21 +173,9 @@ def test_a_masked_example_leaves_a_batch_that_is_mixed_by_other_means_than_batch
     torch.testing.assert_close(masked, further_train(without, [(3,)], 0).deltas, rtol=1e-11, atol=1e-11)
 
 
-class Encoder(nn.Module):
-    """torch's own layer of a transformer, whose short cut in eval mode rounds otherwise than its operations do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True)
-        self.classes = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classes(self.layer(x).mean(1))
-        return logits
-
-
 @pytest.mark.parametrize(("precision", "optimizer"), [("float64", ADAMW), ("float32", Optimizer("sgd", lr=0.05))])
 def test_a_transformer_layer_of_torchs_own_trains_in_eval_mode(precision: str, optimizer: Optimizer) -> None:
+    """Its short cut in eval mode rounds otherwise than its operations do."""
     torch.manual_seed(0)
     chosen = settings(optimizer, mode="eval", removal_mode="reweight", precision=precision, steps=6)
     hold(classification(23, 6, Encoder(), 5, 4), chosen, [(), (3,), (17,)])

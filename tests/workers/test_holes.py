@@ -22,7 +22,7 @@ from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.workload import Workload
 from tests.support.covering import covering
-from tests.workers.problems import classification, cross_entropy, make, regression, settings
+from tests.workers.problems import Encoder, classification, cross_entropy, make, regression, settings
 
 MODES = ["drop", "mask", "reweight"]
 MOMENTUM = Optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=0.05)
@@ -121,16 +121,6 @@ def test_an_embedding_that_scales_gradients_by_frequency_is_not_folded(mode: str
             make(workload, chosen)
     else:
         assert not hold(workload, chosen).folds
-
-
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True)
-        self.out = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.layer(x).mean(1))
 
 
 class Transposed(nn.Module):
