@@ -29,6 +29,7 @@ from fimo.workers.stacking.folding import folded
 from fimo.workers.stacking.masks import StepMasks
 from fimo.workers.stacking.optimizing import Optimizing, Rows
 from fimo.workers.stacking.parts import in_parts, part_cost
+from fimo.workers.stacking.products import multiplied
 from fimo.workers.stacking.record import Deltas, Measured, Record, distances
 from fimo.workers.stacking.replay import Replayed
 from fimo.workers.stacking.replicas import Gradients, GradientSum
@@ -110,8 +111,9 @@ class Training:
 
     def advance(self, until: int | None = None, watch: Callable[[int, Tensors], None] | None = None) -> None:
         """Take steps until ``until``, or until all is recorded; errors as ``further_train``."""
-        model = self.start.model
-        with torch.no_grad(), kept(model.device), model.mode(self.start.settings.mode), model.buffers_kept():
+        model, mode = self.start.model, self.start.settings.mode
+        products = multiplied(model, self.start.engine.replay)
+        with torch.no_grad(), kept(model.device), model.mode(mode), model.buffers_kept(), products:
             while not self._record.complete and (until is None or self.step < until):
                 self.step += 1
                 self._one.number = self.step

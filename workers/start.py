@@ -26,6 +26,7 @@ from fimo.workers.stacking import probe
 from fimo.workers.stacking.captured import Recorder, recorder_of
 from fimo.workers.stacking.evaluation import Evals, in_blocks
 from fimo.workers.stacking.masks import Calls, StepMasks
+from fimo.workers.stacking.products import multiplied
 from fimo.workers.stacking.replay import AFTER, Graphs
 from fimo.workers.stacking.trimming import Trimming, trimming
 
@@ -38,7 +39,7 @@ class Engine:
     """What may be done to be fast; with nothing of it, cells are trained one at a time as the definition has it.
 
     Attributes:
-        replay: trace the steps of small models.
+        replay: trace the steps of small models, and multiply by oneDNN where that is faster.
         trim: cut batches to their longest example, and into parts of similar length.
         fold: make one block of a step's blocks, if examples are proven independent.
         stack: train replicas together.
@@ -139,10 +140,12 @@ class Start:
             captures=self.captures if engine.replay else None,
             trimming=self.trimming if engine.trim and folds else None,
         )
-        if self.evals.places is None or engine.trim:
+        cut = self.evals.places is not None and not engine.trim
+        if not cut and engine.replay == self.engine.replay:
             return start
-        evals = in_blocks(self.examples, self.settings.eval_batch)
-        return replace(start, evals=evals, at_final=_at_final(self.model, evals))
+        # g at θᶠ by the kernels that will evaluate it.
+        evals = in_blocks(self.examples, self.settings.eval_batch) if cut else self.evals
+        return replace(start, evals=evals, at_final=_at_final(self.model, evals, engine))
 
     def masks(self, seeds: tuple[int, int]) -> StepMasks | None:
         """The dropout masks of a step whose forwards have these seeds; None = each forward draws its own."""
@@ -214,13 +217,13 @@ def _evaluated(
 ) -> tuple[Evals, Tensor]:
     """The evaluation examples as batches, cut if that changes nothing at θᶠ, and g(z, θᶠ)."""
     plain = in_blocks(evals, settings.eval_batch)
-    at_final = _at_final(model, plain)
+    at_final = _at_final(model, plain, engine)
     cuts = trimming(evals, model.padding) if engine.trim else None
     if cuts is None:
         return plain, at_final
     try:
         cut = in_blocks(evals, settings.eval_batch, cuts)
-        again, tolerance = _at_final(model, cut), 1e-9 if model.dtype is torch.float64 else 1e-4
+        again, tolerance = _at_final(model, cut, engine), 1e-9 if model.dtype is torch.float64 else 1e-4
         away = _same_away(model, evals, cut, cuts, tolerance)
     except Exception:
         # Whatever the model objects to, nothing is cut.
@@ -256,7 +259,7 @@ def _losses(model: FunctionalModel, train: Examples, size: int, cuts: Trimming |
     return torch.cat(losses)
 
 
-def _at_final(model: FunctionalModel, evals: Evals) -> Tensor:
+def _at_final(model: FunctionalModel, evals: Evals, engine: Engine) -> Tensor:
     """g(z, θᶠ), float64 (m,); refused if it is another number the next time (WorkloadError).
 
     No seed reaches an evaluation, so that its random numbers would pass for effects.
@@ -266,7 +269,7 @@ def _at_final(model: FunctionalModel, evals: Evals) -> Tensor:
         seed_all(seed, model.device)
         return torch.cat([model.measure(model.params, b) for b in evals.blocks[:count]]).double().cpu()
 
-    with torch.no_grad(), model.mode("eval"), kept(model.device):
+    with torch.no_grad(), model.mode("eval"), kept(model.device), multiplied(model, engine.replay):
         seed_all(0, model.device)
         before = torch_state(model.device), python_state()
         at_final = measured(0)

@@ -178,8 +178,8 @@ class Resources(Section):
     )
     replay: Annotated[bool, Field(strict=True)] = Field(
         default=True,
-        description="Trace the steps of small models; on a GPU, record and launch them. `off`: every step as written, "
-        "the same numbers to rounding.",
+        description="Trace the steps of small models; on a GPU, record and launch them; multiply large matrices by "
+        "oneDNN on CPUs where that is faster. `off`: every step as written, the same numbers to rounding.",
     )
     proof: Annotated[bool, Field(strict=True)] = Field(
         default=True,

@@ -1,7 +1,7 @@
 """A block of examples of different lengths as parts of similar length: little of what is computed is padding.
 
-The parts' weighted losses add up to the block's, as do their gradients. Where to cut is a function of the lengths and
-the model's size alone, so that a run can be repeated bit for bit.
+The parts' weighted losses add up to the block's, as do their gradients. Where to cut is a function of the lengths, the
+model's size and the kind of device alone, so that a run can be repeated bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fimo.workers.batches import Block
+from fimo.workers.stacking.products import gains
 from fimo.workers.stacking.trimming import Trimming
 
 MOST = 8
@@ -22,10 +23,10 @@ MOST = 8
 def part_cost(parameters: int, device: torch.device) -> float:
     """What one more part costs, in tokens: launching it, and reading each weight and adding up its gradient once more.
 
-    Measured as orders of magnitude: 3 ms of Python, 1e11 (CPU) and 2e13 (CUDA) operations a second, of which a token
-    needs 6 a parameter, and 16 bytes a parameter at 1e10 and 1e12 bytes a second.
+    Measured as orders of magnitude: 3 ms of Python, 1e11 (CPU, twice that by oneDNN) and 2e13 (CUDA) operations a
+    second, of which a token needs 6 a parameter, and 16 bytes a parameter at 1e10 and 1e12 bytes a second.
     """
-    speed, bandwidth = (2e13, 1e12) if device.type == "cuda" else (1e11, 1e10)
+    speed, bandwidth = (2e13, 1e12) if device.type == "cuda" else (2e11 if gains() else 1e11, 1e10)
     token = 6 * parameters / speed
     return (3e-3 + 16 * parameters / bandwidth) / token
 

@@ -1,0 +1,131 @@
+"""Large matrix products by oneDNN, on CPUs where it is faster than what torch multiplies by.
+
+torch multiplies float32 matrices on a CPU by MKL, which gives a CPU of another maker than Intel its narrower vector
+kernels: on one core of an EPYC with AVX-512, 105 GFLOP/s where oneDNN's reach 220. torch carries oneDNN too. Here a
+model that trains alone has its products done by it as they come (``multiplied``), a traced stack for good
+(``replaced``).
+
+Invariants: which kernel multiplies follows from the CPU, the shapes and the strides, never from timing. A product is
+the same to rounding either way, and sums over its inner dimension in one order, so that a run repeats bit for bit. The
+definition (``fimo.workers.definition``) multiplies as torch does, so that a sweep's proof holds one against the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fimo.workers.device import cpu_vendor
+from fimo.workers.functional import FunctionalModel
+from fimo.workers.stacking.fused import Layout, fused
+
+aten = torch.ops.aten
+
+WORTH = 2**19
+"""Multiplications from which a product gains more by oneDNN than a call of it costs."""
+
+LARGE = 2**16
+"""Numbers in a matrix of weights from which it is worth to look at every kernel of a model that trains alone."""
+
+
+@lru_cache(maxsize=1)
+def gains() -> bool:
+    """Whether MKL leaves half of this CPU's vectors idle, and torch was built with oneDNN."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and cpu_vendor() not in ("", "GenuineIntel") and torch.backends.mkldnn.is_available()
+
+
+def mm(left: Tensor, right: Tensor) -> Tensor:
+    """``torch.mm`` by oneDNN: float32 on a CPU."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+    return out
+
+
+def addmm(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``torch.addmm`` by oneDNN, with a bias (columns,)."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+    return out
+
+
+def multiplied(model: FunctionalModel, wanted: bool = True) -> AbstractContextManager[object]:
+    """Inside it, large products of two matrices are oneDNN's, if ``wanted``, the model has such and the CPU gains."""
+    matrices = [p for p in (*model.params.values(), *model.fixed.values()) if p.dim() == 2 and p.numel() >= LARGE]
+    suited = bool(matrices) and model.device.type == "cpu" and model.dtype is torch.float32
+    return _ByOneDnn() if wanted and suited and gains() else nullcontext()
+
+
+def replaced(module: torch.fx.GraphModule, given: Sequence[Tensor]) -> None:
+    """Give a traced graph's large float32 products to oneDNN, if the CPU gains by it.
+
+    Args:
+        module: changed in place; its values do not change but for rounding.
+        given: tensors that it is called with.
+    """
+    if not gains() or any(tensor.device.type != "cpu" for tensor in given):
+        return
+    layouts = _Layouts(module)
+    with torch.no_grad():
+        layouts.run(*given)
+    for node in module.graph.nodes:
+        operands = [layouts.found[arg] for arg in node.args if arg in layouts.found]
+        if node.target in (aten.bmm.default, *FORMS) and not node.kwargs and len(operands) == len(node.args):
+            node.target = _kernel(node.target, *operands) or node.target
+    module.graph.lint()
+    module.recompile()
+
+
+def _kernel(target: Any, *operands: Layout) -> Callable[..., Tensor] | None:
+    """oneDNN's kernel for operands of these layouts; None = nothing to gain."""
+    *bias, (left, _), (right, _) = operands
+    if prod(left) * right[-1] < WORTH or any(shape != right[-1:] for shape, _ in bias):
+        return None
+    return fused(operands[0], operands[1]) if target is aten.bmm.default else FORMS[target]
+
+
+FORMS: Mapping[Any, Callable[..., Tensor]] = {aten.mm.default: mm, aten.addmm.default: addmm}
+
+
+class _ByOneDnn(TorchDispatchMode):
+    """Multiplies two large float32 matrices by oneDNN, in a forward and in its backward."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in FORMS and not kwargs and _are_plain(args):
+            kernel = _kernel(func, *((tuple(t.shape), t.stride()) for t in args))
+            if kernel is not None:
+                return kernel(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _are_plain(operands: Sequence[Any]) -> bool:
+    """float32 on a CPU, and not a subclass of tensors with a way of its own."""
+    return all(type(t) is Tensor and t.dtype is torch.float32 and t.device.type == "cpu" for t in operands)
+
+
+class _Layouts(torch.fx.Interpreter):
+    """Runs a graph and notes how each float32 tensor lies in memory."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[Any, Layout] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.dtype is torch.float32:
+            self.found[n] = (tuple(value.shape), value.stride())
+        return value
