@@ -39,12 +39,14 @@ def fused(left: Layout, right: Layout) -> Product | None:
 
 
 def is_dense(layout: Layout) -> bool:
-    """Whether the matrices lie one after the other without gaps, each by rows or by columns.
+    """Whether a matrix, or several one after the other, lie without gaps, each by rows or by columns.
 
-    oneDNN has no fast kernel for others, such as one matrix that all replicas share: it takes a thousand times as long.
+    oneDNN has no fast kernel for others, such as one matrix that all replicas share, or the first tokens of texts: it
+    takes a thousand times as long, and refuses what overlaps. (Of two matrices it copies the left one.)
     """
-    (_, rows, columns), strides = layout
-    return strides in ((rows * columns, columns, 1), (rows * columns, 1, rows))
+    (*several, rows, columns), strides = layout
+    apart = (rows * columns,) * len(several)
+    return strides in ((*apart, columns, 1), (*apart, 1, rows))
 
 
 def _fuse(left: Tensor, right: Tensor) -> Product | None:

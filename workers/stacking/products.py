@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fimo.workers.device import cpu_vendor
 from fimo.workers.functional import FunctionalModel
-from fimo.workers.stacking.fused import Layout, fused
+from fimo.workers.stacking.fused import Layout, fused, is_dense
 
 aten = torch.ops.aten
 
@@ -84,7 +84,10 @@ def replaced(module: torch.fx.GraphModule, given: Sequence[Tensor]) -> None:
 def _kernel(target: Any, *operands: Layout) -> Callable[..., Tensor] | None:
     """oneDNN's kernel for operands of these layouts; None = nothing to gain."""
     *bias, (left, _), (right, _) = operands
-    if prod(left) * right[-1] < WORTH or any(shape != right[-1:] for shape, _ in bias):
+    if prod(left) * right[-1] < WORTH or not is_dense(operands[-1]):
+        return None
+    # oneDNN reads a bias as one without gaps: past its end, if it is one number for all columns.
+    if any(layout != (right[-1:], (1,)) for layout in bias):
         return None
     return fused(operands[0], operands[1]) if target is aten.bmm.default else FORMS[target]
 

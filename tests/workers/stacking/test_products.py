@@ -73,6 +73,35 @@ def test_matrices_that_are_shared_or_have_gaps_are_left_to_torch() -> None:
     assert fused(layout(drawn(100, 100).expand(3, 100, 100)), layout(drawn(3, 100, 100))) is None
 
 
+def by_dispatch(left: Tensor, right: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A product in a model that trains alone, and in float64."""
+    wide = left.double() @ right.double() + (0 if bias is None else bias.double())
+    with products._ByOneDnn():
+        return (torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)), wide
+
+
+@pytest.mark.parametrize("bias", [drawn(1).expand(64), drawn(64, 3)[:, 1], drawn(128)[::2]])
+def test_a_bias_with_gaps_is_read_as_it_lies(bias: Tensor) -> None:
+    """oneDNN reads it as one without: it took the numbers between, or past the end."""
+    got, expected = by_dispatch(drawn(128, 256), drawn(256, 64), bias)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        drawn(128, 9, 384)[:, 0],  # first tokens, as in the gradient of the layer that reads them
+        drawn(128, 1).expand(128, 384),  # the gradient of a sum
+        drawn(600).as_strided((128, 384), (1, 1)),  # windows, which oneDNN refused
+    ],
+)
+def test_matrices_with_gaps_or_overlaps_are_not_given_to_onednn(right: Tensor, counted: list[str]) -> None:
+    """It took a thousand times as long."""
+    got, expected = by_dispatch(drawn(384, 128), right)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+    assert not counted
+
+
 def test_only_large_float32_products_of_a_graph_are_replaced(gaining: None) -> None:
     def of(a: Tensor, b: Tensor, c: Tensor, d: Tensor, s: Tensor) -> list[Tensor]:
         large = torch.bmm(a, b)
