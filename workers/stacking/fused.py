@@ -6,6 +6,7 @@ So each product is a TorchScript function of its own, made for its operands' sha
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ Product = Callable[[Tensor, Tensor], Tensor]
 CALLS = 3
 """Calls after which TorchScript has noted the operands' layouts and put oneDNN's kernel in place."""
 
+_making = threading.Lock()
+
 log = logging.getLogger(__name__)
 
 
@@ -31,7 +34,9 @@ def fused(left: Layout, right: Layout) -> Product | None:
     if not (is_dense(left) and is_dense(right)):
         return None
     try:
-        return _fuse(_drawn(left, 0), _drawn(right, 1))
+        # The fuser's switch is the process's: another thread that makes one would turn it off here, and on for good.
+        with _making:
+            return _fuse(_drawn(left, 0), _drawn(right, 1))
     except Exception as error:
         # TorchScript is on its way out of torch. Without it the products are torch's own.
         log.debug("no batched products by oneDNN: %s: %s", type(error).__name__, error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -166,6 +168,23 @@ def test_users_own_torchscript_is_fused_as_before() -> None:
     was = torch.jit.onednn_fusion_enabled()
     fused(layout(drawn(2, 61, 62)), layout(drawn(2, 62, 63)))
     assert torch.jit.onednn_fusion_enabled() is was
+
+
+def test_threads_that_make_products_at_once_leave_the_fuser_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One turned it off for the other, which made none, and on for good, for all TorchScript of the process."""
+    trace, was = torch.jit.trace, torch.jit.onednn_fusion_enabled()
+
+    def slow(*args, **options):
+        time.sleep(0.1)
+        return trace(*args, **options)
+
+    monkeypatch.setattr(torch.jit, "trace", slow)
+    pairs = [(drawn(2, 50 + i, 62), drawn(2, 62, 63)) for i in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        made = list(threads.map(lambda pair: fused(*map(layout, pair)), pairs))
+    fused.cache_clear()
+    assert torch.jit.onednn_fusion_enabled() is was
+    assert None not in made
 
 
 def wide(hidden: int = 300) -> nn.Module:
