@@ -213,14 +213,15 @@ class OpenSweep:
 
     def _table(self, name: str) -> pa.Table:
         from fimo.orchestrator.run.gather import gather
-        from fimo.orchestrator.run.written import is_current, read_table
+        from fimo.orchestrator.run.written import current, read_table
         from fimo.workers.errors import StoreError
 
         if name not in self._tables:
             manifest = self._sweep.read_manifest()
             try:
                 # Not all of them: a table of estimates may be large.
-                kept = read_table(self._sweep, name) if is_current(self._sweep, manifest) else None
+                made = current(self._sweep, manifest)
+                kept = None if made is None else read_table(self._sweep, name, made)
             except StoreError:
                 kept = None
             if kept is None:

@@ -18,13 +18,7 @@ from fimo.orchestrator.run.reading import Costs, Gathered, cost
 from fimo.orchestrator.run.sharing import reduce_parts
 from fimo.orchestrator.run.tabled import tables_of
 from fimo.orchestrator.run.witnesses import Witnesses, read_witnesses
-from fimo.orchestrator.run.written import (
-    is_current,
-    listed_parts,
-    read_table,
-    read_warnings,
-    stamp,
-)
+from fimo.orchestrator.run.written import current, listed_parts, read_table, stamp, warnings_in
 from fimo.orchestrator.spec.canonical import digest
 from fimo.orchestrator.store import NotFound
 from fimo.orchestrator.sweep import keys
@@ -194,15 +188,17 @@ def current_tables(
     Raises:
         StoreError: the store cannot be read.
     """
-    if is_current(sweep, manifest):
+    # Before the tables are known to be current: what is complete only afterwards is not what they were made from.
+    complete = is_complete(manifest, sweep, failures.read(sweep, manifest))
+    if (made := current(sweep, manifest)) is not None:
         try:
-            tables = {name: read_table(sweep, name) for name in schemas.SCHEMAS}
+            tables = {name: read_table(sweep, name, made) for name in schemas.SCHEMAS}
         except StoreError:
             pass
         else:
-            for line in read_warnings(sweep):
+            for line in warnings_in(made):
                 say(line)
-            return tables, is_complete(manifest, sweep, failures.read(sweep, manifest))
+            return tables, complete
     gathered = gather(sweep, manifest, say)
     for line in gathered.warnings:
         say(line)

@@ -9,7 +9,7 @@ from typing import Any
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.heartbeat import drivers
 from fimo.orchestrator.run.owed import missing_estimates, missing_witnesses, owed_tasks
-from fimo.orchestrator.run.written import is_current, read_table, read_warnings
+from fimo.orchestrator.run.written import current, read_table, warnings_in
 from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
@@ -72,13 +72,14 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
 
 def _told(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed]) -> dict[str, Any]:
     """What the tables say of themselves; nothing while they are not of what the store holds."""
-    if not is_current(sweep, manifest, listed):
+    made = current(sweep, manifest, listed)
+    if made is None:
         return {"warnings": [], "reliability": []}
     try:
-        rows = read_table(sweep, "reliability").to_pylist()
+        rows = read_table(sweep, "reliability", made).to_pylist()
     except StoreError:
         rows = []
-    return {"warnings": read_warnings(sweep), "reliability": [r for r in rows if r["measured"]]}
+    return {"warnings": warnings_in(made), "reliability": [r for r in rows if r["measured"]]}
 
 
 def _pace(listed: Sequence[Listed], done: int, cells: int) -> dict[str, float | None]:

@@ -85,35 +85,45 @@ def write_tables(
     return written
 
 
-def is_current(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed] | None = None) -> bool:
-    """Whether the store's tables were made from what it holds now; ``listed``: all parts of its digest, if known."""
+def current(sweep: Sweep, manifest: Manifest, listed: Sequence[Listed] | None = None) -> dict[str, Any] | None:
+    """What is recorded of the store's tables, if they were made from what it holds now; else None.
+
+    Args:
+        listed: all parts of its digest, if known.
+    """
     try:
-        made_from, seeds = _made_from(sweep)["stamp"], set(manifest.spec.seeds)
+        made, seeds = _made_from(sweep), set(manifest.spec.seeds)
         every = sweep.list_parts(manifest.digest) if listed is None else listed
-        return bool(made_from == stamp(sweep, manifest, [part for part in every if part.seed in seeds]))
-    except (StoreError, KeyError):
-        return False
+        now = stamp(sweep, manifest, [part for part in every if part.seed in seeds])
+    except StoreError:
+        return None
+    return made if made.get("stamp") == now else None
 
 
-def read_table(sweep: Sweep, name: str) -> pa.Table:
+def read_table(sweep: Sweep, name: str, made: Mapping[str, Any] | None = None) -> pa.Table:
     """One of the store's tables, as it was written with the others beside it.
 
     Two drivers that end at once may leave tables of both: those of one of them are not taken for the other's.
+
+    Args:
+        made: what is recorded of the tables (``current``), for whoever reads several: a driver that writes new ones
+            meanwhile writes another record, and its tables are none of this one's. None = what is recorded now.
 
     Raises:
         StoreError: there is none, or it is torn, foreign, or not the one that was written last.
     """
     data = sweep.store.get(keys.table(sweep.name, name))
-    if hashlib.sha256(data).hexdigest() != dict(_made_from(sweep).get("tables", {})).get(name):
+    made = _made_from(sweep) if made is None else made
+    if hashlib.sha256(data).hexdigest() != dict(made.get("tables", {})).get(name):
         raise StoreError(f"table {name} is not the one that was written; run the sweep again to write it anew")
     return schemas.decode_table(data, name)
 
 
-def read_warnings(sweep: Sweep) -> list[str]:
-    """What a reader of the stored tables must be told first; none if it is not recorded."""
+def warnings_in(made: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tables must be told first, by what is recorded of them; none if that is not recorded."""
     try:
-        return [str(line) for line in _made_from(sweep)["warnings"]]
-    except (StoreError, KeyError, TypeError):
+        return [str(line) for line in made["warnings"]]
+    except (KeyError, TypeError):
         return []
 
 
