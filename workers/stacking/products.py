@@ -37,9 +37,18 @@ LARGE = 2**16
 
 @lru_cache(maxsize=1)
 def gains() -> bool:
-    """Whether MKL leaves half of this CPU's vectors idle, and torch was built with oneDNN."""
+    """Whether MKL leaves half of this CPU's vectors idle, and oneDNN's product can be had and is one."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and cpu_vendor() not in ("", "GenuineIntel") and torch.backends.mkldnn.is_available()
+    return wide and cpu_vendor() not in ("", "GenuineIntel") and _multiplies()
+
+
+def _multiplies() -> bool:
+    left, right = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
+    try:
+        # torch makes this kernel for its own compiler, and may change it.
+        return torch.equal(mm(left, right), torch.mm(left, right))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
 
 
 def mm(left: Tensor, right: Tensor) -> Tensor:

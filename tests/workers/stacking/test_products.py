@@ -147,6 +147,16 @@ def test_cpus_that_gain(monkeypatch: pytest.MonkeyPatch, vendor: str, capability
     assert products.gains.__wrapped__() is gains
 
 
+@pytest.mark.parametrize(
+    "kernel", [lambda left, right: left[:, :1] * right[:1], lambda left, right: torch.ops.no.such(left)]
+)
+def test_no_cpu_gains_by_a_kernel_that_is_gone_or_another(monkeypatch: pytest.MonkeyPatch, kernel) -> None:
+    monkeypatch.setattr(products, "cpu_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(products, "mm", kernel)
+    assert products.gains.__wrapped__() is False
+
+
 def test_without_torchscript_products_stay_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object, **__: object) -> object:
         raise RuntimeError("TorchScript is gone")
