@@ -13,6 +13,7 @@ import torch
 
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.workers.device import device_name
+from fimo.workers.stacking.products import multiplies
 
 
 def provenance(device: torch.device, resolved: Resolved, flags: Mapping[str, object]) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def provenance(device: torch.device, resolved: Resolved, flags: Mapping[str, obj
         "removal_mode": resolved.spec.further_training.removal_mode,
         "removal_weight": resolved.spec.further_training.removal_weight,
         "replay": resolved.spec.resources.replay,
+        "products": multiplies(device),
     }
 
 

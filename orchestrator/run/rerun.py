@@ -1,7 +1,7 @@
 """A cell trained again, in two ways.
 
-In the very stack that it was part of, with its shard's baseline: if device, threads, versions and stack size are those
-of the part, its deltas must be the same bits. Otherwise its effect must agree to ten times the noise floor.
+In the very stack that it was part of, with its shard's baseline: if device, threads, versions, kernels and stack size
+are those of the part, its deltas must be the same bits. Otherwise its effect must agree to ten times the noise floor.
 
 And by the plain definition (``fimo.workers.definition``), which finds what the engine gets wrong every time. Here its
 effect must agree to what rounding does to the definition itself, measured from θᶠ moved by a few units in the last
@@ -35,6 +35,7 @@ from fimo.workers.device import deterministic, device_name, pick_device
 from fimo.workers.errors import FimoError, StoreError, UsageError
 from fimo.workers.joined import Shards, train_again
 from fimo.workers.shard import out_of_memory, release
+from fimo.workers.stacking.products import multiplies
 from fimo.workers.start import Start
 from fimo.workers.trial import RELATIVE, SLACK, moved_state
 
@@ -135,6 +136,8 @@ def _rerun(
         and device == here
         and part.provenance.get("versions") == versions()
         and part.provenance.get("replay") == manifest.spec.resources.replay
+        # Those that do not say it were made before there was a choice.
+        and part.provenance.get("products", "torch") == multiplies(start.model.device)
         and replicas == _count(part, "replicas_at_start")
     )
     own = start.using(engine_of_part(sweep, manifest, part.provenance))

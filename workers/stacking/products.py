@@ -39,16 +39,21 @@ LARGE = 2**16
 def gains() -> bool:
     """Whether MKL leaves half of this CPU's vectors idle, and oneDNN's product can be had and is one."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and cpu_vendor() not in ("", "GenuineIntel") and _multiplies()
+    return wide and cpu_vendor() not in ("", "GenuineIntel") and _is_product()
 
 
-def _multiplies() -> bool:
+def _is_product() -> bool:
     left, right = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
     try:
         # torch makes this kernel for its own compiler, and may change it.
         return torch.equal(mm(left, right), torch.mm(left, right))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
+
+
+def multiplies(device: torch.device) -> str:
+    """By whose kernels large float32 products are done on a device: "oneDNN", or "torch" for those that torch takes."""
+    return "oneDNN" if device.type == "cpu" and gains() else "torch"
 
 
 def mm(left: Tensor, right: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fimo.orchestrator.store import LocalStore
 from fimo.orchestrator.sweep import keys, parts
 from fimo.orchestrator.sweep.sweep import open_sweep
 from fimo.workers.shard import ShardResult
+from fimo.workers.stacking import products
 from tests.faults import sweeps
 
 CELLS = 15
@@ -97,6 +98,25 @@ def test_another_device_is_held_to_the_noise_floor_and_not_to_the_bits(store: Lo
     assert 0 < near[0].difference < 1
     assert found.exit_code == 1
     assert set(found.devices) == {"Other GPU", next(n for n in found.devices if n != "Other GPU")}
+
+
+@pytest.mark.parametrize(("kernels", "gains"), [("torch", True), ("oneDNN", False), (None, True)])
+def test_a_part_by_other_kernels_is_held_to_the_noise_floor_and_not_to_the_bits(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, kernels: str | None, gains: bool
+) -> None:
+    """None: a part that does not say by which, as all did before there was a choice."""
+    monkeypatch.setattr(products, "gains", lambda: gains)
+    for key in sweeps.part_keys(store):
+        part = parts.decode_part(store.get(key), key)
+        made = {name: value for name, value in part.provenance.items() if name != "products"}
+        same = {"products": products.multiplies(torch.device("cpu"))} if part.seed else {}
+        told = same or ({} if kernels is None else {"products": kernels})
+        result = ShardResult(
+            part.seed, part.steps, torch.tensor(part.deltas + 1e-9), torch.tensor(part.distances), 4, 0.0, 0
+        )
+        store.put(key, parts.encode_part(result, part.removals, part.digest, {**made, **told})[0])
+    found = verify.verify(open_sweep(f"{store.uri}/tiny"), rerun=100)
+    assert {(r.seed, r.exact, r.ok) for r in found.reruns} == {(0, False, True), (1, True, False), (2, True, False)}
 
 
 def test_drift_between_devices_is_reported(store: LocalStore) -> None:
