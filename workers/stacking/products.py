@@ -130,8 +130,12 @@ class _ByOneDnn(TorchDispatchMode):
 
 
 def _are_plain(operands: Sequence[Any]) -> bool:
-    """float32 on a CPU, and not a subclass of tensors with a way of its own."""
-    return all(type(t) is Tensor and t.dtype is torch.float32 and t.device.type == "cpu" for t in operands)
+    """float32 on a CPU, not sparse, and not a subclass of tensors with a way of its own."""
+    return all(type(t) is Tensor and t.dtype is torch.float32 and _is_strided(t) for t in operands)
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.layout is torch.strided
 
 
 class _Layouts(torch.fx.Interpreter):

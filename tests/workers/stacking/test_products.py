@@ -104,6 +104,14 @@ def test_matrices_with_gaps_or_overlaps_are_not_given_to_onednn(right: Tensor, c
     assert not counted
 
 
+def test_sparse_matrices_are_left_to_torch() -> None:
+    """They ended the run."""
+    left, right = drawn(90, 90).relu(), drawn(90, 90)
+    with products._ByOneDnn():
+        got = torch.mm(left.to_sparse(), right)
+    torch.testing.assert_close(got, left @ right, rtol=1e-5, atol=1e-4)
+
+
 def test_only_large_float32_products_of_a_graph_are_replaced(gaining: None) -> None:
     def of(a: Tensor, b: Tensor, c: Tensor, d: Tensor, s: Tensor) -> list[Tensor]:
         large = torch.bmm(a, b)
