@@ -12,7 +12,9 @@ def verification_lines(verification: Verification) -> Iterator[str]:
     """What was read, what is wrong with it, what each device's noise is, and how each cell trained again came out."""
     v = verification
     yield f"{v.sweep}: {v.parts} parts and {v.blocks} blocks of estimates read, {len(v.bad)} bad"
-    yield f"{v.done} of {v.cells} cells there" + (f", {v.owed} estimators missing" if v.owed else "")
+    lacking = {"estimators": v.owed, "witnesses": v.witnesses}
+    missing = [f"{count} {what} missing" for what, count in lacking.items() if count]
+    yield ", ".join([f"{v.done} of {v.cells} cells there", *missing, *["more seeds may come"] * (not v.settled)])
     yield from (f"bad: {line}; `fimo resume {v.sweep}` computes it again" for line in v.bad)
     if v.diverged:
         yield f"{v.diverged} results are not finite: lower the learning rate or clip"

@@ -141,8 +141,7 @@ def _run(
     shards: bool,
     replace_other: bool,
 ) -> Report:
-    if not shards:
-        manifest = with_its_seeds(manifest, sweep)
+    manifest = with_its_seeds(manifest, sweep, exactly=shards)
     larger = not replace_other and is_part_of(manifest, sweep)
     if not larger:
         sweep.write_manifest(manifest)
@@ -164,7 +163,7 @@ def _run(
                 _compute(of, sweep, shared, pool, listener, should_stop, outcome, course)
 
     if shards and manifest.spec.seeds.until_reliability is not None:
-        manifest = _grown(manifest, sweep, compute, listener, outcome)
+        manifest = _grown(manifest, sweep, compute, listener, outcome, note=not larger)
     for _ in range(ROUNDS):
         tasks, plan = _owed(manifest, sweep, shards)
         if tasks and not outcome.stopped:
@@ -217,19 +216,29 @@ def refuse_other(manifest: Manifest, sweep: Sweep) -> None:
         )
 
 
-def with_its_seeds(manifest: Manifest, sweep: Sweep) -> Manifest:
-    """With as many seeds as the sweep has come to: estimates alone add none, and take none out of its tables."""
+def with_its_seeds(manifest: Manifest, sweep: Sweep, exactly: bool = False) -> Manifest:
+    """With as many seeds as the sweep has come to: a run that begins again takes none out of its tables meanwhile.
+
+    Args:
+        exactly: only of a sweep that chooses by the same removals, reliability and bounds, which the same choices lead
+            to so many seeds; estimates alone choose none, and take those that there are.
+    """
     seeds = manifest.spec.seeds
     if seeds.until_reliability is None:
         return manifest
+    fresh = replace(manifest, settled=False)
     try:
         there = sweep.read_manifest()
     except FimoError:
-        return manifest
+        return fresh
     count = there.spec.seeds.count
     if there.digest != manifest.digest or not seeds.min <= count <= seeds.max:
-        return manifest
-    return manifest.with_seeds(count)
+        return fresh
+    ours, theirs = ([r.indices for r in of.removals] for of in (manifest, there))
+    same = (ours, seeds.model_copy(update={"count": count})) == (theirs, there.spec.seeds)
+    if exactly and not (same and count >= seeds.count):
+        return fresh
+    return replace(manifest.with_seeds(count), settled=there.settled)
 
 
 def _grown(
@@ -238,8 +247,13 @@ def _grown(
     compute: Callable[[Manifest, list[Task], Plan], None],
     listener: Listener,
     outcome: Outcome,
+    note: bool,
 ) -> Manifest:
-    """Train shards in rounds of more seeds until they are reliable; estimates wait for the number to be settled."""
+    """Train shards in rounds of more seeds until they are reliable; estimates wait for the number to be settled.
+
+    Args:
+        note: keep in the store how far it is; not if that has the manifest of a larger sweep.
+    """
     rounds = 0
     while not outcome.stopped:
         tasks, plan = owed_tasks(manifest, sweep, failures.read(sweep, manifest))
@@ -251,10 +265,17 @@ def _grown(
         if met.bad and rounds < ROUNDS:
             rounds += 1
             continue
-        if more is None or outcome.stopped:
+        if outcome.stopped:
             break
-        manifest, rounds = manifest.with_seeds(more), 0
-        sweep.write_manifest(manifest)
+        if more is None:
+            manifest = replace(manifest, settled=not met.bad)
+        else:
+            # Another driver of the sweep may be further by now.
+            manifest, rounds = with_its_seeds(manifest.with_seeds(more), sweep, exactly=True), 0
+        if note:
+            sweep.write_manifest(manifest)
+        if more is None:
+            break
     return manifest
 
 

@@ -52,7 +52,7 @@ def gather(
     Raises:
         StoreError: the store cannot be read.
     """
-    gathered = Gathered({}, cells=manifest.cells)
+    gathered = Gathered({}, cells=manifest.cells, settled=manifest.settled)
     listed = listed_parts(sweep, manifest)
     before = stamp(sweep, manifest, listed)
     costs: Costs = []

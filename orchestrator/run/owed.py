@@ -199,8 +199,8 @@ def estimators_in(tasks: Sequence[Task]) -> set[Named]:
 
 
 def is_complete(manifest: Manifest, sweep: Sweep, failures: Failures) -> bool:
-    """Whether the store lists every cell, estimate and witness; raises StoreError."""
-    return not (
+    """Whether the store lists every cell, estimate and witness, and no seeds are to come; raises StoreError."""
+    return manifest.settled and not (
         current_plan(manifest, sweep).missing
         or missing_estimates(manifest, sweep, failures)
         or missing_witnesses(manifest, sweep, failures)

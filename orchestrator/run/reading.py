@@ -36,6 +36,7 @@ class Gathered:
         cells, done: of the whole sweep, and those with a verified part.
         estimators_wanted, estimators_done: those not left out of the default set, and those that are complete.
         witnesses_missing: seeds whose witnesses are still to be trained.
+        settled: no more seeds are to come.
         devices: device types that parts come from.
         stamp: digest of everything the tables were made from; none that the store can have if that was in motion.
         warnings: what a reader of the tables must be told first.
@@ -52,6 +53,7 @@ class Gathered:
     estimators_wanted: int = 0
     estimators_done: int = 0
     witnesses_missing: int = 0
+    settled: bool = True
     devices: list[str] = field(default_factory=list)
     stamp: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -65,8 +67,8 @@ class Gathered:
 
     @property
     def complete(self) -> bool:
-        """Whether every cell, estimate and witness is there."""
-        return self.done == self.cells and self.estimated and not self.witnesses_missing
+        """Whether every cell, estimate and witness is there, and no seeds are to come."""
+        return self.settled and self.done == self.cells and self.estimated and not self.witnesses_missing
 
 
 def seed_blocks(

@@ -39,7 +39,7 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
     finished = sum(by_seed.values())
     missing = missing_estimates(manifest, sweep, recorded)
     witnesses = missing_witnesses(manifest, sweep, recorded)
-    complete = finished == manifest.cells and not missing and not witnesses
+    complete = manifest.settled and finished == manifest.cells and not missing and not witnesses
     status: dict[str, Any] = {
         "sweep": sweep.uri,
         "cells": manifest.cells,
@@ -63,7 +63,7 @@ def sweep_status(sweep: Sweep) -> dict[str, Any]:
         "failed": [failure.line for failure in recorded.aside],
         "complete": complete,
         "estimated_only": bool(manifest.estimators) and not (listed or missing or recorded.aside or complete),
-        "resumable": not complete and bool(owed_tasks(manifest, sweep, recorded, done)[0]),
+        "resumable": not complete and (not manifest.settled or bool(owed_tasks(manifest, sweep, recorded, done)[0])),
         "exit_code": 1 if recorded.aside else 0 if complete else 3,
         **_told(sweep, manifest, listed),
     }

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fimo.orchestrator.resolve.at_hand import HERE, Own
 from fimo.orchestrator.run import failures
 from fimo.orchestrator.run.blocks import assemble, listed_blocks, runs_of, value_digest
+from fimo.orchestrator.run.owed import missing_witnesses
 from fimo.orchestrator.run.rerun import Array, Rerun, rerun_cells
 from fimo.orchestrator.run.written import listed_parts, listed_witnesses
 from fimo.orchestrator.store import NotFound
@@ -45,7 +46,8 @@ class Verification:
     """What the objects of a sweep are, and how the cells trained again came out.
 
     Attributes:
-        cells, done: of the sweep, and those in a part that verifies; ``owed``: estimators not complete.
+        cells, done: of the sweep, and those in a part that verifies; ``owed``: estimators not complete;
+            ``witnesses``: seeds whose witnesses are missing; ``settled``: no more seeds are to come.
         bad: one line for each object that does not verify.
         diverged: runs that are not finite.
         devices: by name; ``Device.drift`` is the root mean square difference of its baselines to those that another
@@ -56,6 +58,8 @@ class Verification:
     cells: int = 0
     done: int = 0
     owed: int = 0
+    witnesses: int = 0
+    settled: bool = True
     parts: int = 0
     blocks: int = 0
     bad: list[str] = field(default_factory=list)
@@ -68,7 +72,7 @@ class Verification:
         """0 all well, 1 something is wrong, 3 incomplete."""
         if self.bad or self.diverged or not all(r.ok for r in self.reruns):
             return 1
-        return 0 if self.done == self.cells and not self.owed else 3
+        return 0 if self.settled and self.done == self.cells and not (self.owed or self.witnesses) else 3
 
     def json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -79,6 +83,8 @@ class Verification:
             "parts": self.parts,
             "estimate_blocks": self.blocks,
             "estimators_missing": self.owed,
+            "witnesses_missing": self.witnesses,
+            "settled": self.settled,
             "bad": self.bad,
             "diverged": self.diverged,
             "devices": {
@@ -101,7 +107,7 @@ def verify(sweep: Sweep, rerun: int = 0, seed: int = 0, own: Own = HERE) -> Veri
         StoreError: the store cannot be read.
     """
     manifest = sweep.read_manifest()
-    verification = Verification(sweep.uri, cells=manifest.cells)
+    verification = Verification(sweep.uri, cells=manifest.cells, settled=manifest.settled)
     reading = _Reading(sweep, manifest, verification)
     good = reading.parts()
     reading.estimates()
@@ -177,6 +183,8 @@ class _Reading:
 
     def witnesses(self) -> None:
         """Every seed's witnesses."""
+        recorded = failures.read(self.sweep, self.manifest)
+        self.into.witnesses = len(missing_witnesses(self.manifest, self.sweep, recorded))
         for seed in listed_witnesses(self.sweep, self.manifest):
             try:
                 self.sweep.read_witness(seed, self.manifest)

@@ -35,6 +35,7 @@ class Manifest:
         about: (part, digest) of what ``digest`` is made from, to say what has changed; empty in older manifests.
         names: (training index, its id, its label) of every removed example, as the workload has them; None where it
             has none.
+        settled: False while a run may still add seeds (``until_reliability``): what is there is then not all.
     """
 
     spec: Spec
@@ -53,6 +54,7 @@ class Manifest:
     eval_digests: tuple[str, ...] = ()
     about: tuple[tuple[str, str], ...] = ()
     names: tuple[tuple[int, str | None, str | None], ...] = ()
+    settled: bool = True
 
     @property
     def cells(self) -> int:
@@ -83,6 +85,7 @@ class Manifest:
             "eval_digests": list(self.eval_digests),
             "about": dict(self.about),
             "names": [list(of) for of in self.names],
+            "settled": self.settled,
         }
 
 
@@ -133,6 +136,7 @@ def from_json(values: Any) -> Manifest:
         eval_digests=tuple(map(_name, _list(values.get("eval_digests", [])))),
         about=tuple(sorted((_name(part), _name(of)) for part, of in dict(values.get("about", {})).items())),
         names=tuple((_whole(index), _text(own), _text(label)) for index, own, label in _list(values.get("names", []))),
+        settled=_flag(values.get("settled", True)),
     )
     if manifest.eval_digests and len(manifest.eval_digests) != evals:
         raise ValueError("it has not one digest for each evaluation example")
@@ -152,6 +156,12 @@ def _in_order(spec: Spec, removals: Sequence[NamedRemoval]) -> Spec:
 def _whole(value: Any, least: int = 0) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
         raise ValueError(f"a number in it is none that can be: {str(value)[:40]}")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"what is true or false in it is neither: {str(value)[:40]}")
     return value
 
 
