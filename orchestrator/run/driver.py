@@ -255,7 +255,11 @@ def _grown(
         note: keep in the store how far it is; not if that has the manifest of a larger sweep.
     """
     rounds = 0
-    while not outcome.stopped:
+
+    def goes_on() -> bool:
+        return outcome.stopped is None
+
+    while goes_on():
         tasks, plan = owed_tasks(manifest, sweep, failures.read(sweep, manifest))
         owed: list[Task] = [task for task in tasks if isinstance(task, Shard)]
         if owed:
@@ -265,7 +269,7 @@ def _grown(
         if met.bad and rounds < ROUNDS:
             rounds += 1
             continue
-        if outcome.stopped:
+        if not goes_on():
             break
         if more is None:
             manifest = replace(manifest, settled=not met.bad)
