@@ -28,6 +28,7 @@ from fimo.workers.device import device_name
 from fimo.workers.errors import StoreError, UsageError
 from fimo.workers.joined import joint_sizes
 from fimo.workers.proof import UnprovenError, prove
+from fimo.workers.stacking.products import multiplies
 from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.start import Engine, Start
 from fimo.workers.trial import Case
@@ -82,6 +83,8 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
     }
     if (together := seeds_together(manifest, len(every))) > 1:
         about["together"] = together
+    if (multiplier := multiplies(start.model.device)) != "torch":
+        about["products"] = multiplier
     key = keys.proof(sweep.name, manifest.digest, device, digest(about)[:16])
     with contextlib.suppress(NotFound):
         return _taken(_verdict(sweep, key), key, start)

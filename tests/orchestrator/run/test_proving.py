@@ -16,7 +16,7 @@ from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers import further_training
-from fimo.workers.stacking import replicas
+from fimo.workers.stacking import products, replicas
 from tests.support.small_sweep import make_spec, run_here, table_bytes
 
 pytestmark = pytest.mark.usefixtures("proven")
@@ -67,6 +67,17 @@ def test_a_resume_proves_nothing_again_and_other_software_does(beside, monkeypat
     prepared._engines.clear()
     run_here(make_spec(seeds=4), beside, store)
     assert len(proofs(store)) == 2
+
+
+def test_an_engine_that_multiplies_otherwise_is_proven_anew(beside, monkeypatch):
+    """A verdict from before oneDNN multiplied, or of a CPU of the same name, says nothing of it."""
+    monkeypatch.setattr(products, "gains", lambda: False)
+    _, store, _ = run_here(make_spec(seeds=1), beside)
+    monkeypatch.setattr(products, "gains", lambda: True)
+    prepared._engines.clear()
+    run_here(make_spec(seeds=2), beside, store)
+    assert sorted(proof["about"].get("products", "torch") for proof in proofs(store)) == ["oneDNN", "torch"]
+    assert [p["products"] for p in provenances(store)] == ["torch", "torch", "torch", "oneDNN", "oneDNN", "oneDNN"]
 
 
 def test_a_process_that_has_proven_another_sweep_s_engine_does_not_trust_it_here(beside, monkeypatch):
