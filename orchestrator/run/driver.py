@@ -20,6 +20,7 @@ from fimo.orchestrator.run.claims import Claims, SharedTasks
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import gather
+from fimo.orchestrator.run.growing import ROUNDS, grown, reject, with_its_seeds
 from fimo.orchestrator.run.heartbeat import Heartbeat
 from fimo.orchestrator.run.owed import cells_in, estimators_in, few_shards, owed_tasks, remaining, to_hand_over
 from fimo.orchestrator.run.places import Pool, Source
@@ -28,19 +29,16 @@ from fimo.orchestrator.run.pool import on_ray
 from fimo.orchestrator.run.reading import Gathered
 from fimo.orchestrator.run.results import Outcome, Receipt, Result
 from fimo.orchestrator.run.schedule import drive
-from fimo.orchestrator.run.seeds import next_seeds
-from fimo.orchestrator.run.work import EstimateTask, Shard, Task, WitnessTask, Work, tasks_in
+from fimo.orchestrator.run.work import EstimateTask, Task, WitnessTask, Work, tasks_in
 from fimo.orchestrator.run.written import write_tables
 from fimo.orchestrator.store import Store
 from fimo.orchestrator.store.watched import WatchedStore
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Sweep
-from fimo.workers.errors import FimoError, StoreError, UsageError
+from fimo.workers.errors import FimoError, UsageError
 
 Where = Callable[[Sweep, Manifest, bytes | None], AbstractContextManager[Pool]]
 """A place to run tasks: an embedded Ray, a cluster, or this process. The bytes are those of θᶠ's file."""
-ROUNDS = 3
-"""Times that parts which do not verify are computed again before the run gives up."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +161,13 @@ def _run(
                 _compute(of, sweep, shared, pool, listener, should_stop, outcome, course)
 
     if shards and manifest.spec.seeds.until_reliability is not None:
-        manifest = _grown(manifest, sweep, compute, listener, outcome, note=not larger)
+        manifest = grown(manifest, sweep, compute, listener.say, outcome, note=not larger)
     for _ in range(ROUNDS):
         tasks, plan = _owed(manifest, sweep, shards)
         if tasks and not outcome.stopped:
             compute(manifest, tasks, plan)
         gathered = gather(sweep, manifest, listener.say)
-        _reject(sweep, gathered, listener)
+        reject(sweep, gathered, listener.say)
         if outcome.stopped or (not gathered.bad and _is_settled(manifest, sweep, gathered, shards)):
             break
     # Another driver may have begun with a larger spec meanwhile.
@@ -214,73 +212,6 @@ def refuse_other(manifest: Manifest, sweep: Sweep) -> None:
             f"{sweep.uri} is another sweep of this name: since then {changed} changed. Give this one another name, or "
             "--replace it (its parts stay in the store, and count again if the change is undone)"
         )
-
-
-def with_its_seeds(manifest: Manifest, sweep: Sweep, exactly: bool = False) -> Manifest:
-    """With as many seeds as the sweep has come to: a run that begins again takes none out of its tables meanwhile.
-
-    Args:
-        exactly: only of a sweep that chooses by the same removals, reliability and bounds, which the same choices lead
-            to so many seeds; estimates alone choose none, and take those that there are.
-    """
-    seeds = manifest.spec.seeds
-    if seeds.until_reliability is None:
-        return manifest
-    fresh = replace(manifest, settled=False)
-    try:
-        there = sweep.read_manifest()
-    except FimoError:
-        return fresh
-    count = there.spec.seeds.count
-    if there.digest != manifest.digest or not seeds.min <= count <= seeds.max:
-        return fresh
-    ours, theirs = ([r.indices for r in of.removals] for of in (manifest, there))
-    same = (ours, seeds.model_copy(update={"count": count})) == (theirs, there.spec.seeds)
-    if exactly and not (same and count >= seeds.count):
-        return fresh
-    return replace(manifest.with_seeds(count), settled=there.settled)
-
-
-def _grown(
-    manifest: Manifest,
-    sweep: Sweep,
-    compute: Callable[[Manifest, list[Task], Plan], None],
-    listener: Listener,
-    outcome: Outcome,
-    note: bool,
-) -> Manifest:
-    """Train shards in rounds of more seeds until they are reliable; estimates wait for the number to be settled.
-
-    Args:
-        note: keep in the store how far it is; not if that has the manifest of a larger sweep.
-    """
-    rounds = 0
-
-    def goes_on() -> bool:
-        return outcome.stopped is None
-
-    while goes_on():
-        tasks, plan = owed_tasks(manifest, sweep, failures.read(sweep, manifest))
-        owed: list[Task] = [task for task in tasks if isinstance(task, Shard)]
-        if owed:
-            compute(manifest, owed, plan)
-        more, met = next_seeds(sweep, manifest, listener.say)
-        _reject(sweep, met, listener)
-        if met.bad and rounds < ROUNDS:
-            rounds += 1
-            continue
-        if not goes_on():
-            break
-        if more is None:
-            manifest = replace(manifest, settled=not met.bad)
-        else:
-            # Another driver of the sweep may be further by now.
-            manifest, rounds = with_its_seeds(manifest.with_seeds(more), sweep, exactly=True), 0
-        if note:
-            sweep.write_manifest(manifest)
-        if more is None:
-            break
-    return manifest
 
 
 def _owed(manifest: Manifest, sweep: Sweep, shards: bool) -> tuple[list[Task], Plan]:
@@ -336,16 +267,6 @@ def _compute(
         return
     for given_up in outcome.set_aside:
         failures.record(manifest, sweep, given_up)
-
-
-def _reject(sweep: Sweep, gathered: Gathered, listener: Listener) -> None:
-    """Set every bad object aside, so that the next round computes it again."""
-    for key, why in gathered.bad:
-        listener.say(f"{why}; set aside under {sweep.uri}/rejected and computed again")
-        try:
-            sweep.reject(key)
-        except StoreError:
-            continue
 
 
 def _report(

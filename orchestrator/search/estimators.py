@@ -18,8 +18,9 @@ import numpy as np
 from fimo.orchestrator.resolve.loading import read_final
 from fimo.orchestrator.resolve.resolved import Resolved
 from fimo.orchestrator.run.blocks import value_digest
-from fimo.orchestrator.run.driver import refuse_other, with_its_seeds
+from fimo.orchestrator.run.driver import refuse_other
 from fimo.orchestrator.run.estimate_block import estimate_whole
+from fimo.orchestrator.run.growing import with_its_seeds
 from fimo.orchestrator.run.owed import current_plan
 from fimo.orchestrator.run.reading import Gathered, seed_blocks
 from fimo.orchestrator.run.results import CannotEstimateError
