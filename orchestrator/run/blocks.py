@@ -83,6 +83,12 @@ def shares(manifest: Manifest, estimator: str, params: str) -> Iterator[tuple[in
             yield seed, first, min(size, manifest.evals - first)
 
 
+def wanted(blocks: Sequence[EstimateBlock], manifest: Manifest) -> list[EstimateBlock]:
+    """Those that hold a removal of the sweep; the steps and notes of others are no table's business, as with parts."""
+    removals = {r.indices for r in manifest.removals}
+    return [block for block in blocks if not removals.isdisjoint(r.indices for r in block.removals)]
+
+
 def assemble(
     blocks: Sequence[EstimateBlock], manifest: Manifest, seeds: Sequence[int] = ()
 ) -> NDArray[np.float64] | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from fimo.orchestrator.run import failures
-from fimo.orchestrator.run.blocks import assemble, common_steps, listed_blocks, runs_of, value_digest
+from fimo.orchestrator.run.blocks import assemble, common_steps, listed_blocks, runs_of, value_digest, wanted
 from fimo.orchestrator.run.owed import is_complete
 from fimo.orchestrator.run.reading import Costs, Gathered, cost
 from fimo.orchestrator.run.sharing import reduce_parts
@@ -113,7 +113,7 @@ def _estimates(
                 gathered.gone.append(entry.key)
             except BadPartError as error:
                 gathered.bad.append((entry.key, str(error)))
-        seeds = runs_of(manifest, estimator, params)
+        blocks, seeds = wanted(blocks, manifest), runs_of(manifest, estimator, params)
         matrix = assemble(blocks, manifest, seeds)
         if blocks:
             costs.append(_total_cost(estimator, params, blocks))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fimo.estimators import REGISTRY
 from fimo.orchestrator.resolve.loading import read_final
 from fimo.orchestrator.resolve.resolved import Resolved
-from fimo.orchestrator.run.blocks import Named, assemble, common_steps, listed_blocks, runs_of, value_digest
+from fimo.orchestrator.run.blocks import Named, assemble, common_steps, listed_blocks, runs_of, value_digest, wanted
 from fimo.orchestrator.run.driver import Listener, note_sets
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.owed import current_plan, missing_estimates
@@ -272,7 +272,7 @@ def _sweeps_own(sweep: Sweep, manifest: Manifest, step: int) -> Iterator[tuple[N
                 blocks.append(sweep.read_block(entry.key, digest, *named))
             except BadPartError:
                 continue
-        seeds = runs_of(manifest, *named)
+        blocks, seeds = wanted(blocks, manifest), runs_of(manifest, *named)
         values, steps = assemble(blocks, manifest, seeds), common_steps(blocks, seeds)
         if values is None or (steps is not None and step not in steps):
             continue
