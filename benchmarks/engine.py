@@ -47,6 +47,7 @@ from fimo.workers.device import deterministic, device_name
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.stacking.fused import fused
+from fimo.workers.stacking.layouts import layout_of
 from fimo.workers.stacking.size import measure_stack_size
 from fimo.workers.stacking.together import start_of
 from fimo.workers.workload import Workload
@@ -183,7 +184,7 @@ def seconds_of(found: Counter[tuple[int, Shape]], replicas: int, budget_s: float
     }
     kernels: dict[tuple[int, Shape], list[Callable[[Tensor, Tensor], Tensor]]] = {}
     for key, both in operands.items():
-        onednn = fused(*((tuple(t.shape), t.stride()) for t in both))
+        onednn = fused(*map(layout_of, both))
         kernels[key] = [torch.bmm] if onednn is None else [torch.bmm, onednn]
     times = {key: [list[float]() for _ in kernels[key]] for key in found}
     began, tries = time.process_time(), 0

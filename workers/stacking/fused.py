@@ -15,8 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-Layout = tuple[tuple[int, ...], tuple[int, ...]]
-"""Shape and strides."""
+from fimo.workers.stacking.layouts import Layout
 
 Product = Callable[[Tensor, Tensor], Tensor]
 

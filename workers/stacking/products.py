@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fimo.workers.device import cpu_vendor
 from fimo.workers.functional import FunctionalModel
-from fimo.workers.stacking.fused import Layout, fused, is_dense
+from fimo.workers.stacking.fused import fused, is_dense
+from fimo.workers.stacking.layouts import Layout, Layouts, layout_of
 
 aten = torch.ops.aten
 
@@ -70,27 +71,25 @@ def addmm(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def multiplied(model: FunctionalModel, wanted: bool = True) -> AbstractContextManager[object]:
     """Inside it, large products of two matrices are oneDNN's, if ``wanted``, the model has such and the CPU gains."""
-    matrices = [p for p in (*model.params.values(), *model.fixed.values()) if p.dim() == 2 and p.numel() >= LARGE]
-    suited = bool(matrices) and model.device.type == "cpu" and model.dtype is torch.float32
-    return _ByOneDnn() if wanted and suited and gains() else nullcontext()
+    if not (wanted and _is_ours(model.device, model.dtype) and gains()):
+        return nullcontext()
+    tensors = (*model.params.values(), *model.fixed.values())
+    return _ByOneDnn() if any(t.dim() == 2 and t.numel() >= LARGE for t in tensors) else nullcontext()
 
 
-def replaced(module: torch.fx.GraphModule, given: Sequence[Tensor]) -> None:
-    """Give a traced graph's large float32 products to oneDNN, if the CPU gains by it.
+def replaced(module: torch.fx.GraphModule, layouts: Layouts) -> None:
+    """Give a traced graph's large float32 products on a CPU to oneDNN, if that CPU gains by it.
 
     Args:
         module: changed in place; its values do not change but for rounding.
-        given: tensors that it is called with.
+        layouts: of its tensors.
     """
-    if not gains() or any(tensor.device.type != "cpu" for tensor in given):
+    if not gains():
         return
-    layouts = _Layouts(module)
-    with torch.no_grad():
-        layouts.run(*given)
+    ours = {node: layout for node, (device, dtype, layout) in layouts.items() if _is_ours(device, dtype)}
     for node in module.graph.nodes:
-        operands = [layouts.found[arg] for arg in node.args if arg in layouts.found]
-        if node.target in (aten.bmm.default, *FORMS) and not node.kwargs and len(operands) == len(node.args):
-            node.target = _kernel(node.target, *operands) or node.target
+        if node.target in (aten.bmm.default, *FORMS) and not node.kwargs and all(arg in ours for arg in node.args):
+            node.target = _kernel(node.target, *(ours[arg] for arg in node.args)) or node.target
     module.graph.lint()
     module.recompile()
 
@@ -123,7 +122,7 @@ class _ByOneDnn(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in FORMS and not kwargs and _are_plain(args):
-            kernel = _kernel(func, *((tuple(t.shape), t.stride()) for t in args))
+            kernel = _kernel(func, *map(layout_of, args))
             if kernel is not None:
                 return kernel(*args)
         return func(*args, **(kwargs or {}))
@@ -131,22 +130,8 @@ class _ByOneDnn(TorchDispatchMode):
 
 def _are_plain(operands: Sequence[Any]) -> bool:
     """float32 on a CPU, not sparse, and not a subclass of tensors with a way of its own."""
-    return all(type(t) is Tensor and t.dtype is torch.float32 and _is_strided(t) for t in operands)
+    return all(type(t) is Tensor and t.layout is torch.strided and _is_ours(t.device, t.dtype) for t in operands)
 
 
-def _is_strided(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.layout is torch.strided
-
-
-class _Layouts(torch.fx.Interpreter):
-    """Runs a graph and notes how each float32 tensor lies in memory."""
-
-    def __init__(self, module: torch.fx.GraphModule) -> None:
-        super().__init__(module)
-        self.found: dict[Any, Layout] = {}
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and value.dtype is torch.float32:
-            self.found[n] = (tuple(value.shape), value.stride())
-        return value
+def _is_ours(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype is torch.float32

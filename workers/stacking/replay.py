@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from fimo.workers.device import clock
 from fimo.workers.randomness import kept
+from fimo.workers.stacking.layouts import layouts_of
 from fimo.workers.stacking.products import replaced
 from fimo.workers.stacking.reuse import reuse
 from fimo.workers.stacking.simplify import dtype_of, simplify
@@ -182,8 +183,9 @@ def _trace(function: Callable[..., Any], leaves: list[Any], before: list[Any], s
     _refuse_other(module, second)
     simplify(module.graph)
     module.recompile()
-    reuse(module, given)
-    replaced(module, given)
+    layouts = layouts_of(module, given)
+    reuse(module, layouts)
+    replaced(module, layouts)
     alone = out_structures[0][:1] == ("alone",)
     out_structure = out_structures[0][alone:]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from fimo.workers.stacking.layouts import Layouts
 
 aten = torch.ops.aten
 
@@ -35,33 +36,16 @@ FRESH = {*IN_PLACE, *BACKWARD, *PRODUCTS}
 """Kernels whose result is memory of its own. Others may hand out their operand's, whatever their schema says."""
 
 
-class _Layouts(torch.fx.Interpreter):
-    """Runs a graph and notes how each tensor lies in memory."""
-
-    def __init__(self, module: torch.fx.GraphModule) -> None:
-        super().__init__(module)
-        self.found: dict[torch.fx.Node, object] = {}
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.found[n] = (value.shape, value.dtype, value.stride())
-        return value
-
-
-def reuse(module: torch.fx.GraphModule, given: list[Tensor]) -> None:
-    """Let the graph's elementwise kernels write in place where that changes nothing; ``given``: a call's tensors."""
-    layouts = _Layouts(module)
-    with torch.no_grad():
-        layouts.run(*given)
+def reuse(module: torch.fx.GraphModule, layouts: Layouts) -> None:
+    """Let the graph's elementwise kernels write in place where that changes nothing, not even how a result lies."""
     order = {node: place for place, node in enumerate(module.graph.nodes)}
     own = {node for node in order if node.target in FRESH}
     for node in order:
         if node.target in IN_PLACE:
-            _overwrite(node, own, order, layouts.found)
+            _overwrite(node, own, order, layouts)
         elif node.target in BACKWARD:
             spent = node.args[0]
-            if _is_spent(spent, node, own, order, layouts.found):
+            if _is_spent(spent, node, own, order, layouts):
                 node.target = BACKWARD[node.target]
                 node.kwargs = {**node.kwargs, "grad_input": spent}
     module.graph.lint()
@@ -72,7 +56,7 @@ def _overwrite(
     node: torch.fx.Node,
     own: set[torch.fx.Node],
     order: dict[torch.fx.Node, int],
-    layouts: dict[torch.fx.Node, object],
+    layouts: Layouts,
 ) -> None:
     first, *rest = node.args
     if _is_spent(first, node, own, order, layouts):
@@ -87,7 +71,7 @@ def _is_spent(
     node: torch.fx.Node,
     own: set[torch.fx.Node],
     order: dict[torch.fx.Node, int],
-    layouts: dict[torch.fx.Node, object],
+    layouts: Layouts,
 ) -> bool:
     """Whether an operand's memory is the graph's own, lies as the result does, and is not read after ``node``.
 

@@ -18,6 +18,7 @@ from fimo.workers.settings import Optimizer
 from fimo.workers.stacking import fused as fusing
 from fimo.workers.stacking import products
 from fimo.workers.stacking.fused import fused, is_dense
+from fimo.workers.stacking.layouts import layout_of, layouts_of
 from tests.workers.problems import classification, every_step, make, settings
 
 aten = torch.ops.aten
@@ -40,10 +41,6 @@ def drawn(*shape: int, by_columns: bool = False) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-def layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(tensor.shape), tensor.stride()
-
-
 @pytest.mark.parametrize("left_by_columns", [False, True])
 @pytest.mark.parametrize("right_by_columns", [False, True])
 @pytest.mark.parametrize("shape", [(3, 31, 70, 33), (7, 128, 64, 8), (1, 90, 90, 90)])
@@ -54,7 +51,7 @@ def test_products_are_the_products_in_every_layout(
     left = drawn(count, rows, inner, by_columns=left_by_columns)
     right = drawn(count, inner, columns, by_columns=right_by_columns)
     truth = left.double() @ right.double()
-    batched = fused(layout(left), layout(right))
+    batched = fused(layout_of(left), layout_of(right))
     assert batched is not None
     bias = drawn(columns)
     for got, expected in [
@@ -67,12 +64,12 @@ def test_products_are_the_products_in_every_layout(
 
 
 def test_matrices_that_are_shared_or_have_gaps_are_left_to_torch() -> None:
-    assert is_dense(layout(drawn(3, 5, 7)))
-    assert is_dense(layout(drawn(3, 5, 7, by_columns=True)))
-    assert not is_dense(layout(drawn(5, 7).expand(3, 5, 7)))
-    assert not is_dense(layout(drawn(3, 5, 9)[:, :, :7]))
-    assert not is_dense(layout(drawn(5, 3, 7).transpose(0, 1)))
-    assert fused(layout(drawn(100, 100).expand(3, 100, 100)), layout(drawn(3, 100, 100))) is None
+    assert is_dense(layout_of(drawn(3, 5, 7)))
+    assert is_dense(layout_of(drawn(3, 5, 7, by_columns=True)))
+    assert not is_dense(layout_of(drawn(5, 7).expand(3, 5, 7)))
+    assert not is_dense(layout_of(drawn(3, 5, 9)[:, :, :7]))
+    assert not is_dense(layout_of(drawn(5, 3, 7).transpose(0, 1)))
+    assert fused(layout_of(drawn(100, 100).expand(3, 100, 100)), layout_of(drawn(3, 100, 100))) is None
 
 
 def by_dispatch(left: Tensor, right: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -121,7 +118,7 @@ def test_only_large_float32_products_of_a_graph_are_replaced(gaining: None) -> N
 
     given = [drawn(4, 90, 90), drawn(4, 90, 80), drawn(4, 6, 6), drawn(90, 90), drawn(90, 90)]
     module = make_fx(of)(*given)
-    products.replaced(module, given)
+    products.replaced(module, layouts_of(module, given))
     targets = [n.target for n in module.graph.nodes if n.op == "call_function"]
     # One batched product of five is large, float32 and of matrices of their own. An added matrix is no bias.
     assert targets.count(aten.bmm.default) == 3
@@ -136,7 +133,7 @@ def test_nothing_is_replaced_on_other_cpus(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(products, "gains", lambda: False)
     given = [drawn(90, 90)]
     module = make_fx(lambda a: torch.mm(a, a))(*given)
-    products.replaced(module, given)
+    products.replaced(module, layouts_of(module, given))
     assert [n.target for n in module.graph.nodes if n.op == "call_function"] == [aten.mm.default]
 
 
@@ -171,20 +168,20 @@ def test_without_torchscript_products_stay_torchs(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch.jit, "trace", gone)
     left, right = drawn(2, 77, 78), drawn(2, 78, 79)
-    assert fused(layout(left), layout(right)) is None
+    assert fused(layout_of(left), layout_of(right)) is None
     fused.cache_clear()
 
 
 def test_a_kernel_that_gives_another_product_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusing, "_product", lambda a, b: torch.matmul(a.unsqueeze(0), b.unsqueeze(0)).squeeze(0) * 1.01)
     left, right = drawn(2, 71, 72), drawn(2, 72, 73)
-    assert fused(layout(left), layout(right)) is None
+    assert fused(layout_of(left), layout_of(right)) is None
     fused.cache_clear()
 
 
 def test_users_own_torchscript_is_fused_as_before() -> None:
     was = torch.jit.onednn_fusion_enabled()
-    fused(layout(drawn(2, 61, 62)), layout(drawn(2, 62, 63)))
+    fused(layout_of(drawn(2, 61, 62)), layout_of(drawn(2, 62, 63)))
     assert torch.jit.onednn_fusion_enabled() is was
 
 
@@ -199,7 +196,7 @@ def test_threads_that_make_products_at_once_leave_the_fuser_as_it_was(monkeypatc
     monkeypatch.setattr(torch.jit, "trace", slow)
     pairs = [(drawn(2, 50 + i, 62), drawn(2, 62, 63)) for i in range(3)]
     with ThreadPoolExecutor(3) as threads:
-        made = list(threads.map(lambda pair: fused(*map(layout, pair)), pairs))
+        made = list(threads.map(lambda pair: fused(*map(layout_of, pair)), pairs))
     fused.cache_clear()
     assert torch.jit.onednn_fusion_enabled() is was
     assert None not in made

@@ -13,6 +13,7 @@ from fimo.workers.definition import train_cell
 from fimo.workers.further_training import further_train
 from fimo.workers.settings import Optimizer
 from fimo.workers.stacking import replay
+from fimo.workers.stacking.layouts import layouts_of
 from fimo.workers.stacking.reuse import reuse
 from tests.workers.problems import classification, every_step, make, regression, settings
 
@@ -45,7 +46,7 @@ def test_deltas_are_those_of_fresh_memory_bit_for_bit_and_the_definitions(
     start = make(workload, chosen)
     reused = further_train(start, lanes, 5)
     assert any(graph is not None for graph in start.graphs.values())
-    monkeypatch.setattr(replay, "reuse", lambda module, given: None)
+    monkeypatch.setattr(replay, "reuse", lambda module, layouts: None)
     fresh = further_train(make(workload, chosen), lanes, 5)
     assert torch.equal(reused.deltas, fresh.deltas)
     assert torch.equal(reused.distances, fresh.distances)
@@ -57,7 +58,7 @@ def test_deltas_are_those_of_fresh_memory_bit_for_bit_and_the_definitions(
 def _rewritten(function: Callable[..., object], *given: Tensor) -> tuple[torch.fx.GraphModule, int]:
     """The graph with reuse, and how many of its kernels write in place."""
     module = make_fx(function)(*given)
-    reuse(module, list(given))
+    reuse(module, layouts_of(module, given))
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     return module, sum(node.target._schema.is_mutable for node in nodes)
 
