@@ -13,8 +13,8 @@ def verification_lines(verification: Verification) -> Iterator[str]:
     v = verification
     yield f"{v.sweep}: {v.parts} parts and {v.blocks} blocks of estimates read, {len(v.bad)} bad"
     lacking = {"estimators": v.owed, "witnesses": v.witnesses}
-    missing = [f"{count} {what} missing" for what, count in lacking.items() if count]
-    yield ", ".join([f"{v.done} of {v.cells} cells there", *missing, *["more seeds may come"] * (not v.settled)])
+    there = [f"{v.done} of {v.cells} cells there", *(f"{n} {what} missing" for what, n in lacking.items() if n)]
+    yield ", ".join(there if v.settled else [*there, "more seeds may come"])
     yield from (f"bad: {line}; `fimo resume {v.sweep}` computes it again" for line in v.bad)
     if v.diverged:
         yield f"{v.diverged} results are not finite: lower the learning rate or clip"

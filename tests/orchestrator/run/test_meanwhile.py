@@ -14,6 +14,7 @@ from fimo.orchestrator.spec.spec import Spec
 from fimo.orchestrator.store import Entry, MemoryStore, Store
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.orchestrator.tables.schemas import encode_table
+from tests.faults.faulty import Killed
 from tests.support.small_sweep import copied, make_spec, run_here
 
 Tables = dict[str, bytes]
@@ -77,10 +78,6 @@ def test_tables_that_are_read_while_a_driver_adds_seeds_are_all_of_one_state(fin
         assert found in [tables for tables, whole in states if whole or not complete], at
 
 
-class KilledError(BaseException):
-    """The process has ended: nothing catches it."""
-
-
 class Deadly(MemoryStore):
     """A store whose driver is killed before a write of a number, but for what says that it lives."""
 
@@ -89,7 +86,7 @@ class Deadly(MemoryStore):
     def _count(self, key: str) -> None:
         self.left -= not key.startswith(("flowers/drivers/", "flowers/claims/"))
         if self.left < 0:
-            raise KilledError
+            raise Killed
 
     def create(self, key: str, data: bytes) -> bool:
         self._count(key)
@@ -114,7 +111,7 @@ def killed(spec: Spec, beside: Path, start: Store) -> Iterator[MemoryStore]:
         store.left = at
         try:
             ended = bool(run_here(spec, beside, store))
-        except KilledError:
+        except Killed:
             yield copied(store)
         at += 1
 
