@@ -8,7 +8,8 @@ Needs torch, numpy and safetensors alone (BERT: transformers), no Ray. For each 
   delta or measure, whichever is larger: what rounds is the measure. More than 1e-5 ends the program.
 * *run*, *launched*: milliseconds a step and cell when kernels are called one by one, and when a recorded step is
   launched (``fimo.workers.stacking.captured``); the two deltas agree too. A dash: this workload is not recorded.
-* *stack*: the size that a sweep would choose; *seeds*: how many seeds' shards are trained in it together.
+* *stack*: the size that a sweep would choose, and whether replicas are computed each by itself, on streams; *seeds*:
+  how many seeds' shards are trained in it together.
 * *limit*: what the step's matrix products alone take on this GPU, in stacks of that size.
 
 ``--full`` runs the paper's whole Concrete grid: 101 cells × 100 seeds × 500 epochs. ``--device cpu --quick`` rehearses
@@ -37,9 +38,9 @@ from fimo.workers.definition import train_cell
 from fimo.workers.device import deterministic, device_name, forget_peak, peak
 from fimo.workers.joined import run_shards
 from fimo.workers.settings import Evaluate
-from fimo.workers.stacking.size import measure_stack_size
+from fimo.workers.stacking.size import Stacks, measure_stacks
 from fimo.workers.stacking.together import start_of
-from fimo.workers.start import Engine, Start
+from fimo.workers.start import Start
 
 HEADING = "Further training on a GPU"
 AGREE = 1e-5
@@ -112,12 +113,13 @@ def measured(name: str, case: Case, precision: Any, asked: Asked) -> str:
     removals: list[Removal] = [(7 * i % n,) for i in range(case.removals)]
     cells = len(removals) + 1
     several = start.joins and not asked.quick
-    size = case.stack or measure_stack_size(start, (20 if several else 1) * cells, cells)[0]
+    stacks = Stacks(case.stack) if case.stack else measure_stacks(start, (20 if several else 1) * cells, cells)
+    size, start = stacks.replicas, start.using(replace(start.engine, abreast=stacks.abreast))
     seeds = max(1, size // cells) if start.joins else 1
     shards: list[tuple[Sequence[Removal], int]] = [(removals, seed) for seed in range(seeds)]
     steps = settings.steps or -(-n // settings.batch_size) * (settings.epochs or 0)
     per = 1e3 / (cells * seeds * steps)
-    plain, took = start.using(Engine(replay=False)), dict[str, float]()
+    plain, took = start.using(replace(start.engine, replay=False)), dict[str, float]()
     results: dict[str, list[Tensor]] = {}
     forget_peak(asked.device)
     for way, own in (("run", plain), ("launched", start)):
@@ -135,7 +137,8 @@ def measured(name: str, case: Case, precision: Any, asked: Asked) -> str:
     limit = limit_ms(case, size, steps, asked, getattr(torch, precision))
     best = min(took.values())
     row = (
-        f"| {name}: {case.what} | {precision} | {cells} × {seeds} × {steps} | {size} | {seeds} | {took['run']:.4g} | "
+        f"| {name}: {case.what} | {precision} | {cells} × {seeds} × {steps} | "
+        f"{size}{' on streams' if stacks.abreast else ''} | {seeds} | {took['run']:.4g} | "
         f"{took.get('launched', math.nan):.4g} | {limit:.4g} | {limit / best:.0%} | "
         f"{peak(asked.device) / 2**20:.0f} | {off:.0e} |"
     ).replace("nan", "—")
@@ -152,7 +155,7 @@ def grid(asked: Asked) -> str:
     start = start_of(case.workload, settings, device=asked.device)
     cells, every = (5, 4) if asked.quick else (101, 100)
     removals: list[Removal] = [(9 * i,) for i in range(cells - 1)]
-    size = measure_stack_size(start, cells if asked.quick else 20 * cells, cells)[0]
+    size = measure_stacks(start, cells if asked.quick else 20 * cells, cells).replicas
     together = max(1, size // cells)
 
     def work() -> None:
@@ -166,10 +169,16 @@ def grid(asked: Asked) -> str:
     )
 
 
+def images() -> Case:
+    """With epochs enough for steps to be recorded."""
+    case = image()
+    return replace(case, removals=31, settings=replace(case.settings, epochs=20))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "concrete": lambda: replace(tabular("drop"), removals=100),
     "concrete-reweight": lambda: replace(tabular("reweight"), removals=100),
-    "resnet9": lambda: replace(image(), removals=7),
+    "resnet9": images,
     "bert-small": lambda: text(
         "BERT, 4 layers of 512", 12, 2, 2, 16, hidden_size=512, num_hidden_layers=4, num_attention_heads=8,
         intermediate_size=2048,

@@ -22,7 +22,7 @@ from fimo.workers.errors import UsageError
 from fimo.workers.examples import Batch
 from fimo.workers.functional import Tensors
 from fimo.workers.randomness import kept, seed_all, step_seed
-from fimo.workers.stacking import replicas
+from fimo.workers.stacking import abreast, replicas
 from fimo.workers.stacking.ahead import placed
 from fimo.workers.stacking.captured import Captured
 from fimo.workers.stacking.folding import folded
@@ -213,14 +213,15 @@ class _Stack:
         self._removed_weight = torch.full((1,), weight, dtype=torch.float64, device=model.device)
         # Trace only a forward that vmap has accepted, over replicas here or over examples in the probe: vmap rejects
         # data-dependent branches, which a trace would silently freeze.
-        graphs = start.graphs if self.size > 1 or start.folds else None
-        gradients = partial(replicas.gradients, model, orders=[draw.order for draw in self.forward.draws])
+        graphs = start.graphs if (self.size > 1 or start.folds) and not start.abreast else None
+        how = abreast if start.abreast else replicas
+        gradients = partial(how.gradients, model, orders=[draw.order for draw in self.forward.draws])
         self._batch_gradients = Replayed(gradients, "batch", graphs)
         # Names tell functions apart: the sweep's cells and what mirrors them share their traces.
         removed, read = ("removed", "measures") if start.subtracted is None else ("subtracted", "losses")
         alike = graphs if self._subtracted.examples.tensors is not None else None
         self._removed_gradients = Replayed(partial(gradients, of=self._subtracted.value), removed, alike)
-        self.measures = Replayed(partial(replicas.measures, model, of=start.reads), read, graphs)
+        self.measures = Replayed(partial(how.measures, model, of=start.reads), read, graphs)
 
     def calls(self) -> tuple[Counter[object], ...]:
         """The calls of each signature so far."""

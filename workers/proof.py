@@ -2,7 +2,8 @@
 
 What makes further training fast (stacks, folded batches, traced steps) is trusted on a model, its data and a device
 only after it has given the definition's numbers there. A way that gives others is given up: first several seeds in one
-stack, then tracing, then folding, then stacking. If one replica at a time is still unequal, the sweep is refused.
+stack, then streams, then tracing, then folding, then stacking. If one replica at a time is still unequal, the sweep is
+refused.
 
 ``fimo.workers.trial`` makes the comparison.
 """
@@ -13,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.trial import LENIENT, SEEDS, SLACK, Case, Differences, Trial, where
 
 LEVELS = tuple(
-    replace(level, join=join)
+    replace(level, abreast=abreast, join=join)
     for level in (
         Engine(),
         Engine(replay=False),
@@ -37,7 +39,7 @@ LEVELS = tuple(
         Engine(replay=False, trim=False, fold=False),
         Engine(replay=False, trim=False, fold=False, stack=False),
     )
-    for join in (True, False)
+    for abreast, join in product((True, False), repeat=2)
 )
 BUDGET_S = 60.0
 
@@ -144,16 +146,18 @@ def _ways(case: Case, start: Start) -> Iterator[tuple[Engine, str]]:
             allowed.fold and start.folds,
             allowed.stack,
             allowed.stack and allowed.join,
+            allowed.stack and allowed.abreast,
         )
         if kind not in seen:
             seen.add(kind)
             yield allowed, _in_words(*kind)
 
 
-def _in_words(traced: bool, cut: bool, folded: bool, stacked: bool, joined: bool) -> str:
+def _in_words(traced: bool, cut: bool, folded: bool, stacked: bool, joined: bool, abreast: bool) -> str:
     if not stacked:
         return "one replica at a time"
-    words = (("traced", traced), ("trimmed", cut), ("folded", folded), ("stacked", True))
+    stacks = "stacked on streams" if abreast else "stacked"
+    words = (("traced", traced), ("trimmed", cut), ("folded", folded), (stacks, True))
     used = [word for word, is_used in words if is_used]
     path = " and ".join([", ".join(used[:-1]), used[-1]] if len(used) > 1 else used)
     return f"{path}, several seeds together" if joined else path

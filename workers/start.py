@@ -45,6 +45,8 @@ class Engine:
         stack: train replicas together.
         fork: start a cell where it first differs from the baseline.
         join: train replicas of several seeds together.
+        abreast: compute the replicas of a stack each by itself, on several streams of a GPU, where that was measured to
+            be faster (``fimo.workers.stacking.abreast``).
     """
 
     replay: bool = True
@@ -53,6 +55,7 @@ class Engine:
     stack: bool = True
     fork: bool = True
     join: bool = True
+    abreast: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,11 @@ class Start:
         """Whether replicas of several seeds may be trained together: nothing is drawn, or computed once for a batch."""
         asked = self.engine.stack and self.engine.join
         return asked and not (self.forward.random or self.model.partial)
+
+    @property
+    def abreast(self) -> bool:
+        """Whether the replicas of a stack are computed each by itself: nothing is drawn, which all would share."""
+        return self.engine.stack and self.engine.abreast and not self.forward.random
 
     def using(self, engine: Engine) -> Start:
         """The same with no more than ``engine`` allows."""

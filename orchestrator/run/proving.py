@@ -29,7 +29,7 @@ from fimo.workers.errors import StoreError, UsageError
 from fimo.workers.joined import joint_sizes
 from fimo.workers.proof import UnprovenError, prove
 from fimo.workers.stacking.products import multiplies
-from fimo.workers.stacking.size import measure_stack_size
+from fimo.workers.stacking.size import Stacks, measure_stacks
 from fimo.workers.start import Engine, Start
 from fimo.workers.trial import Case
 
@@ -69,8 +69,9 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
     manifest, device = resolved.manifest, device_name(start.model.device)
     every = _removals(sweep, manifest) or removals
     if not resolved.spec.resources.proof:
-        size = _replicas(sweep, resolved, start, len(every))
-        return Proven(start, size, {"proof": "off", "path": "not proven"})
+        stacks = _stacks(sweep, resolved, start, len(every))
+        record = {"proof": "off", "path": "not proven", **({"abreast": True} if stacks.abreast else {})}
+        return Proven(_by(start, stacks), stacks.replicas, record)
     shards = _shards(manifest, len(every))
     asked = resolved.spec.resources
     about: dict[str, Any] = {
@@ -99,17 +100,19 @@ def proven(sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Remov
 
 def engine_of_part(sweep: Sweep, manifest: Manifest, provenance: Mapping[str, Any]) -> Engine:
     """The engine that a part was trained with, by the verdict that it names; everything if it names none."""
-    everything, about = Engine(replay=manifest.spec.resources.replay), provenance.get("engine")
-    key = about.get("proof") if isinstance(about, dict) else None
+    found = provenance.get("engine")
+    about: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    everything = Engine(replay=manifest.spec.resources.replay, abreast=about.get("abreast") is True)
+    key = about.get("proof")
     if not isinstance(key, str) or not key.startswith(keys.proof(sweep.name, manifest.digest)) or not is_key(key):
         return everything
     try:
-        found = records.read(records.Verdict, sweep.store.get(key))
+        verdict = records.read(records.Verdict, sweep.store.get(key))
     except StoreError:
         return everything
-    flags = {} if found is None else found[0].engine
+    flags = {} if verdict is None else verdict[0].engine
     # An older verdict says nothing of what there was not yet.
-    return Engine(**{name: flags.get(name, True) for name in ENGINE}) if flags else everything
+    return Engine(**{name: flags.get(name, getattr(everything, name)) for name in ENGINE}) if flags else everything
 
 
 def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, float]:
@@ -138,7 +141,8 @@ def _prove(
     sweep: Sweep, resolved: Resolved, start: Start, removals: tuple[Removal, ...], shards: list[int]
 ) -> dict[str, Any]:
     manifest = resolved.manifest
-    replicas, together = _replicas(sweep, resolved, start, len(removals)), seeds_together(manifest, len(removals))
+    stacks, together = _stacks(sweep, resolved, start, len(removals)), seeds_together(manifest, len(removals))
+    replicas, start = stacks.replicas, _by(start, stacks)
     case = Case(
         workload=resolved.workload,
         state=resolved.state,
@@ -190,24 +194,37 @@ def _shards(manifest: Manifest, removals: int) -> list[int]:
     return sorted({size, removals % size or size})
 
 
-def _replicas(sweep: Sweep, resolved: Resolved, start: Start, removals: int) -> int:
+def _by(start: Start, stacks: Stacks) -> Start:
+    return start.using(replace(start.engine, abreast=stacks.abreast))
+
+
+def _stacks(sweep: Sweep, resolved: Resolved, start: Start, removals: int) -> Stacks:
     """Cells trained together: as the spec says, or measured once per device type and kept in the store."""
     asked, manifest = resolved.spec.resources.replicas, resolved.manifest
     if asked != "auto":
-        return asked
+        return Stacks(asked)
     together, each = seeds_together(manifest, removals), min(size_of_shards(manifest), removals) + 1
     key = keys.replicas(sweep.name, manifest.digest, device_name(start.model.device), together)
     for _ in range(2):
         with contextlib.suppress(NotFound):
             if (found := records.read(records.StackSize, sweep.store.get(key))) is not None:
-                return found[0].replicas
+                return Stacks(found[0].replicas, found[0].abreast)
         # A shard's removals and its baseline are the most that can be trained together, or those of several shards.
-        if start.joins and together > 1:
-            size, seconds = measure_stack_size(start, together * each, each)
-        else:
-            size, seconds = measure_stack_size(start, size_of_shards(manifest) + 1)
-        body = {"replicas": size, "seconds_per_replica_step": {str(k): v for k, v in seconds.items()}}
+        several = start.joins and together > 1
+        cells = together * each if several else size_of_shards(manifest) + 1
+        stacks = measure_stacks(start, cells, each if several else None)
         # The first to have measured decides for everybody.
-        if sweep.store.create(key, canonical(body).encode()):
-            return size
-    return size
+        if sweep.store.create(key, canonical(_body(stacks)).encode()):
+            return stacks
+    return stacks
+
+
+def _body(stacks: Stacks) -> dict[str, Any]:
+    body: dict[str, Any] = {"replicas": stacks.replicas, "seconds_per_replica_step": _named(stacks.seconds)}
+    if stacks.by_streams:
+        body |= {"abreast": stacks.abreast, "seconds_by_streams": _named(stacks.by_streams)}
+    return body
+
+
+def _named(seconds: Mapping[int, float]) -> dict[str, float]:
+    return {str(size): value for size, value in seconds.items()}

@@ -155,7 +155,9 @@ class Resources(Section):
         "`ray.io/accelerator-type`. Tasks wait while no node has it. Without it: any.",
     )
     replicas: Count | Literal["auto"] = Field(
-        default="auto", description="Cells trained together. `auto`: measured once per device type."
+        default="auto",
+        description="Cells trained together. `auto`: measured once per device type, and for convolutions on a GPU "
+        "whether in one kernel or each cell on a stream.",
     )
     shard: Count | Literal["auto"] = Field(
         default="auto",

@@ -65,9 +65,10 @@ class Said(_Record):
 
 
 class StackSize(_Record):
-    """The stack size that was measured on a device type."""
+    """The stack size that was measured on a device type, and the way."""
 
     replicas: Annotated[int, Field(ge=1, le=2**31)]
+    abreast: bool = False
 
 
 class GivenUp(_Record):

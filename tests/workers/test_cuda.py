@@ -16,7 +16,7 @@ from fimo.workers.joined import run_shards
 from fimo.workers.proof import prove
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
-from fimo.workers.stacking.size import measure_stack_size
+from fimo.workers.stacking.size import measure_stack_size, measure_stacks
 from fimo.workers.start import Engine, Start, start_from
 from fimo.workers.trial import Case
 from tests.workers.problems import Workload, classification, regression, sentences, settings
@@ -107,3 +107,37 @@ def test_a_sweeps_proof_passes_on_a_gpu_with_launched_steps() -> None:
         case = Case(workload, None, start.settings, len(start.at_final), DEVICE, REMOVALS, 5, 3, [4])
         verdict = prove(case, start)
     assert (verdict.engine, verdict.path) == (Engine(join=False), "traced, folded and stacked")
+
+
+def images() -> Workload:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    return classification(23, 6, nn.Sequential(*layers), 2, 4, 4)
+
+
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+def test_replicas_on_streams_have_the_numbers_of_the_definition_recorded_or_not(mode: str) -> None:
+    chosen = settings(Optimizer("sgd", lr=0.02, momentum=0.9), removal_mode=mode, epochs=9, clip_norm=1.0)
+    with deterministic(DEVICE):
+        start, launches = on_gpu(images(), chosen).using(Engine(abreast=True)), []
+        record = start.captures
+        assert start.abreast
+        assert record is not None
+
+        def counted(body):
+            launch = record(body)
+            return lambda: launches.append(launch())
+
+        launched, run = (run_shard(replace(start, captures=how), REMOVALS, 5, 5) for how in (counted, None))
+    assert len(launches) > 30
+    torch.testing.assert_close(launched.deltas, run.deltas, rtol=1e-9, atol=1e-9)
+    for row, removal in enumerate([*REMOVALS, (), ()]):
+        plain = train_cell(images(), chosen, removal, 5)
+        torch.testing.assert_close(launched.deltas[row], plain.deltas, rtol=1e-9, atol=1e-9)
+
+
+def test_the_way_of_convolutions_is_measured_on_a_gpu() -> None:
+    with deterministic(DEVICE):
+        stacks = measure_stacks(on_gpu(images(), settings(removal_mode="drop", epochs=9)), 8)
+    assert stacks.replicas in (stacks.by_streams if stacks.abreast else stacks.seconds)
+    assert stacks.by_streams

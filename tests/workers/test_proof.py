@@ -68,7 +68,15 @@ def test_a_sound_engine_is_proven_and_the_verdict_says_on_what(mode: str) -> Non
     assert got.precisions["float64"]["bound"] < 1e-7
     assert got.seconds < 60
     plain = json.loads(json.dumps(got.json(), allow_nan=False))
-    assert plain["engine"] == {"replay": True, "trim": True, "fold": True, "stack": True, "fork": True, "join": False}
+    assert plain["engine"] == {
+        "replay": True,
+        "trim": True,
+        "fold": True,
+        "stack": True,
+        "fork": True,
+        "join": False,
+        "abreast": False,
+    }
 
 
 # -- faults of gradients and measures -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from fimo.workers.amounts import BASELINE, Removal
 from fimo.workers.device import clock, forget_peak, is_gpu, peak_reserved, room
 from fimo.workers.errors import FimoError
-from fimo.workers.functional import Tensors
+from fimo.workers.functional import FunctionalModel, Tensors
 from fimo.workers.further_training import further_train
 from fimo.workers.shard import out_of_memory, release
 from fimo.workers.start import Start
@@ -22,6 +23,41 @@ LARGE = (192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sizes that a GPU is tried with besides."""
 SHARE = 0.9
 """Of a GPU's memory that may be asked for: a little is lost between the pieces."""
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """How cells are trained together.
+
+    Attributes:
+        replicas: the stack size.
+        abreast: each replica by itself, on several streams of a GPU (``Engine.abreast``).
+        seconds: per replica and step of each size that was tried; ``by_streams``: of each that was tried abreast.
+    """
+
+    replicas: int
+    abreast: bool = False
+    seconds: dict[int, float] = field(default_factory=dict)
+    by_streams: dict[int, float] = field(default_factory=dict)
+
+
+def measure_stacks(start: Start, cells: int, each: int | None = None) -> Stacks:
+    """The stack size as ``measure_stack_size`` has it and, of a model with convolutions on a GPU, the way.
+
+    Replicas abreast are worth it in a recorded step alone: their kernels are too many to be launched one by one.
+    """
+    size, seconds = measure_stack_size(start, cells, each)
+    abreast = start.using(replace(start.engine, abreast=True))
+    if start.captures is None or not abreast.abreast or not _convolves(start.model):
+        return Stacks(size, False, seconds)
+    other, by_streams = measure_stack_size(abreast, cells, each)
+    faster = by_streams[other] < seconds[size]
+    return Stacks(other if faster else size, faster, seconds, by_streams)
+
+
+def _convolves(model: FunctionalModel) -> bool:
+    """Whether a model may have convolutions: a weight of three or more dimensions."""
+    return any(p.dim() >= 3 for p in model.params.values())
 
 
 def measure_stack_size(

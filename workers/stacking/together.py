@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fimo.workers.examples import Examples
 from fimo.workers.functional import FunctionalModel
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.shard import run_shard
-from fimo.workers.stacking.size import measure_stack_size
+from fimo.workers.stacking.size import measure_stacks
 from fimo.workers.start import Start, start_from
 from fimo.workers.workload import Workload
 
@@ -41,7 +42,8 @@ def train_together(
     """The recorded steps, and the deltas (S, R + 1, T, m), the baseline first."""
     with deterministic(torch.device(device)):
         start = start_of(workload, settings, state, device)
-        replicas, _ = measure_stack_size(start, len(removals) + 1)
-        shards = [run_shard(start, removals, seed, replicas) for seed in seeds]
+        stacks = measure_stacks(start, len(removals) + 1)
+        start = start.using(replace(start.engine, abreast=stacks.abreast))
+        shards = [run_shard(start, removals, seed, stacks.replicas) for seed in seeds]
     order = [len(removals), *range(len(removals))]
     return shards[0].steps, torch.stack([shard.deltas[order] for shard in shards])

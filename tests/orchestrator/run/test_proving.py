@@ -17,6 +17,7 @@ from fimo.orchestrator.store import MemoryStore
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers import further_training
 from fimo.workers.stacking import products, replicas
+from fimo.workers.stacking.size import Stacks
 from tests.support.small_sweep import make_spec, run_here, table_bytes
 
 pytestmark = pytest.mark.usefixtures("proven")
@@ -105,6 +106,27 @@ def test_off_is_recorded(beside):
     assert report.exit_code == 0
     assert proofs(store) == []
     assert all(p["engine"] == {"proof": "off", "path": "not proven"} for p in provenances(store))
+
+
+@pytest.mark.parametrize("proof", [True, False])
+def test_stacks_on_streams_are_chosen_once_and_rerun_in_the_same_way(beside, monkeypatch, proof):
+    ways: list[bool] = []
+    monkeypatch.setattr(proving, "measure_stacks", lambda *_: ways.append(True) or Stacks(3, True, {3: 0.1}, {3: 0.05}))
+    spec = make_spec(seeds=2, resources={"proof": proof, "replicas": "auto"})
+    report, store, _ = run_here(spec, beside)
+    assert report.exit_code == 0
+    [entry] = store.list("flowers/replicas/")
+    assert json.loads(store.get(entry.key))["abreast"]
+    prepared._engines.clear()
+    run_here(spec.model_copy(update={"seeds": spec.seeds.model_copy(update={"count": 3})}), beside, store)
+    assert ways == [True]
+    path = "traced, folded and stacked on streams" if proof else "not proven"
+    assert {p["engine"]["path"] for p in provenances(store)} == {path}
+    sweep = Sweep(store, "flowers")
+    manifest = sweep.read_manifest()
+    assert all(proving.engine_of_part(sweep, manifest, p).abreast for p in provenances(store))
+    found = verification.verify(sweep, rerun=2, own=Own(beside))
+    assert [(r.exact, r.identical, r.ok) for r in found.reruns] == 2 * [(True, True, True)]
 
 
 def wrong_in_a_stack(monkeypatch: pytest.MonkeyPatch, lane: int = 1) -> None:

@@ -118,6 +118,9 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "alone", lambda: case(Engine(), None, [(2,)], removal_mode="drop")
     normed = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     yield "batch norm", lambda: case(Engine(), normed, removal_mode="mask")
+    images = nn.Sequential(nn.Conv1d(1, 2, 3, padding=1), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(8, 3))
+    shaped = nn.Sequential(nn.Unflatten(1, (1, 4)), *images)
+    yield "side by side", lambda: case(Engine(abreast=True), shaped, removal_mode="drop")
     yield "left behind", lambda: case(Engine(), _LeftBehind(), removal_mode="drop")
     yield "reads", lambda: case(Engine(stack=False), _Reads(), [(2,)], removal_mode="drop")
 
