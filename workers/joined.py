@@ -152,10 +152,10 @@ def _of_groups(start: Start, groups: Sequence[_Group], size: int) -> list[ShardR
 def _floors(start: Start, baselines: Sequence[_Lane], size: int) -> list[Deltas]:
     """Each group's second baseline, as in ``run_shard`` in a stack of another size than the first's."""
     if len({lane.seed for lane in baselines}) == 1:
-        alone = 2 if size == 1 and start.engine.stack else 1
-        return [_trained(start, [lane] * alone) for lane in baselines]
+        alone = 2 if start.engine.stack and (size == 1 or start.abreast) else 1
+        return [_trained(start.by_vmap, [lane] * alone) for lane in baselines]
     # Those of several seeds make a smaller stack of their own: each has removals beside it in the first.
-    every = _trained(start, baselines)
+    every = _trained(start.by_vmap, baselines)
     rows = zip(every.deltas, every.distances, strict=True)
     return [replace(every, deltas=delta[None], distances=distance[None]) for delta, distance in rows]
 

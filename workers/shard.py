@@ -129,9 +129,10 @@ def in_stacks(
 
 
 def _floor(start: Start, seed: int, replicas: int) -> Deltas:
-    stack = [BASELINE] if replicas > 1 or not start.engine.stack else [BASELINE, BASELINE]
+    alone = (replicas > 1 and not start.abreast) or not start.engine.stack
+    stack = [BASELINE] if alone else [BASELINE, BASELINE]
     try:
-        both: Deltas | None = further_train(start, stack, seed)
+        both: Deltas | None = further_train(start.by_vmap, stack, seed)
     except FimoError:
         raise
     except Exception:

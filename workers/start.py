@@ -137,6 +137,11 @@ class Start:
         """Whether the replicas of a stack are computed each by itself: nothing is drawn, which all would share."""
         return self.engine.stack and self.engine.abreast and not self.forward.random
 
+    @property
+    def by_vmap(self) -> Start:
+        """The same, but not abreast: replicas abreast have the bits of one that is alone, by ``vmap`` others."""
+        return self.using(replace(self.engine, abreast=False)) if self.abreast else self
+
     def using(self, engine: Engine) -> Start:
         """The same with no more than ``engine`` allows."""
         folds = self.folds and engine.fold

@@ -79,6 +79,11 @@ def test_a_replica_has_the_bits_of_one_that_is_alone_whatever_the_stack() -> Non
     start = replace(side_by_side(images(), chosen), graphs=None)
     one, three = (run_shard(start, LANES[1:], 5, replicas).deltas for replicas in (1, 3))
     assert torch.equal(one, three)
+    several = next(result for _, some in run_shards(start, [(LANES[1:], 5), (LANES[1:], 6)], 8) for result in some)
+    assert torch.equal(several.deltas[:-1], one[:-1])
+    # So the second baseline, which shows what rounding does, is trained otherwise.
+    for deltas in (one, three, several.deltas):
+        assert 0 < float((deltas[-1] - deltas[-2]).abs().max()) < 1e-5
 
 
 def test_what_one_replica_alone_depends_on_is_refused() -> None:
