@@ -21,6 +21,7 @@ from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.orchestrator.tables.reduce import SeedBlock
 from fimo.orchestrator.tables.shares import Course, Reduced, Share
+from fimo.workers.memory import keep_freed_memory
 
 Array = NDArray[np.float64]
 NOTHING = np.zeros((0, 0, 0))
@@ -107,6 +108,7 @@ class Worker:
 
 def main(connection: int, memory: int) -> None:
     """Answer until the other side is gone; numbers of file descriptors."""
+    keep_freed_memory()
     with Connection(connection) as other, os.fdopen(memory, "r+b") as file:
         with contextlib.suppress(EOFError, ConnectionError):
             begin = other.recv()

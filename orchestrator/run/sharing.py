@@ -27,6 +27,7 @@ from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.sweep import Listed, Sweep
 from fimo.orchestrator.tables.shares import Course, Presence, Reduced, joined, reduced, spans
 from fimo.workers.errors import FimoError
+from fimo.workers.memory import keep_freed_memory
 
 Say = Callable[[str], None]
 
@@ -70,6 +71,7 @@ def reduce_parts(
     Raises:
         StoreError: the store cannot be read.
     """
+    keep_freed_memory()
     count = len(spans(course, suited(listed) if processes is None else processes))
     if count > 1 and not isinstance(sweep.store, MemoryStore):
         met, rows = Gathered({}), Costs()
