@@ -160,7 +160,7 @@ def mean_weights(size: int) -> Tensor:
     return torch.full((size,), 1.0 / size, dtype=torch.float64)
 
 
-Part = tuple[list[int], Tensor]
+Part = tuple[tuple[int, ...], Tensor]
 """Lanes, and the training indices (len(lanes), b) that each takes."""
 
 
@@ -169,7 +169,9 @@ def dropped(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: i
     groups: dict[int, list[int]] = {}
     for lane, removal in enumerate(lanes):
         groups.setdefault(n - len(removal), []).append(lane)
-    streams = [(members, _dropped_group(n, [lanes[i] for i in members], settings, seed)) for members in groups.values()]
+    streams = [
+        (tuple(members), _dropped_group(n, [lanes[i] for i in members], settings, seed)) for members in groups.values()
+    ]
     while True:
         yield [(members, next(stream)) for members, stream in streams]
 
@@ -185,11 +187,18 @@ def joined_by_size(parts: Sequence[Part]) -> list[Block]:
 def joined(parts: Sequence[Part]) -> Block:
     """One block of parts of one batch size, in the order of the stack."""
     if len(parts) == 1:
-        return Block(tuple(parts[0][0]), parts[0][1], mean_weights(parts[0][1].shape[1]))
-    lanes = [lane for members, _ in parts for lane in members]
-    order = sorted(range(len(lanes)), key=lanes.__getitem__)
+        return Block(parts[0][0], parts[0][1], mean_weights(parts[0][1].shape[1]))
+    lanes, order = _in_order(tuple(members for members, _ in parts))
     indices = torch.cat([indices for _, indices in parts])[order]
-    return Block(tuple(sorted(lanes)), indices, mean_weights(indices.shape[1]))
+    return Block(lanes, indices, mean_weights(indices.shape[1]))
+
+
+@lru_cache(maxsize=256)
+def _in_order(parts: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], Tensor]:
+    """The lanes of all parts as they stand in the stack, and their places part after part."""
+    lanes = torch.tensor([lane for members in parts for lane in members])
+    order = torch.argsort(lanes)
+    return tuple(lanes[order].tolist()), order
 
 
 def _dropped_group(n: int, lanes: Sequence[Removal], settings: FurtherTraining, seed: int) -> Iterator[Tensor]:

@@ -250,17 +250,19 @@ class _Stack:
             own = partial(masks.at, rows=block.rows, sizes=block.sizes)
         for lanes, batch, weights, shared in replicas.fetch(self.start.train, block, self.start.trimming):
             params, buffers = self.take(lanes)
-            seed_all(seed, self.start.model.device)
-            part, after = self._batch_gradients(params, buffers, batch, weights, shared, own)
+            seeding = partial(seed_all, seed, self.start.model.device)
+            part, after = self._batch_gradients(params, buffers, batch, weights, shared, own, unless_replayed=seeding)
             total.add(part, lanes)
             replicas.put_back(self.buffers, after, lanes)
 
     def _add_removed(self, total: GradientSum, lanes: tuple[int, ...], batch: Batch, seed: int) -> None:
         """Buffers are read but not updated: the subtracted loss leaves no trace in them."""
         params, buffers = self.take(lanes)
-        seed_all(seed, self.start.model.device)
+        seeding = partial(seed_all, seed, self.start.model.device)
         with self.start.model.mode(self._subtracted.mode):
-            part, _ = self._removed_gradients(params, buffers, batch, self._removed_weight, False)
+            part, _ = self._removed_gradients(
+                params, buffers, batch, self._removed_weight, False, unless_replayed=seeding
+            )
         total.add(part, lanes)
 
     def take(self, lanes: tuple[int, ...]) -> tuple[Tensors, Tensors]:

@@ -99,6 +99,6 @@ def _filled(parts: Sequence[Part]) -> Block:
     filled, weights = torch.empty(count, longest, dtype=torch.long), torch.zeros(count, longest, dtype=torch.float64)
     for members, indices in parts:
         size = indices.shape[1]
-        filled[members] = torch.cat([indices, indices[:, :1].expand(-1, longest - size)], dim=1)
-        weights[members, :size] = 1.0 / size
+        filled[list(members)] = torch.cat([indices, indices[:, :1].expand(-1, longest - size)], dim=1)
+        weights[list(members), :size] = 1.0 / size
     return Block(tuple(range(count)), filled, weights)

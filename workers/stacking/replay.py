@@ -67,13 +67,23 @@ class Replayed:
         self.calls: Counter[object] = Counter()
         self._before: dict[object, list[Any]] = {}
 
-    def __call__(self, *args: Any) -> Any:
-        """``function(*args)``, to be called under ``torch.no_grad``."""
+    def __call__(self, *args: Any, unless_replayed: Callable[[], None] = lambda: None) -> Any:
+        """``function(*args)``, to be called under ``torch.no_grad``.
+
+        Args:
+            unless_replayed: called first where the function is, or is traced. A seed is for these: a graph draws
+                nothing. It is not set for each of two traces, which differ if the function draws.
+        """
         if self.graphs is None:
+            unless_replayed()
             return self.function(*args)
         leaves, structure = _flatten(args)
         key = (self.name, structure, *map(_signature, leaves))
         self.calls[key] += 1
+        graph = self.graphs.get(key)
+        if graph is not None and self.calls[key] > AFTER:
+            return graph(leaves)
+        unless_replayed()
         if self.calls[key] <= AFTER:
             if key not in self.graphs:
                 # Keep the first call's: blocks of an evaluation take turns, so two calls in a row may be of one block.

@@ -17,9 +17,11 @@ def simplify(graph: torch.fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if _is_identity(node):
-            node.replace_all_uses_with(node.args[0])
+        if (same := _the_same(node)) is not None:
+            node.replace_all_uses_with(same)
             graph.erase_node(node)
+        elif node.target is aten.ones_like.default:
+            _ones(graph, node)
         elif node.target is aten.bmm.default:
             _thin_product(graph, node)
         elif node.target is aten.transpose.int:
@@ -31,13 +33,45 @@ def simplify(graph: torch.fx.Graph) -> None:
     graph.lint()
 
 
-def _is_identity(node: torch.fx.Node) -> bool:
+def _the_same(node: torch.fx.Node) -> Any:
+    """The operand that a node's value is equal to, bit for bit; None = there is none."""
     target, args = node.target, node.args
     if target is aten.detach.default:
-        return True
+        return args[0]
     if target in (aten.view.default, aten._unsafe_view.default, aten.expand.default):
-        return shape_of(node) == shape_of(args[0])
-    return target is aten.mul.Scalar and bool(args[1] == 1) and dtype_of(node) == dtype_of(args[0])
+        return args[0] if shape_of(node) == shape_of(args[0]) else None
+    if target is aten.mul.Tensor:
+        # A gradient of 1 a loss is where a backward begins.
+        return next((a for a, b in (args, args[::-1]) if _are_ones(b) and _alike(node, a)), None)
+    if target in (aten.mul.Scalar, aten.pow.Tensor_Scalar) and bool(args[1] == 1):
+        return args[0] if dtype_of(node) == dtype_of(args[0]) else None
+    return None
+
+
+def _alike(node: torch.fx.Node, operand: Any) -> bool:
+    if not isinstance(operand, torch.fx.Node):
+        return False
+    values = node.meta["val"], operand.meta["val"]
+    return len({(value.shape, value.stride(), value.dtype) for value in values}) == 1
+
+
+def _are_ones(value: Any) -> bool:
+    while isinstance(value, torch.fx.Node) and value.target is aten.expand.default:
+        value = value.args[0]
+    return value.target is aten.ones.default if isinstance(value, torch.fx.Node) else bool(value == 1)
+
+
+def _ones(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """Ones that need no tensor to be like: where a backward begins, this was the loss, which nobody asks for."""
+    value = node.meta["val"]
+    if value.is_contiguous():
+        with graph.inserting_before(node):
+            made = graph.call_function(
+                aten.ones.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+            )
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
 
 
 def _thin_product(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
