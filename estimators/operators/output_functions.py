@@ -36,7 +36,8 @@ def is_cross_entropy(model: FunctionalModel, batch: Batch) -> bool:
         return False
     hot = torch.nn.functional.one_hot(labels(model, outputs, batch), outputs.shape[1])
     # Also at outputs that are not the model's, because a scaled or smoothed loss shows there.
-    places = [torch.zeros_like(outputs), outputs, torch.ones_like(outputs).cumsum(dim=1)]
+    rising = torch.arange(1, outputs.shape[1] + 1).to(outputs).expand_as(outputs).contiguous()
+    places = [torch.zeros_like(outputs), outputs, rising]
     expected = [place.softmax(dim=1) - hot for place in places]
     slopes = [loss_slope(model, place, batch) for place in places]
     return all(torch.allclose(s, e, atol=1e-5) for s, e in zip(slopes, expected, strict=True))

@@ -27,6 +27,7 @@ from fimo.estimators.operators.gradients import directional
 from fimo.estimators.operators.hashes import uniforms
 from fimo.estimators.operators.output_functions import class_dimension, loss_slope, token_weights
 from fimo.estimators.operators.spaces import output_hessians
+from fimo.workers.device import is_gpu
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel
 
@@ -114,13 +115,25 @@ class PseudoGradients:
         assert self._dim is not None
         weights = weights.clamp(min=0).sqrt().unsqueeze(-1)
         probabilities = outputs.movedim(self._dim, -1).softmax(dim=-1)
-        below = probabilities.double().cumsum(dim=-1)
+        below = running_sums(probabilities.double())
         tokens = below[0, ..., 0].numel()
         for sample in range(self._samples):
             u = uniforms(self._seed, indices, sample, tokens).to(outputs.device).reshape(*below.shape[:-1], 1)
             label = torch.searchsorted(below, u * below[..., -1:], right=True).clamp(max=below.shape[-1] - 1)
             s = probabilities.scatter_add(-1, label, -torch.ones_like(label, dtype=probabilities.dtype))
             yield (s * weights / self._samples**0.5).movedim(-1, self._dim)
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """Sums along the last dimension up to each place, in an order that is the same each time."""
+    if not is_gpu(x.device):
+        return x.cumsum(dim=-1)
+    # torch's own has no such order on a GPU, and is refused there. Each pass doubles how far a place has looked back.
+    reach = 1
+    while reach < x.shape[-1]:
+        x = torch.cat([x[..., :reach], x[..., reach:] + x[..., :-reach]], dim=-1)
+        reach *= 2
+    return x
 
 
 def _normal(u: Tensor) -> Tensor:
