@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fimo.workers import further_training
 from fimo.workers.amounts import amounts
 from fimo.workers.batches import orders
 from fimo.workers.definition import train_cell
@@ -46,6 +47,13 @@ def hold(workload: Workload, chosen: FurtherTraining, lanes: list[tuple[int, ...
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_is_torchs_own(optimizer: str, mode: str) -> None:
     chosen = settings(OPTIMIZERS[optimizer], removal_mode=mode, steps=12, evaluate=every_step(12))
+    hold(regression(), chosen, [(), (3,), (17,), (22,)])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_form_that_a_gpu_steps_by_is_torchs_own_too(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(further_training, "is_gpu", lambda _: True)
+    chosen = settings(OPTIMIZERS[optimizer], removal_mode="reweight", steps=12, evaluate=every_step(12))
     hold(regression(), chosen, [(), (3,), (17,), (22,)])
 
 
@@ -112,18 +120,32 @@ def test_a_batch_that_is_all_masked_is_a_step_of_zero_gradient() -> None:
     hold(regression(), settings(optimizer, removal_mode="mask", steps=6, evaluate=every_step(6)), [(), removal])
 
 
+class TwoBiases(torch.nn.Module):
+    """Autograd hands ``a + b`` one tensor for both gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3, bias=False)
+        self.a, self.b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + (self.a + self.b)
+
+
+@pytest.mark.parametrize("by_gpu", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_two_parameters_that_share_a_gradient_have_their_own_momentum(
+    by_gpu: bool, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's form for a GPU adds Nesterov's momentum to the gradients in place: to one tensor twice."""
+    monkeypatch.setattr(further_training, "is_gpu", lambda _: by_gpu)
+    nesterov = Optimizer("sgd", lr=0.02, momentum=0.9, nesterov=True, weight_decay=decay)
+    chosen = settings(nesterov, removal_mode="reweight", steps=12, evaluate=every_step(12))
+    hold(classification(model=TwoBiases()), chosen, [(), (3,), (4, 9)])
+
+
 def test_two_parameters_that_share_a_gradient_are_clipped_once() -> None:
-    """Autograd hands ``a + b`` one tensor for both gradients; scaling it in place would scale it twice."""
-
-    class TwoBiases(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = torch.nn.Linear(4, 3, bias=False)
-            self.a, self.b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(3))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(x) + (self.a + self.b)
-
+    """Scaling it in place would scale it twice."""
     for mode in MODES:
         hold(classification(model=TwoBiases()), settings(clip_norm=0.1, removal_mode=mode), [(), (3,), (4, 9)])
 

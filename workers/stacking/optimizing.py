@@ -53,6 +53,7 @@ class Optimizing:
         # SGD's fused form has nothing to gain, and refuses a parameter that gets its first gradient late.
         adaptive = settings.optimizer.name != "sgd"
         self._fused = adaptive and not launched
+        self._writes = launched and settings.optimizer.nesterov
         self._optimizer = settings.optimizer.build(
             groups or list(params.values()), foreach=launched, fused=self._fused, capturable=adaptive and recorded
         )
@@ -78,6 +79,10 @@ class Optimizing:
         if self._fused:
             # A fused step reads a gradient as if it lay as its parameter does.
             grads = {name: None if grad is None else grad.contiguous() for name, grad in grads.items()}
+        if self._writes:
+            # torch adds Nesterov's momentum to the gradients where they lie, and autograd gives two parameters that are
+            # added up the same tensor.
+            grads = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
         if not self._views:
             for name, parameter in self._params.items():
                 parameter.grad = grads.get(name)
