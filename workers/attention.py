@@ -1,7 +1,8 @@
 """``scaled_dot_product_attention`` written out, by operations that stack and can be differentiated twice.
 
 The same numbers to rounding. torch's fused kernels have no batching rule on a CPU, where ``vmap`` would take replicas
-one by one, and none for second derivatives; on CUDA they draw dropout as no other kernel does.
+one by one, and none for second derivatives; on CUDA they draw dropout as no other kernel does, and have no backward
+under ``vmap``.
 """
 
 from __future__ import annotations

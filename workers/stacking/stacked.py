@@ -96,7 +96,10 @@ class Stacked(TorchFunctionMode):
         if dropout_of(args, kwargs) > 0:
             return True
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        return args[0].device.type == "cpu" and any(_functorch.is_batchedtensor(t) for t in tensors)
+        # Inside vmap a tensor says that it needs no gradient. On a GPU torch then keeps nothing for the backward, which
+        # fails ("LSE is not correctly aligned").
+        unfused = torch.is_grad_enabled() or args[0].device.type == "cpu"
+        return unfused and any(_functorch.is_batchedtensor(t) for t in tensors)
 
     def _dropout(self, x: Tensor, p: float, inplace: bool = False) -> Tensor:
         # The forward may go on with what it gave, rather than with what it got back.

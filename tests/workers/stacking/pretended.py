@@ -17,6 +17,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fimo.workers import further_training
@@ -104,6 +106,35 @@ class _Reads(nn.Module):
         return self.layer(x) * float(x.shape[0] > 0) if float(self.layer.bias.sum()) < 9e9 else self.layer(x)
 
 
+class _Attends(nn.Module):
+    """Attention without dropout, over the four numbers of an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = x[:, None, :, None] * self.layer.weight[0]
+        return self.layer(nn.functional.scaled_dot_product_attention(each, each, each).mean((1, 3)))
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as torch has it on CUDA, which under ``vmap`` keeps nothing for its backward."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fused = func is nn.functional.scaled_dot_product_attention and torch.is_grad_enabled()
+        if fused and any(_functorch.is_batchedtensor(t) for t in args):
+            raise RuntimeError("LSE is not correctly aligned (strideH)")
+        return func(*args, **(kwargs or {}))
+
+
+def _attended() -> None:
+    chosen = problems.settings(batch_size=10, steps=3, evaluate=Evaluate(every_steps=1), removal_mode="drop")
+    start = problems.make(problems.classification(model=_Attends()), chosen)
+    with _Fused():
+        run(start)
+
+
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     def case(engine: Engine, model: nn.Module | None, lanes: Sequence[Removal] = LANES, **more: Any) -> None:
         optimizer, every = more.pop("optimizer", OPTIMIZERS[0][0]), Evaluate(every_steps=1)
@@ -121,6 +152,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     images = nn.Sequential(nn.Conv1d(1, 2, 3, padding=1), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(8, 3))
     shaped = nn.Sequential(nn.Unflatten(1, (1, 4)), *images)
     yield "side by side", lambda: case(Engine(abreast=True), shaped, removal_mode="drop")
+    yield "attention", _attended
     yield "left behind", lambda: case(Engine(), _LeftBehind(), removal_mode="drop")
     yield "reads", lambda: case(Engine(stack=False), _Reads(), [(2,)], removal_mode="drop")
 
