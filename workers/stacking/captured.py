@@ -67,8 +67,9 @@ def _cuda_graph(body: Callable[[], None]) -> Launch:
     ):
         # Have torch refuse to wait for the device before it tries: a recording that CUDA breaks off leaves torch's
         # allocator and generator as if it went on, and whatever draws later in this process fails.
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            # torch warns when it is first asked to. A program may have made errors of its warnings.
+            torch.cuda.set_sync_debug_mode("error")
             body()
         finally:
             torch.cuda.set_sync_debug_mode(debugged)

@@ -12,9 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
+WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+INDEXED = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default}
+"""Kernels that wait if an index is a mask."""
+
 
 class Read(TorchDispatchMode):
-    """Inside this mode the memory is held that kernels read and none of them has made; copies from the CPU are refused.
+    """Inside this mode the memory is held that kernels read and none of them has made.
+
+    Copies from the CPU are refused, and whatever would bring a value to the host: torch asks CUDA for pinned memory
+    before it says that it would wait, which breaks the recording off.
 
     A model may replace what it keeps from call to call, as ``replicas.places`` forgets old lanes: the memory would be
     another's when a launch reads it.
@@ -30,6 +37,8 @@ class Read(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = _tensors((args, kwargs))
+        if _waits(func, args) and any(tensor.device.type != "cpu" for tensor in given):
+            raise RuntimeError(f"{func} brings a value to the host, which is not recorded")
         for tensor in given:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._made:
@@ -41,6 +50,12 @@ class Read(TorchDispatchMode):
             raise RuntimeError("a copy between the CPU and the device is not recorded")
         self._made.update({t.untyped_storage()._cdata for t in results} - self.held.keys())
         return out
+
+
+def _waits(func: Any, args: Sequence[Any]) -> bool:
+    if func in INDEXED:
+        return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
+    return not WAITS.isdisjoint(getattr(func, "tags", ()))
 
 
 def _tensors(value: Any) -> list[Tensor]:

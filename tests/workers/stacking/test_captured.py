@@ -25,6 +25,7 @@ from fimo.workers.shard import run_shard
 from fimo.workers.stacking import ahead
 from fimo.workers.stacking import captured as captured_module
 from fimo.workers.stacking.captured import CHECKED, Captured, Recorder
+from fimo.workers.stacking.read import Read
 from fimo.workers.stacking.replay import AFTER
 from fimo.workers.stacking.trimming import Trimming
 from fimo.workers.start import Engine, Start
@@ -277,6 +278,34 @@ def test_what_a_recorded_step_reads_lives_as_long_as_it() -> None:
     assert set(recorded.read.held) == {storage[1], total.untyped_storage()._cdata}, "and nothing that it makes"
     kept.clear()
     assert storage[0]() is not None
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.index_put_((x > 0,), x.sum()),
+        lambda x: torch.equal(x, x),
+        lambda x: x.unique(),
+    ],
+)
+def test_what_brings_a_value_from_the_device_is_refused_before_torch_prepares_for_it(reads: Any) -> None:
+    # It asks CUDA for pinned memory first, which ends a recording; the meta device stands for a GPU.
+    with Read():
+        torch.ones(3).sum().item()
+        with pytest.raises(RuntimeError, match="brings a value to the host"):
+            reads(torch.empty(3, device="meta"))
+
+
+def test_indices_and_writes_that_need_no_value_are_recorded() -> None:
+    x, places = torch.empty(3, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+    with Read():
+        x[places] = x[places] * 2
+        x.masked_fill_(x > 0, 1.0)
+        torch.where(x > 0, x, 0.0).gather(0, places).sum()
 
 
 # -- batches that are brought ahead ---------------------------------------------------------------------------------

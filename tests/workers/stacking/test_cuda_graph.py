@@ -118,3 +118,21 @@ def test_a_recording_that_cannot_be_ended_leaves_the_stream_as_it_was(rules: Rul
     with pytest.raises(RuntimeError, match="previous error"):
         captured._cuda_graph(breaks)
     assert (rules.mode, rules.stream) == (0, 0)
+
+
+def test_a_warning_that_is_an_error_leaves_torch_free_to_wait(rules: Rules, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch has set the mode when it warns, once a process, that there is one.
+    first = True
+
+    def warns(mode: int | str) -> None:
+        nonlocal first
+        rules.set_mode(mode)
+        if first:
+            first = False
+            raise UserWarning("Synchronization debug mode is a prototype feature")
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", warns)
+    with pytest.raises(UserWarning, match="prototype"):
+        captured._cuda_graph(lambda: None)
+    assert (rules.mode, rules.stream) == (0, 0)
+    captured._cuda_graph(lambda: None)
