@@ -26,6 +26,7 @@ from fimo.workers.amounts import Removal
 from fimo.workers.batches import Block
 from fimo.workers.settings import Evaluate, Optimizer
 from fimo.workers.stacking import replicas
+from fimo.workers.stacking.captured import Captured
 from fimo.workers.start import Engine, Start
 from tests.support import pretend_gpu
 from tests.workers import problems
@@ -60,9 +61,18 @@ def _steps(start: Start, lanes: Sequence[Removal]) -> list[Sequence[Block]]:
     return [next(schedule) for _ in range(last)]
 
 
-def run(start: Start, lanes: Sequence[Removal] = LANES) -> None:
-    """Train the lanes on the device."""
-    steps = _steps(start, lanes)
+def run(start: Start, lanes: Sequence[Removal] = LANES, recorded: int = 2) -> None:
+    """Train the lanes on the device, where so many bodies at least are recorded (a step's, and the evaluation's).
+
+    They do nothing when they are launched; 0 = nothing is recorded.
+    """
+    steps, bodies = _steps(start, lanes), list[Callable[[], None]]()
+
+    def recorder(body: Callable[[], None]) -> Callable[[], None]:
+        body()
+        bodies.append(body)
+        return lambda: None
+
     replicas.places.cache_clear()
     with pretend_gpu.gpu() as device:
         alike = {id(t): _at(t, CPU) for step in steps for b in step for t in (b.indices, b.weights)}
@@ -74,14 +84,17 @@ def run(start: Start, lanes: Sequence[Removal] = LANES) -> None:
         with (
             mock.patch.object(further_training, "_schedule", without_numbers),
             mock.patch.object(further_training, "kept", return_value=contextlib.nullcontext()),
+            mock.patch.object(Captured, "_launches_as_it_runs", return_value=True),
         ):
-            training = further_training.Training(_there(start, device), lanes, 3)
+            there = replace(_there(start, device), captures=recorder if recorded else None)
+            training = further_training.Training(there, lanes, 3)
             with pretend_gpu.NoWaits():
                 training.advance()
             training.state_of(0)
             deltas = training.result().deltas
     assert deltas.device.type == "cpu"
-    assert deltas.shape == (len(lanes), 3, len(start.at_final))
+    assert deltas.shape == (len(lanes), start.settings.steps, len(start.at_final))
+    assert len(bodies) >= recorded, "a body that is the device's own was not recorded"
 
 
 class _LeftBehind(nn.Module):
@@ -129,7 +142,7 @@ class _Fused(TorchFunctionMode):
 
 
 def _attended() -> None:
-    chosen = problems.settings(batch_size=10, steps=3, evaluate=Evaluate(every_steps=1), removal_mode="drop")
+    chosen = problems.settings(batch_size=10, steps=9, evaluate=Evaluate(every_steps=1), removal_mode="drop")
     start = problems.make(problems.classification(model=_Attends()), chosen)
     with _Fused():
         run(start)
@@ -138,8 +151,10 @@ def _attended() -> None:
 def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
     def case(engine: Engine, model: nn.Module | None, lanes: Sequence[Removal] = LANES, **more: Any) -> None:
         optimizer, every = more.pop("optimizer", OPTIMIZERS[0][0]), Evaluate(every_steps=1)
-        chosen = problems.settings(optimizer, batch_size=10, steps=3, evaluate=every, **more)
-        run(problems.make(problems.classification(model=model), chosen).using(engine), lanes)
+        least = more.pop("least", 2)
+        chosen = problems.settings(optimizer, batch_size=10, steps=9, evaluate=every, **more)
+        for recorded in (least, 0):
+            run(problems.make(problems.classification(model=model), chosen).using(engine), lanes, recorded)
 
     for mode, (optimizer, precision) in product(("drop", "mask", "reweight"), OPTIMIZERS):
         name = f"{mode} {optimizer.name} {precision}"
@@ -148,10 +163,12 @@ def _cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{name} not folded", lambda more=more: case(Engine(fold=False), None, **more)
     yield "alone", lambda: case(Engine(), None, [(2,)], removal_mode="drop")
     normed = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    yield "batch norm", lambda: case(Engine(), normed, removal_mode="mask")
+    yield "batch norm", lambda: case(Engine(), normed, [(), (0,), (3,), (7,)], removal_mode="drop")
+    # Its batches are of other sizes in every step.
+    yield "batch norm, masked", lambda: case(Engine(), normed, removal_mode="mask", least=1)
     images = nn.Sequential(nn.Conv1d(1, 2, 3, padding=1), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(8, 3))
     shaped = nn.Sequential(nn.Unflatten(1, (1, 4)), *images)
-    yield "side by side", lambda: case(Engine(abreast=True), shaped, removal_mode="drop")
+    yield "side by side", lambda: case(Engine(abreast=True), shaped, [(), (0,), (3,), (7,)], removal_mode="drop")
     yield "attention", _attended
     yield "left behind", lambda: case(Engine(), _LeftBehind(), removal_mode="drop")
     yield "reads", lambda: case(Engine(stack=False), _Reads(), [(2,)], removal_mode="drop")
