@@ -79,6 +79,11 @@ def room(device: torch.device) -> int:
     return int(min(free + torch.cuda.memory_reserved(device), share * total))
 
 
+def free(device: torch.device) -> int:
+    """Bytes that tensors to come can take on a GPU: what torch holds between tensors is as good as free; 0 on a CPU."""
+    return max(0, room(device) - torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
+
+
 def cpu_vendor() -> str:
     """The CPU's maker as the CPU says it, such as "GenuineIntel"; empty where it is not known."""
     return _cpu_line("vendor_id")

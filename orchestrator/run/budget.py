@@ -11,6 +11,7 @@ from fimo import estimators
 from fimo.estimators.counts import Work
 from fimo.estimators.rates import Rates
 from fimo.orchestrator.spec.spec import Spec
+from fimo.workers.device import free
 
 LEAST_S = 60.0
 SHARE = 0.25
@@ -46,15 +47,15 @@ def too_dear(
 
 def too_large(work: Work, device: torch.device) -> str | None:
     """That some work does not fit in the memory that is free on a device now, in a line; None if it does."""
-    free = _free_bytes(device)
-    if work.bytes <= FREE * free:
+    there = _free_bytes(device)
+    if work.bytes <= FREE * there:
         return None
-    return f"too large: it holds about {work.bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free here"
+    return f"too large: it holds about {work.bytes / 2**30:.1f} GiB, {there / 2**30:.1f} GiB are free here"
 
 
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        return float(free(device))
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -83,8 +83,8 @@ def _device(gpus: float, number: int) -> torch.device:
         return device
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
-    if gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(gpus, device)
+    # Of a whole one too: the process may have had a share of it for another sweep.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gpus), device)
     return device
 
 

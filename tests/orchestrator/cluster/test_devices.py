@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fimo.orchestrator.run import prepared
+from fimo.estimators.counts import Work
+from fimo.orchestrator.run import budget, prepared
 
 
 def given(monkeypatch: pytest.MonkeyPatch, ids: list[str], visible: str | None) -> int:
@@ -41,7 +42,7 @@ def test_rays_name_of_a_gpu_becomes_torchs_number(
     assert given(monkeypatch, ids, visible) == number
 
 
-@pytest.mark.parametrize(("gpus", "expected"), [(0.25, [(0.25, 2)]), (1.0, []), (2.0, [])])
+@pytest.mark.parametrize(("gpus", "expected"), [(0.25, [(0.25, 2)]), (1.0, [(1.0, 2)]), (2.0, [(1.0, 2)])])
 def test_a_share_of_a_gpu_bounds_the_memory(
     monkeypatch: pytest.MonkeyPatch, gpus: float, expected: list[tuple[float, int]]
 ) -> None:
@@ -56,6 +57,22 @@ def test_a_share_of_a_gpu_bounds_the_memory(
     assert prepared._device(gpus, 2) == torch.device("cuda", 2)
     assert chosen == [2]
     assert bounds == expected
+
+
+def test_memory_that_torch_keeps_between_tensors_is_free_for_an_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that has trained large stacks holds most of its GPU, and no estimator is left out for it."""
+    gib = 2**30
+    about = {"mem_get_info": (10 * gib, 140 * gib), "memory_reserved": 120 * gib, "memory_allocated": 2 * gib}
+    for name, value in {**about, "get_per_process_memory_fraction": 1.0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    gpu = torch.device("cuda", 0)
+    assert budget.too_large(Work(bytes=100 * gib), gpu) is None
+    assert (
+        budget.too_large(Work(bytes=110 * gib), gpu) == "too large: it holds about 110.0 GiB, 128.0 GiB are free here"
+    )
+    # A share of a GPU bounds what its tasks may take.
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _device: 0.5)
+    assert budget.too_large(Work(bytes=100 * gib), gpu) is not None
 
 
 def test_no_gpu_asked_for_is_the_cpu() -> None:
