@@ -3,7 +3,7 @@
 Python cannot import torch twice: after an import that failed halfway, every later one fails too, each time in another
 way. A worker in that state would take task after task and fail them all. So this module imports nothing but the
 standard library and Ray, which runs it; what it is given is bytes, and a worker whose imports fail says why, once, and
-ends.
+ends. So does one that CUDA has given up: after an illegal access, or a label out of bounds, all that it is asked fails.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import sys
 import threading
 import time
 from typing import Any
@@ -42,9 +43,30 @@ def enter(shared: list[Any], final_model: list[Any], task: bytes) -> Any:
         work, sweep, manifest = pickle.loads(pickled)
         wanted = pickle.loads(task)
     except Exception:
-        _broken.set()
-        threading.Timer(LAST_WORDS_S, os._exit, [1]).start()
+        _end()
         raise
     finally:
         gc.enable()
-    return work(sweep, manifest, final_model, wanted)
+    try:
+        return work(sweep, manifest, final_model, wanted)
+    except Exception:
+        if _device_is_lost():
+            _end()
+        raise
+
+
+def _end() -> None:
+    _broken.set()
+    threading.Timer(LAST_WORDS_S, os._exit, [1]).start()
+
+
+def _device_is_lost() -> bool:
+    """Whether CUDA does nothing more in this process."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False

@@ -1,4 +1,4 @@
-"""A worker whose imports fail: it says why, fails one task, and ends before it takes others down."""
+"""A worker whose imports fail, or its GPU: it says why, fails one task, and ends before it takes others down."""
 
 from __future__ import annotations
 
@@ -32,3 +32,31 @@ def test_a_worker_that_cannot_import_says_why_once_and_ends() -> None:
     assert "said: No module named 'no_such_module'" in ended.stdout
     assert "took another task" not in ended.stdout
     assert time.monotonic() - began < 30
+
+
+FAILING = """
+import pickle, sys, types
+def synchronize():
+    if lost:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+sys.modules["ray"] = types.SimpleNamespace(get=lambda reference: reference)
+cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+from fimo.orchestrator.run import entry
+entry.LAST_WORDS_S = 0.2
+def fails(*_):
+    raise ValueError("a task's own error")
+task = [pickle.dumps((fails, None, None))], [], pickle.dumps(None)
+for lost in (False, True, True):
+    try:
+        entry.enter(*task)
+    except ValueError as error:
+        print("said:", error, flush=True)
+"""
+
+
+def test_a_worker_whose_gpu_is_lost_fails_one_task_and_ends() -> None:
+    """After an illegal access CUDA refuses all that a process asks: it would fail every task that it is given."""
+    ended = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stdout == "said: a task's own error\n" * 2
