@@ -107,6 +107,46 @@ def prepare_environment() -> None:
     keep_freed_memory()
 
 
+PRECISIONS = (
+    ("generic", "all"),
+    *((backend, part) for backend in ("cuda", "mkldnn") for part in ("all", "matmul", "conv", "rnn")),
+)
+"""Where torch's newer switches say in what float32 is multiplied, whoever is asked first, first."""
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No product or convolution of float32 in TF32 or bfloat16, by whichever switches they were asked for.
+
+    torch has older switches, and newer ones that only they who never touched the older can read.
+    """
+    matmul = _older(torch.get_float32_matmul_precision, "highest")
+    cudnn = _older(lambda: torch.backends.cudnn.allow_tf32, True)
+    switches: Any = torch._C
+    newer = list[tuple[tuple[str, str], str]]()
+    for place in PRECISIONS if hasattr(switches, "_set_fp32_precision_setter") else ():
+        # A place where nothing is said is read as what it is in: that is emptied first.
+        newer.append((place, switches._get_fp32_precision_getter(*place)))
+        switches._set_fp32_precision_setter(*place, "none")
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+        for place, value in newer:
+            switches._set_fp32_precision_setter(*place, value)
+
+
+def _older(read: Callable[[], Any], usual: Any) -> Any:
+    """An older switch, which torch refuses to read where a newer one says otherwise: it then is as it was at first."""
+    try:
+        return read()
+    except RuntimeError:
+        return usual
+
+
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[dict[str, object]]:
     """Deterministic algorithms, no TF32, no autotuning and a private random state inside the body; restored after.
@@ -116,21 +156,17 @@ def deterministic(device: torch.device) -> Iterator[dict[str, object]]:
     """
     prepare_environment()
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    precision = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    benchmark = torch.backends.cudnn.benchmark
     fill = torch_deterministic.fill_uninitialized_memory
     devices = [device.index or 0] if device.type == "cuda" else []
     try:
         torch.use_deterministic_algorithms(True)
         # Do not fill fresh memory: it costs a write of every tensor and changes no result.
         torch_deterministic.fill_uninitialized_memory = False
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
-        with torch.random.fork_rng(devices=devices):
+        with _full_float32(), torch.random.fork_rng(devices=devices):
             yield {"deterministic_algorithms": True, "tf32": False, "cudnn_benchmark": False}
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         torch_deterministic.fill_uninitialized_memory = fill
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cudnn
+        torch.backends.cudnn.benchmark = benchmark
