@@ -163,7 +163,9 @@ def copy_before_first_difference(
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on CUDA or on the CPU."""
     text = str(error)
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in text or "out of memory" in text
+    # The last is what CUDA's libraries say, which ask for some of their own.
+    said = "not enough memory", "out of memory", "STATUS_ALLOC_FAILED"
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in text for words in said)
 
 
 def release() -> None:

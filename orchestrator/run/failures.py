@@ -28,8 +28,8 @@ from fimo.orchestrator.sweep.sweep import Sweep
 if TYPE_CHECKING:
     from fimo.orchestrator.run.results import SetAside
 
-OUT_OF_MEMORY = ("out of memory", "outofmemoryerror", "memoryerror", "can't allocate memory")
-"""What errors of too little memory say: torch's on a GPU and on a CPU, Python's, Ray's."""
+OUT_OF_MEMORY = ("out of memory", "outofmemoryerror", "memoryerror", "can't allocate memory", "status_alloc_failed")
+"""What errors of too little memory say: torch's on a GPU and on a CPU, Python's, Ray's, those of CUDA's libraries."""
 
 
 @dataclass(frozen=True)

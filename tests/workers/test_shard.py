@@ -79,7 +79,11 @@ def test_a_removal_that_is_never_in_a_batch_has_an_effect_of_exactly_0_in_mask_m
         assert effect[row, 2].abs().max() > 0, "removed from the third batch, and not before"
 
 
-def _out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+NO_WORKSPACE = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def _out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch, error: Exception = FULL) -> list[int]:
     tried: list[int] = []
 
     right = further_training.Training.__init__
@@ -87,17 +91,18 @@ def _out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[in
     def limited(self, start, lanes: Sequence, *more, **options):
         tried.append(len(lanes))
         if len(lanes) > limit:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            raise error
         right(self, start, lanes, *more, **options)
 
     monkeypatch.setattr(further_training.Training, "__init__", limited)
     return tried
 
 
-def test_lack_of_memory_halves_the_stack_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [FULL, NO_WORKSPACE])
+def test_lack_of_memory_halves_the_stack_and_changes_nothing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     start = make(regression(), settings(removal_mode="drop"))
     undisturbed = run_shard(start, REMOVALS, 1, 13)
-    tried = _out_of_memory_above(4, monkeypatch)
+    tried = _out_of_memory_above(4, monkeypatch, error)
     got = run_shard(start, REMOVALS, 1, 13)
     assert list(dict.fromkeys(size for size in tried if size > 1)) == [13, 6, 3]
     assert got.replicas == 3
