@@ -125,6 +125,8 @@ class Rates:
         def once(last: int) -> float:
             training, began = Training(own, [()] * together, 0), read()
             training.advance(last)
+            if start.model.device.type == "cuda":
+                torch.cuda.synchronize(start.model.device)
             return (read() - began) / training.step / together
 
         first = once(2)

@@ -210,6 +210,9 @@ class Estimators:
 def _seconds(named: estimators.Estimator, problem: estimators.Problem) -> float:
     device = problem.model.device
     read = clock(device)
+    if device.type == "cuda":
+        # What was asked of the device before is none of it.
+        torch.cuda.synchronize(device)
     began = read()
     named.estimate(problem)
     if device.type == "cuda":
