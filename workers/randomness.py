@@ -32,7 +32,9 @@ def seed_all(value: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(value)
     # A generator takes no seed while kernels are recorded: what draws is not recorded.
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        torch.cuda.manual_seed(value)
+        # Not torch.cuda.manual_seed, which seeds whichever GPU is the current one.
+        number = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[number].manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)
 

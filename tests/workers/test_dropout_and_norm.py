@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fimo.workers.errors import WorkloadError
 from fimo.workers.further_training import further_train
-from fimo.workers.randomness import step_seed
+from fimo.workers.randomness import kept, seed_all, step_seed
 from fimo.workers.settings import Optimizer
 from fimo.workers.shard import run_shard
 from tests.workers.problems import Encoder, classification, every_step, make, regression, sentences, settings
@@ -180,3 +180,15 @@ def test_a_transformer_layer_of_torchs_own_trains_in_eval_mode(precision: str, o
     chosen = settings(optimizer, mode="eval", removal_mode="reweight", precision=precision, steps=6)
     hold(classification(23, 6, Encoder(), 5, 4), chosen, [(), (3,), (17,)])
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_gpu_that_is_trained_on_is_seeded_whichever_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    generators = [torch.Generator(), torch.Generator()]
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with kept(torch.device("cpu")):
+        seed_all(17, torch.device("cuda", 1))
+        assert [g.initial_seed() == 17 for g in generators] == [False, True]
+        seed_all(18, torch.device("cuda"))
+    assert [g.initial_seed() for g in generators] == [18, 17]

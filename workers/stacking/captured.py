@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -47,23 +48,43 @@ log = logging.getLogger(__name__)
 
 def recorder_of(device: torch.device) -> Recorder | None:
     """How a device records kernels; None = it does not."""
-    return _cuda_graph if device.type == "cuda" else None
+    return partial(_cuda_graph, device) if device.type == "cuda" else None
 
 
-_graphs: WeakSet[Any] = WeakSet()
-"""The graphs that live. All compute in the same memory: none of them leaves anything there for another."""
+@dataclass(frozen=True)
+class _Shared:
+    """What the graphs of one GPU share.
+
+    Attributes:
+        stream: which they are recorded on; torch's own is of the first GPU alone, and records nothing of another's.
+        graphs: those that live. All compute in the same memory: none of them leaves anything there for another.
+    """
+
+    stream: torch.cuda.Stream
+    graphs: WeakSet[Any] = field(default_factory=WeakSet)
 
 
-def _cuda_graph(body: Callable[[], None]) -> Launch:
+_shared: dict[int, _Shared] = {}
+
+
+def _cuda_graph(device: torch.device, body: Callable[[], None]) -> Launch:
+    with torch.cuda.device(device):
+        number = torch.cuda.current_device()
+        if number not in _shared:
+            _shared[number] = _Shared(torch.cuda.Stream())
+        return _recorded(_shared[number], body)
+
+
+def _recorded(shared: _Shared, body: Callable[[], None]) -> Launch:
     graph = torch.cuda.CUDAGraph()
     # Ask a graph that lives for its memory: torch takes no pool again whose graphs have all died.
-    other = next(iter(_graphs), None)
+    other = next(iter(shared.graphs), None)
     pool = None if other is None else other.pool()
     debugged = torch.cuda.get_sync_debug_mode()
     # Come back to this stream even if the recording cannot be ended. Other threads, such as Ray's, may go on.
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, pool=pool, stream=shared.stream, capture_error_mode="thread_local"),
     ):
         # Have torch refuse to wait for the device before it tries: a recording that CUDA breaks off leaves torch's
         # allocator and generator as if it went on, and whatever draws later in this process fails.
@@ -73,7 +94,7 @@ def _cuda_graph(body: Callable[[], None]) -> Launch:
             body()
         finally:
             torch.cuda.set_sync_debug_mode(debugged)
-    _graphs.add(graph)
+    shared.graphs.add(graph)
     replay: Launch = graph.replay
     return replay
 

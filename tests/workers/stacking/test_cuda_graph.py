@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,8 +17,10 @@ class Rules:
     """torch's rules for graphs, as ``CUDAGraph.cpp`` and ``CUDACachingAllocator.cpp`` have them."""
 
     def __init__(self) -> None:
-        self.uses: dict[int, int] = {}
+        self.uses: dict[tuple[int, int], int] = {}
         self.numbers, self.stream, self.mode, self.broken = itertools.count(1), 0, 0, False
+        # The GPU that is the current one, and those of the streams.
+        self.device, self.of, self.recorded_on = 0, {0: 0}, list[tuple[int, int]]()
 
     def handle(self) -> int:
         return next(self.numbers)
@@ -30,6 +32,18 @@ class Rules:
             yield
         finally:
             self.stream = before
+
+    @contextlib.contextmanager
+    def at(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device.index
+        try:
+            yield
+        finally:
+            self.device = before
+
+    def make_stream(self) -> int:
+        self.of[len(self.of)] = self.device
+        return len(self.of) - 1
 
     def set_mode(self, mode: int | str) -> None:
         self.mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)  # type: ignore[arg-type, assignment]
@@ -47,7 +61,7 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> Rules:
     own = Rules()
 
     class Graph:
-        taken: int | None = None
+        taken: tuple[int, int] | None = None
 
         def __del__(self) -> None:
             if self.taken is not None:
@@ -55,21 +69,24 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> Rules:
 
         def pool(self) -> int:
             assert self.taken is not None
-            return self.taken
+            return self.taken[1]
 
         def replay(self) -> None:
             pass
 
     class Recording:
-        def __init__(self, graph: Graph, pool: int | None, **_: Any) -> None:
-            self.graph, self.pool = graph, own.handle() if pool is None else pool
+        def __init__(self, graph: Graph, pool: int | None, stream: int, **_: Any) -> None:
+            self.graph, self.stream = graph, stream
+            # Each GPU keeps its own account of a pool.
+            self.pool = own.of[stream], own.handle() if pool is None else pool
 
         def __enter__(self) -> None:
             # The stream is not left again if this, or the end, fails.
-            self.before, own.stream = own.stream, 1
+            self.before, own.stream = own.stream, self.stream
             if own.uses.get(self.pool) == 0:
                 raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
             own.uses[self.pool] = own.uses.get(self.pool, 0) + 1
+            own.recorded_on.append((own.device, own.of[self.stream]))
             self.graph.taken = self.pool
 
         def __exit__(self, *_: object) -> None:
@@ -82,24 +99,34 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> Rules:
         "graph": Recording,
         "graph_pool_handle": own.handle,
         "stream": own.on,
+        "device": own.at,
+        "current_device": lambda: own.device,
+        "Stream": own.make_stream,
         "current_stream": lambda: own.stream,
         "get_sync_debug_mode": lambda: own.mode,
         "set_sync_debug_mode": own.set_mode,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(captured, "_shared", {})
     return own
+
+
+def cuda_graph(body: Callable[[], None], number: int = 0) -> captured.Launch:
+    record = captured.recorder_of(torch.device("cuda", number))
+    assert record is not None
+    return record(body)
 
 
 def test_a_step_is_recorded_when_all_graphs_before_it_have_gone(rules: Rules) -> None:
     # torch takes no pool of which a tensor lives and no graph: cuBLAS keeps its workspace in the first.
     for _ in range(3):
-        launch = captured._cuda_graph(lambda: None)
+        launch = cuda_graph(lambda: None)
         del launch
-    assert max(rules.uses) == 3
+    assert len(rules.uses) == 3
 
 
 def test_graphs_that_live_together_share_their_memory(rules: Rules) -> None:
-    launches = [captured._cuda_graph(lambda: None) for _ in range(3)]
+    launches = [cuda_graph(lambda: None) for _ in range(3)]
     assert len(launches) == 3
     assert len(rules.uses) == 1
 
@@ -107,7 +134,7 @@ def test_graphs_that_live_together_share_their_memory(rules: Rules) -> None:
 def test_a_body_that_waits_is_refused_before_cuda_breaks_the_recording_off(rules: Rules) -> None:
     # torch's allocator and generator stay as they are in a recording that CUDA broke off.
     with pytest.raises(RuntimeError, match="synchronizing"):
-        captured._cuda_graph(rules.wait)
+        cuda_graph(rules.wait)
     assert (rules.broken, rules.mode, rules.stream) == (False, 0, 0)
 
 
@@ -116,7 +143,7 @@ def test_a_recording_that_cannot_be_ended_leaves_the_stream_as_it_was(rules: Rul
         rules.broken = True
 
     with pytest.raises(RuntimeError, match="previous error"):
-        captured._cuda_graph(breaks)
+        cuda_graph(breaks)
     assert (rules.mode, rules.stream) == (0, 0)
 
 
@@ -133,6 +160,14 @@ def test_a_warning_that_is_an_error_leaves_torch_free_to_wait(rules: Rules, monk
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", warns)
     with pytest.raises(UserWarning, match="prototype"):
-        captured._cuda_graph(lambda: None)
+        cuda_graph(lambda: None)
     assert (rules.mode, rules.stream) == (0, 0)
-    captured._cuda_graph(lambda: None)
+    cuda_graph(lambda: None)
+
+
+def test_each_gpu_records_on_a_stream_and_in_memory_of_its_own(rules: Rules) -> None:
+    # A worker is given another GPU from task to task: on the first one's stream nothing of the second's is recorded.
+    launches = [cuda_graph(lambda: None, number) for number in (0, 1, 0)]
+    assert rules.recorded_on == [(0, 0), (1, 1), (0, 0)]
+    assert (len(rules.uses), rules.device) == (2, 0)
+    del launches
