@@ -24,6 +24,8 @@ from tests.workers.problems import Workload, classification, regression, sentenc
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda", 0)
 REMOVALS = [(3,), (4, 9), (17,), (22,)]
+SINGLE = [(3,), (9,), (17,), (22,)]
+"""Of these batch norm has more than one example in every batch."""
 prepare_environment()
 
 
@@ -34,16 +36,23 @@ def on_gpu(workload: Workload, chosen: FurtherTraining) -> Start:
 
 
 def normed() -> Workload:
-    return classification(model=nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
+    torch.manual_seed(0)
+    # A bias that batch norm takes away again has a gradient of rounding alone, of which Adam makes whole steps.
+    return classification(
+        model=nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    )
 
 
 @pytest.mark.parametrize("mode", ["drop", "mask", "reweight"])
 @pytest.mark.parametrize("workload", [regression, sentences, normed])
 def test_the_gpu_agrees_with_the_reference_on_the_cpu(workload, mode: str) -> None:
+    if workload is normed and mode == "reweight":
+        pytest.skip("refused for batch norm")
     chosen = settings(Optimizer("sgd", lr=0.02, momentum=0.9), removal_mode=mode, clip_norm=1.0)
+    removals = SINGLE if workload is normed else REMOVALS
     with deterministic(DEVICE):
-        got = run_shard(on_gpu(workload(), chosen), REMOVALS, 5, replicas=3)
-    for row, removal in enumerate([*REMOVALS, (), ()]):
+        got = run_shard(on_gpu(workload(), chosen), removals, 5, replicas=3)
+    for row, removal in enumerate([*removals, (), ()]):
         cell = train_cell(workload(), chosen, removal, 5)
         deltas, distances = cell.deltas, cell.distances
         torch.testing.assert_close(got.deltas[row], deltas, rtol=1e-9, atol=1e-9)
@@ -90,7 +99,8 @@ def test_launched_steps_have_the_numbers_of_those_that_are_run(workload, optimiz
             launch = record(body)
             return lambda: launches.append(launch())
 
-        shards = [(REMOVALS, 5), (REMOVALS, 6)]
+        removals = SINGLE if workload is normed else REMOVALS
+        shards = [(removals, 5), (removals, 6)]
         launched, run = (
             [result for _, some in run_shards(replace(start, captures=how), shards, 10) for result in some]
             for how in (counted, None)
@@ -129,7 +139,8 @@ def test_replicas_on_streams_have_the_numbers_of_the_definition_recorded_or_not(
             return lambda: launches.append(launch())
 
         launched, run = (run_shard(replace(start, captures=how), REMOVALS, 5, 5) for how in (counted, None))
-    assert len(launches) > 30
+    # Masked batches are seldom of the same sizes.
+    assert len(launches) > (30 if mode == "drop" else 5)
     torch.testing.assert_close(launched.deltas, run.deltas, rtol=1e-9, atol=1e-9)
     for row, removal in enumerate([*REMOVALS, (), ()]):
         plain = train_cell(images(), chosen, removal, 5)
@@ -141,3 +152,48 @@ def test_the_way_of_convolutions_is_measured_on_a_gpu() -> None:
         stacks = measure_stacks(on_gpu(images(), settings(removal_mode="drop", epochs=9)), 8)
     assert stacks.replicas in (stacks.by_streams if stacks.abreast else stacks.seconds)
     assert stacks.by_streams
+
+
+class Attends(nn.Module):
+    """Attention without dropout, of two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.out(self.layer(x).mean(1))
+        return logits
+
+
+def test_attention_without_dropout_is_trained_in_stacks_on_a_gpu() -> None:
+    # torch's own has no backward inside vmap there.
+    torch.manual_seed(0)
+    workload = classification(23, 6, Attends(), 5, 4)
+    chosen = settings(precision="float32", removal_mode="reweight")
+    with deterministic(DEVICE):
+        got = run_shard(on_gpu(workload, chosen), REMOVALS, 5, 5)
+    assert got.replicas == 5
+
+
+class Reads(nn.Module):
+    """Decides by a number of its own, which a recording must be refused before CUDA breaks it off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) if float(self.layer.weight.detach().sum()) < 1e9 else x
+
+
+def test_what_cannot_be_recorded_leaves_torch_as_it_was() -> None:
+    chosen = settings(removal_mode="drop", epochs=9)
+    with deterministic(DEVICE):
+        run_shard(on_gpu(classification(model=Reads()), chosen), REMOVALS, 5, 1)
+        assert torch.cuda.get_sync_debug_mode() == 0
+        # The generator and the allocator go on.
+        torch.empty(8, device=DEVICE).normal_()
+        after = run_shard(on_gpu(regression(), chosen), REMOVALS, 5, 5)
+    assert after.deltas.isfinite().all()
