@@ -62,11 +62,11 @@ def _end() -> None:
 
 def _device_is_lost() -> bool:
     """Whether CUDA does nothing more in this process."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is None or not cuda.is_initialized():
         return False
     try:
-        torch.cuda.synchronize()
+        cuda.synchronize()
     except Exception:
         return True
     return False
