@@ -100,7 +100,7 @@ class Training:
         if origin is not None:
             self._optimizing.spread(origin.optimizer)
         self._one = _Step(self._stack, self._optimizing)
-        self._captured = Captured(self._one, self._one.tensors, start.captures)
+        self._captured = Captured(self._one, self._one.tensors, start.captures, start.model.dtype)
         self._evaluated = _Evaluated(start, self._stack)
         for counted, calls in zip(self._counted(), origin.calls if origin is not None else (), strict=False):
             counted.update(calls)
@@ -298,7 +298,8 @@ class _Evaluated:
         g = torch.empty(stack.size, len(start.at_final), dtype=torch.float64, device=device)
         far = torch.empty(stack.size, dtype=torch.float64, device=device)
         self._results = g, far
-        self._captured = Captured(partial(_evaluate, start, stack, g, far), lambda: [g, far], start.captures)
+        evaluate = partial(_evaluate, start, stack, g, far)
+        self._captured = Captured(evaluate, lambda: [g, far], start.captures, start.model.dtype)
 
     @property
     def calls(self) -> Counter[object]:

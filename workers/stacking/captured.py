@@ -130,10 +130,17 @@ class Captured:
         body: the step.
         tensors: all that it changes; the same tensors at every call.
         record: None = never record.
+        dtype: what the body computes in; its results may be wider, as a measure in float64 of a float32 model is.
     """
 
-    def __init__(self, body: Body, tensors: Callable[[], list[Tensor]], record: Recorder | None) -> None:
-        self.body, self.tensors, self.record = body, tensors, record
+    def __init__(
+        self,
+        body: Body,
+        tensors: Callable[[], list[Tensor]],
+        record: Recorder | None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.body, self.tensors, self.record, self.dtype = body, tensors, record, dtype
         self.calls: Counter[object] = Counter()
         self._recorded: dict[object, _Recorded | None] = {}
 
@@ -183,7 +190,7 @@ class Captured:
         self._put(before)
         recorded.fill(blocks)
         recorded.launch()
-        if all(_same_step(*three) for three in zip(self.tensors(), expected, before, strict=True)):
+        if all(_same_step(*three, self.dtype) for three in zip(self.tensors(), expected, before, strict=True)):
             return True
         log.warning("a recorded step does not give what the step gives: it is run, and not launched")
         self._put(expected)
@@ -201,10 +208,10 @@ def _signature(block: Block) -> object:
     return block.lanes, block.indices.shape, block.weights.shape, block.weights.dtype, block.length
 
 
-def _same_step(got: Tensor, expected: Tensor, before: Tensor) -> bool:
-    """Whether two ways to take a step changed a tensor alike, relative to the largest change."""
+def _same_step(got: Tensor, expected: Tensor, before: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to take a step in ``dtype`` changed a tensor alike, relative to the largest change."""
     if not got.is_floating_point():
         return torch.equal(got, expected)
-    tolerance = 1e-9 if got.dtype is torch.float64 else 1e-4
+    tolerance = 1e-9 if dtype is torch.float64 else 1e-4
     change = expected - before
     return close(got - before, change, tolerance, largest(change))

@@ -231,6 +231,26 @@ def test_a_launch_that_does_not_see_its_inputs_is_found_at_the_second() -> None:
     assert float(total) == sum(range(AFTER + 4))
 
 
+@pytest.mark.parametrize(("dtype", "launched"), [(torch.float32, 3), (torch.float64, 1)])
+def test_a_measure_in_float64_of_a_float32_model_may_round_as_float32_does(dtype: torch.dtype, launched: int) -> None:
+    g = torch.zeros(3, dtype=torch.float64)
+
+    def other_kernels(body: Callable[[], None]) -> Callable[[], None]:
+        del body
+
+        def launch() -> None:
+            Counted.launched += 1
+            g.copy_(torch.arange(1.0, 4.0).double() + 1e-6)
+
+        return launch
+
+    captured = Captured(lambda _: g.copy_(torch.arange(1.0, 4.0)), lambda: [g], other_kernels, dtype)
+    for _ in range(AFTER + 3):
+        g.zero_()
+        captured()
+    assert Counted.launched == launched
+
+
 def later_wrong(body: Callable[[], None]) -> Callable[[], None]:
     """A recorder whose launches go wrong when nobody looks any more."""
     launch, launches = record(body), 0
