@@ -163,7 +163,8 @@ class Examples:
         With tensors as the source, ``indices`` may have any shape; it becomes the leading shape.
         """
         if self._tensors is not None:
-            index = torch.as_tensor(indices, dtype=torch.long, device=self.device)
+            # The host goes on: a blocking copy would wait for all that the device has yet to do.
+            index = torch.as_tensor(indices, dtype=torch.long).to(self.device, non_blocking=self.device.type != "cpu")
             return {name: _at(value, index) for name, value in self._tensors.items()}
         items = [self._source[self._offset + int(i)] for i in indices]
         return to(as_batch(self._collate(items)), self.device, self.dtype)

@@ -21,6 +21,7 @@ from tests.estimators import problems
 from tests.estimators.test_determined import SMALL, TRAINING
 from tests.support import numbered_gpu
 from tests.workers.problems import regression, sentences, settings
+from tests.workers.stacking import test_text
 
 OPTIONS = {"ekfac": [{}, {"fisher": "sampled"}], "trak": [{}, {"projection": "sparse"}]}
 CASES = [(name, options) for name in sorted(REGISTRY) for options in OPTIONS.get(name, [{}])]
@@ -80,6 +81,49 @@ def test_a_shards_deltas_are_the_cpus(workload, mode: str, monkeypatch: pytest.M
         there = deltas(device)
     assert type(there) is torch.Tensor
     torch.testing.assert_close(there, deltas(torch.device("cpu")), rtol=1e-12, atol=1e-12)
+
+
+class Reader(nn.Module):
+    """The mean of a sentence's words, some of whose numbers are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.dropout, self.classes = nn.Embedding(20, 6), nn.Dropout(0.3), nn.Linear(6, 3)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> object:
+        mask = attention_mask[..., None].to(self.words.weight.dtype)
+        mean = (self.dropout(self.words(input_ids)) * mask).sum(1) / mask.sum(1)
+        return type("Out", (), {"logits": self.classes(mean)})
+
+
+@pytest.mark.parametrize("mode", ["drop", "reweight"])
+def test_the_host_waits_for_no_step_of_cut_sentences_with_dropout(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_text.cheap_parts(monkeypatch)
+    for module in (further_training, start):
+        monkeypatch.setattr(module, "is_gpu", lambda _: True)
+    with numbered_gpu.gpu() as device:
+        began = start.start_from(*placed(test_text.text(Reader()), device), test_text.chosen(mode))
+        assert began.trimming is not None
+        assert began.calls
+        training = further_training.Training(began, [(), (3,), (4, 9)], 5)
+        with numbered_gpu.NoWaits():
+            training.advance()
+        training.result()
+
+
+def test_what_is_waited_for_is_seen() -> None:
+    with numbered_gpu.gpu() as device, numbered_gpu.NoWaits():
+        x = torch.ones(3).to(device, non_blocking=True)
+        for wait in (
+            lambda: torch.ones(3).to(device),
+            x.cpu,
+            lambda: float(x.sum()),
+            lambda: x[x > 0],
+            lambda: x[torch.tensor([0, 2])],
+        ):
+            with pytest.raises(numbered_gpu.Waits):
+                wait()
 
 
 def test_what_is_left_behind_is_seen() -> None:

@@ -130,7 +130,9 @@ class StepMasks:
         if call >= len(self._calls) or p != self._calls[call].p or len(shape) != len(self._calls[call].extents):
             raise CannotStackError("dropout is called otherwise than in the first forward")
         extents = self._calls[call].extents
-        mask = self._whole(sizes)[call].index_select(extents.index("rows"), rows.to(self._model.device))
+        mask = self._whole(sizes)[call].index_select(
+            extents.index("rows"), rows.to(self._model.device, non_blocking=True)
+        )
         for dim, extent in enumerate(extents):
             if extent == "tokens":
                 mask = mask.narrow(dim, 0, min(shape[dim], mask.shape[dim]))

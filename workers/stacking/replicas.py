@@ -93,7 +93,7 @@ def gradients(
     with torch.enable_grad():
         copies = {n: b.clone() for n, b in buffers.items()}
         each, after = losses(model, own, copies, batch, shared, masks, orders, of)
-        total = (each * weights.to(each)).sum()
+        total = (each * weights.to(each, non_blocking=True)).sum()
     grads = torch.autograd.grad(total, list(own.values()), allow_unused=True)
     return dict(zip(own, grads, strict=True)), {n: t.detach() for n, t in after.items()}
 
