@@ -72,7 +72,9 @@ class FunctionalModel:
         self.device, self.dtype = torch.device(device), dtype
         self._loss = workload.loss
         self._measure, self.trains = workload.measure or workload.loss, trains
-        self._module = _Outputs(final_copy(workload.model, state, self.device, dtype, trains), workload)
+        # In eval mode where nobody gives another: a user's model may come in train mode, in which whoever looks at an
+        # output writes to the statistics of batch norm.
+        self._module = _Outputs(final_copy(workload.model, state, self.device, dtype, trains), workload).eval()
         named = {n.removeprefix("model."): p for n, p in self._module.named_parameters()}
         self.params: Tensors = {n: p.detach().clone() for n, p in named.items() if p.requires_grad}
         frozen = {n: p.detach().clone() for n, p in named.items() if not p.requires_grad}

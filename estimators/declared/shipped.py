@@ -80,7 +80,7 @@ class EKFAC(Factored, Influence):
     """EK-FAC."""
 
     name: ClassVar[str] = "ekfac"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     matches: ClassVar[bool] = True
 
 
@@ -99,7 +99,7 @@ class CG(Influence):
     """
 
     name: ClassVar[str] = "cg"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     matches: ClassVar[bool] = True
 
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
@@ -132,7 +132,7 @@ class LiSSA(Influence):
     """
 
     name: ClassVar[str] = "lissa"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     matches: ClassVar[bool] = True
     plain_depth: ClassVar[int] = 5000
 
@@ -165,7 +165,7 @@ class EKFACMatched(Factored, SGDMatched):
     """EK-FAC, matched to the amount."""
 
     name: ClassVar[str] = "ekfac_matched"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ class LiSSAMatched(SGDMatched):
     """
 
     name: ClassVar[str] = "lissa_matched"
+    version: ClassVar[int] = 2
 
     seed: int = 0
 

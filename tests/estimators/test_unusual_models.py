@@ -274,3 +274,26 @@ def test_what_no_transform_can_enter_is_one_line(how, name):
     with pytest.raises(FimoError, match=r"derivative that torch lacks|writes to its buffer") as error:
         estimate(p, {"name": name, **OPTIONS.get(name, {})})
     assert "\n" not in str(error.value)
+
+
+class Normalised(nn.Module):
+    def __init__(self, norm) -> None:
+        super().__init__()
+        image = (nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten())
+        self.body = nn.Sequential(*image if norm == "of images" else (nn.Linear(4, 3), nn.BatchNorm1d(3)))
+
+    def forward(self, batch):
+        return self.body(batch["x"])
+
+
+@pytest.mark.parametrize("norm", ["of images", "of vectors"])
+@pytest.mark.parametrize("entry", [*REGISTRY, {"name": "ekfac", "fisher": "exact"}], ids=str)
+def test_what_is_asked_of_a_model_in_train_mode_leaves_its_batch_statistics(entry, norm):
+    """To count an estimator's work, or to ask whether it is suited, takes a forward: no less in eval mode."""
+    p = unusual(lambda: Normalised(norm).train())
+    before = {name: tensor.clone() for name, tensor in p.model.fixed.items()}
+    [named] = parse(entry)
+    named.refuses(p)
+    named.work(p)
+    for name, tensor in p.model.fixed.items():
+        assert torch.equal(tensor, before[name]), name
