@@ -143,10 +143,16 @@ def _notes(block: EstimateBlock) -> Iterator[tuple[object, ...]]:
 
 
 def _imported(sweep: Sweep, manifest: Manifest, gathered: Gathered) -> list[EstimateMatrix]:
-    """Matrices of other libraries, those that cover every removal and evaluation example."""
-    blocks, bad = imported(sweep, manifest)
+    """Matrices of other libraries, those that cover every removal and evaluation example; the others are told of."""
+    blocks, bad, others = imported(sweep, manifest)
     gathered.bad += bad
     covered = [(block, assemble([block], manifest)) for block in blocks]
+    lacking = [*others, *(block.estimator for block, matrix in covered if matrix is None)]
+    gathered.warnings += [
+        f"scores '{name}' are in no table, since the sweep has other removals, evaluation examples or data than when "
+        "they were imported: import them again"
+        for name in lacking
+    ]
     return [EstimateMatrix(b.estimator, b.params, matrix, b.steps) for b, matrix in covered if matrix is not None]
 
 

@@ -19,7 +19,7 @@ from fimo.orchestrator.sweep import keys
 from fimo.orchestrator.sweep.csv import LONG, from_csv
 from fimo.orchestrator.sweep.estimates import EstimateBlock, decode_block, encode_block
 from fimo.orchestrator.sweep.foreign import NPY, PARQUET, from_npy, from_safetensors
-from fimo.orchestrator.sweep.layouts import Wanted, check_layout, lay_out
+from fimo.orchestrator.sweep.layouts import Wanted, check_layout, lay_out, refuse_disorder
 from fimo.orchestrator.sweep.manifest import Manifest
 from fimo.orchestrator.sweep.parts import BadPartError
 from fimo.orchestrator.sweep.sweep import Sweep
@@ -38,16 +38,21 @@ def read_matrix(
     npy and safetensors (one tensor): a matrix. Matrices may lie any way of ``fimo.orchestrator.sweep.layouts``.
 
     Raises:
-        UsageError: no layout or two fit the shape, values that are missing or not finite, or another kind of file.
+        UsageError: no layout or two fit the shape, values that are missing or not finite, rows or columns numbered out
+            of order, no recorded step, or another kind of file.
     """
     wanted = Wanted(manifest.removals, manifest.evals, manifest.train)
     check_layout(layout)
     steps, told = None, None
-    matrix = _read_file(data, name)
+    alone = all(len(removal.indices) == 1 for removal in manifest.removals)
+    matrix = _read_file(data, name, [removal.indices[0] for removal in manifest.removals] if alone else [])
     if isinstance(matrix, pa.Table):
         if layout is not None:
             raise UsageError(f"'{name}' says of each value what it is of: leave --layout out")
         values, steps = _from_long(matrix, name, wanted.shape)
+        if steps is not None and set(steps).isdisjoint(manifest.steps):
+            recorded = ", ".join(map(str, manifest.steps[:10]))
+            raise UsageError(f"'{name}' has values for step {steps[0]}, none for those that are recorded: {recorded}")
     else:
         values, told = lay_out(matrix, name, wanted, layout)
     if not np.isfinite(values).all():
@@ -55,8 +60,8 @@ def read_matrix(
     return values, steps, told
 
 
-def _read_file(data: bytes, name: str) -> Matrix | pa.Table:
-    """A matrix as it lies, or a table of the long form."""
+def _read_file(data: bytes, name: str, known: Sequence[int]) -> Matrix | pa.Table:
+    """A matrix as it lies, or a table of the long form; ``known`` as for ``refuse_disorder``."""
     if data.startswith(NPY):
         return from_npy(data, name)
     if data.startswith(PARQUET):
@@ -65,10 +70,10 @@ def _read_file(data: bytes, name: str) -> Matrix | pa.Table:
         except (pa.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
             raise UsageError(f"'{name}' is not a Parquet file of numbers") from error
     elif name.lower().endswith(".csv"):
-        table = from_csv(data, name)
+        table = from_csv(data, name, known)
     else:
         return _only_tensor(data, name)
-    return table if set(LONG) <= set(table.column_names) else _wide(table, name)
+    return table if set(LONG) <= set(table.column_names) else _wide(table, name, known)
 
 
 def _only_tensor(data: bytes, name: str) -> Matrix:
@@ -78,19 +83,33 @@ def _only_tensor(data: bytes, name: str) -> Matrix:
     return next(iter(tensors.values()))
 
 
-def _wide(table: pa.Table, name: str) -> Matrix:
+def _wide(table: pa.Table, name: str, known: Sequence[int]) -> Matrix:
+    # pandas keeps the index of a frame as a column, the last one.
+    told = table.schema.pandas_metadata or {}
+    index = [of for of in told.get("index_columns", []) if isinstance(of, str) and of in table.column_names]
+    for of in index:
+        refuse_disorder(table[of].to_pylist(), "rows", name, known)
+    table = table.drop_columns(index)
+    refuse_disorder(table.column_names, "columns", name, known)
     try:
-        columns = [table.column(i).to_numpy().astype(np.float64) for i in range(table.num_columns)]
+        columns = [_numbers(column) for column in table.columns]
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise UsageError(f"'{name}' is not a table of numbers") from error
     return np.stack(columns, axis=1) if columns else np.zeros((0, 0))
 
 
+def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    if pa.types.is_temporal(column.type):
+        raise ValueError("dates and times are no scores")
+    out: NDArray[np.float64] = column.to_numpy().astype(np.float64)
+    return out
+
+
 def _from_long(table: pa.Table, name: str, shape: tuple[int, int]) -> tuple[Matrix, tuple[int, ...] | None]:
     try:
         removal, example = (_whole(table[c]) for c in ("removal", "eval"))
-        value = table["value"].to_numpy().astype(np.float64)
-        by_step = "step" in table.column_names and table["step"].null_count == 0 and table.num_rows > 0
+        value = _numbers(table["value"])
+        by_step = "step" in table.column_names and table["step"].null_count < table.num_rows
         step = _whole(table["step"]) if by_step else np.zeros(len(value), dtype=np.int64)
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise UsageError(f"'{name}': removal, eval, step and value must be numbers, the first three whole") from error
@@ -109,10 +128,10 @@ def _from_long(table: pa.Table, name: str, shape: tuple[int, int]) -> tuple[Matr
 
 def _whole(column: pa.ChunkedArray) -> NDArray[np.int64]:
     given = column.to_numpy()
-    whole: NDArray[np.int64] = given.astype(np.int64)
-    if not np.isfinite(given).all() or not np.array_equal(whole, given):
+    if not np.isfinite(given).all() or not np.array_equal(whole := given.astype(np.int64), given):
         raise ValueError("missing, or no whole numbers")
-    return whole
+    out: NDArray[np.int64] = whole
+    return out
 
 
 def import_scores(
@@ -155,14 +174,15 @@ def import_scores(
     return block
 
 
-def imported(sweep: Sweep, manifest: Manifest) -> tuple[list[EstimateBlock], list[tuple[str, str]]]:
-    """The sweep's imported matrices by name, and (key, why) of those that do not verify; those of other data are left.
+def imported(sweep: Sweep, manifest: Manifest) -> tuple[list[EstimateBlock], list[tuple[str, str]], list[str]]:
+    """The sweep's imported matrices by name, (key, why) of those that do not verify, the names of those of other data.
 
     Raises:
         StoreError: the store cannot be read.
     """
     blocks: list[EstimateBlock] = []
     bad: list[tuple[str, str]] = []
+    others: list[str] = []
     for key in imported_keys(sweep):
         try:
             block = decode_block(sweep.store.get(key), key)
@@ -173,7 +193,9 @@ def imported(sweep: Sweep, manifest: Manifest) -> tuple[list[EstimateBlock], lis
             continue
         if block.digest == manifest.estimate_digest:
             blocks.append(block)
-    return blocks, bad
+        else:
+            others.append(block.estimator)
+    return blocks, bad, others
 
 
 def imported_keys(sweep: Sweep) -> Sequence[str]:

@@ -1,12 +1,14 @@
 """Which way round another library's matrix lies, and of what its rows are: told by its shape, or by its user.
 
-Invariant: a matrix that could be read in two ways with different numbers is refused. What was done to it is told.
+Invariants: a matrix that could be read in two ways with different numbers is refused. What was done to it is told. It
+is read by place: rows or columns that a file numbers otherwise than they lie are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +45,25 @@ def check_layout(layout: str | None) -> None:
     """Refuse a layout that is none (UsageError)."""
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"--layout '{layout}' is none{nearest(layout, LAYOUTS)}")
+
+
+def refuse_disorder(labels: Sequence[object], what: str, name: str, known: Sequence[int] = ()) -> None:
+    """Refuse numbers of rows or columns that do not ascend (UsageError); names that are no numbers say nothing.
+
+    Args:
+        what: rows or columns; ``name``: of the file.
+        known: numbers that are in order as they are: the removals' examples.
+    """
+    written = [str(label) for label in labels]
+    if not all(label.isdecimal() for label in written):
+        return
+    counted = [int(label) for label in written]
+    if counted != list(known) and any(after <= before for before, after in pairwise(counted)):
+        shown = ", ".join(written[:6]) + (" …" if len(written) > 6 else "")
+        raise UsageError(
+            f"'{name}' numbers its {what} {shown}, but a matrix is read by place: put them in order, or give columns "
+            "removal, eval and value"
+        )
 
 
 def lay_out(matrix: Matrix, name: str, wanted: Wanted, layout: str | None) -> tuple[Matrix, str | None]:
@@ -96,7 +117,11 @@ def _refuse_index(upright: Matrix, name: str, wanted: Wanted) -> None:
     """Refuse rows' numbers beside their scores, which would be read as those of the first evaluation example."""
     rows, evals = upright.shape
     first = upright[:, 0] if evals > wanted.evals else np.zeros(0)
-    if rows > 1 and len(first) and bool((np.diff(first) > 0).all()) and np.array_equal(first, np.round(first)):
+    if rows < 2 or not len(first) or not np.array_equal(first, np.round(first)):
+        return
+    examples = [i for removal in wanted.removals for i in removal.indices]
+    counts = {tuple(np.sort(numbers)) for numbers in (np.arange(rows), np.arange(1, rows + 1), np.array(examples))}
+    if bool((np.diff(first) > 0).all()) or tuple(np.sort(first)) in counts:
         raise UsageError(
             f"'{name}' of shape {upright.shape} counts its rows before the scores of {wanted.evals} evaluation "
             "examples, as an index does: leave that out"

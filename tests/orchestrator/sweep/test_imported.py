@@ -4,6 +4,7 @@ import io
 import pickle
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +28,12 @@ def parquet(**columns) -> bytes:
     return sink.getvalue()
 
 
+def frame(values: pd.DataFrame) -> bytes:
+    sink = io.BytesIO()
+    values.to_parquet(sink)
+    return sink.getvalue()
+
+
 def npy(values) -> bytes:
     sink = io.BytesIO()
     np.save(sink, values, allow_pickle=True)
@@ -38,11 +45,14 @@ def long_form(values, **more) -> bytes:
     return parquet(removal=removal.ravel(), eval=example.ravel(), value=values.ravel(), **more)
 
 
+WIDE = pd.DataFrame(VALUES, columns=[str(i) for i in range(7)])
 FORMS = {
     "npy": npy(VALUES),
     "safetensors": save({"scores": VALUES}),
     "long parquet": long_form(VALUES),
     "wide parquet": parquet(**{str(i): VALUES[:, i] for i in range(7)}),
+    "frame": frame(WIDE),
+    "frame of removed examples": frame(WIDE.set_axis([0, 3, 5, 11, 22])),
     "transposed npy": npy(VALUES.T),
     "wide.csv": "\n".join(",".join(map(repr, row)) for row in VALUES.tolist()).encode(),
     "long.csv": "\n".join(
@@ -109,6 +119,11 @@ def test_scores_by_step_are_scored_at_their_steps(swept):
         (parquet(removal=[9], eval=[0], value=[1.0]), "does not have"),
         (parquet(removal=[0, 0], eval=[0, 0], value=[1.0, 2.0]), "twice"),
         (parquet(a=["x"]), "numbers"),
+        (frame(WIDE.iloc[[1, 0, 2, 3, 4]]), "rows 1, 0, 2, 3, 4, but a matrix is read by place"),
+        (frame(WIDE[list("0213456")]), "columns 0, 2, 1, 3, 4, 5 …, but"),
+        (long_form(VALUES, step=np.full(35, 4)), "for step 4, none for those that are recorded: 3, 6, 9, 10"),
+        (long_form(VALUES, step=pa.array([3, None] * 17 + [3])), "must be numbers"),
+        (long_form(VALUES.astype("datetime64[s]")), "must be numbers"),
         (FORMS["long parquet"][:-9], "Parquet"),
         (pickle.dumps(VALUES), "neither"),
         (b"", "neither"),
@@ -144,6 +159,17 @@ def test_the_command_keeps_the_matrix_and_pull_brings_it(beside, tmp_path):
     report, _, heard = run_here(make_spec(), beside, store)
     assert heard.tasks == []
     assert "theirs" in report.gathered.tables["scores"]["estimator"].to_pylist()
+
+
+@pytest.mark.parametrize("change", [{"removals": {"indices": [0, 3, 5, 11, 22, 7]}}, {"evals": 6}])
+def test_scores_of_an_earlier_spec_are_not_left_out_in_silence(beside, change):
+    _, store, _ = run_here(make_spec(), beside)
+    sweep = Sweep(store, "flowers")
+    imported.import_scores(sweep, sweep.read_manifest(), FORMS["npy"], "x", "theirs", False)
+    report, _, _ = run_here(make_spec(**change), beside, store, replace_other=True)
+    [line] = [line for line in report.gathered.warnings if "'theirs'" in line]
+    assert "import them again" in line
+    assert "theirs" not in report.gathered.tables["estimates"]["estimator"].to_pylist()
 
 
 def test_estimates_alone_need_no_further_training(beside):

@@ -121,7 +121,7 @@ def test_scores_under_another_name_are_bad(swept):
     sweep, manifest = swept
     imported.import_scores(sweep, manifest, _npy(np.ones((5, 7))), "x.npy", "theirs", False)
     sweep.store.put(keys.imported(sweep.name, "mine"), sweep.store.get(keys.imported(sweep.name, "theirs")))
-    blocks, bad = imported.imported(sweep, manifest)
+    blocks, bad, _ = imported.imported(sweep, manifest)
     assert [block.estimator for block in blocks] == ["theirs"]
     assert [key for key, _ in bad] == [keys.imported(sweep.name, "mine")]
 

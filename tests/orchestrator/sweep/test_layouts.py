@@ -81,9 +81,11 @@ def test_what_is_said_must_fit_too() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("said", [False, True])
-def test_rows_numbers_beside_their_scores_are_not_read_as_scores(layout: str, said: bool) -> None:
+@pytest.mark.parametrize("numbers", ["ascending", "shuffled"])
+def test_rows_numbers_beside_their_scores_are_not_read_as_scores(layout: str, said: bool, numbers: str) -> None:
     whole = RNG.normal(size=(11, 5))
     lies = whole if "train" in layout else np.array(truth(whole, 5))
-    lies = np.column_stack([np.arange(len(lies)) * 2 + 1, lies])
+    counted = np.arange(len(lies)) * 2 + 1 if numbers == "ascending" else np.roll(np.arange(len(lies)), 1)
+    lies = np.column_stack([counted, lies])
     with pytest.raises(UsageError, match="counts its rows"):
         lay_out(lies.T if layout.startswith("eval") else lies, "x", wanted(), layout if said else None)
