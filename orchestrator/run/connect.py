@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 10.0
 NOT_RAY = "Failed to connect to Ray cluster"
 SHUTDOWN_S = 10.0
+SIGNAL_S = 0.01
+"""How long a signal may meet no handler while Ray is shut down."""
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
@@ -82,7 +85,6 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
             if code is not None:
                 environment = {"env_vars": SEE_ALL_GPUS | {UPLOADED: "1"}, "working_dir": str(code)}
             options["runtime_env"] = environment
-    # Put the caller's handlers back afterwards: Ray's own handler of SIGTERM aborts, and the caller decides how to end.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with contextlib.nullcontext() if address is None else _without_stderr():
@@ -90,21 +92,38 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
     except Exception as error:
         folder.close()
         raise ClusterError(_unreachable(error, address)) from error
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    _put_back(handlers)
     try:
         yield
     finally:
-        _shut_down(ray)
+        _shut_down(ray, handlers)
         folder.close()
 
 
-def _shut_down(ray: Any) -> None:
+Handlers = Mapping[signal.Signals, Any]
+
+
+def _put_back(handlers: Handlers) -> None:
+    """Put the caller's handlers of signals in place again: the caller decides how to end.
+
+    Ray's own handler of SIGTERM aborts. When it is shut down, its native code has SIGTERM kill the process at once,
+    while Python still names the caller's handler.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if handler is not None:  # one that is not Python's
+                signal.signal(number, handler)
+
+
+def _shut_down(ray: Any, handlers: Handlers) -> None:
     """Disconnect, waiting for it only so long: a head that has gone does not answer."""
     ended = threading.Thread(target=ray.shutdown, name="fimo-shutdown", daemon=True)
+    deadline = time.monotonic() + SHUTDOWN_S
     ended.start()
-    ended.join(SHUTDOWN_S)
+    while ended.is_alive() and time.monotonic() < deadline:
+        ended.join(SIGNAL_S)
+        _put_back(handlers)
+    _put_back(handlers)
 
 
 @contextlib.contextmanager

@@ -86,3 +86,28 @@ def test_an_embedded_ray_leaves_another_rays_folder_alone_and_listens_on_loopbac
     assert done.stdout.splitlines() == ["127.0.0.1", f"{short} True"], done.stderr
     assert theirs.read_text() == "10.0.0.1:6379"
     assert list(theirs.parent.iterdir()) == [theirs]
+
+
+SIGNALLED = """
+import os, signal
+from fimo.orchestrator.run.connect import cluster
+signal.signal(signal.SIGTERM, lambda *about: print("noted", flush=True))
+with cluster("local"):
+    os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGTERM)
+print("printed")
+"""
+
+
+@pytest.mark.ray
+def test_a_signal_while_results_are_printed_is_the_callers_to_handle():
+    """Ray's native code leaves SIGTERM to kill the process when it is shut down, and Python does not notice."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED],
+        env={**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="f-", dir="/tmp"), "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["noted", "noted", "printed"]), done.stderr
