@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fimo.workers.adapters import refuse_idle_adapters
 from fimo.workers.draws import Draw, Draws
 from fimo.workers.errors import UsageError, WorkloadError, in_a_line, of_labels
 from fimo.workers.examples import Batch, Examples, shapes, to
@@ -59,6 +60,7 @@ def observe(model: FunctionalModel, train: Examples, settings: FurtherTraining) 
     Raises:
         WorkloadError: the loss depends on no trainable parameter, or the forward draws random numbers that no seed
             reaches.
+        UsageError: an adapter that the forward passes by.
     """
     batch = train.batch(range(min(len(train), settings.batch_size)))
     with kept(model.device), model.mode(settings.mode):
@@ -82,6 +84,7 @@ def observe(model: FunctionalModel, train: Examples, settings: FurtherTraining) 
         # At the size of a real batch too: a loss may take its negatives from a large batch alone.
         for size in sorted({SOME, max(SOME, min(settings.batch_size, len(train)))}):
             mixes = mixes or _mixes(model, train, random, size)
+        refuse_idle_adapters(model, batch)
         used = _used(model, batch)
     return Forward(mutable, mixes, random, used, tuple(draws.draws))
 

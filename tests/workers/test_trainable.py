@@ -19,7 +19,7 @@ from fimo.workers.settings import Lora, Optimizer, Trains
 from fimo.workers.start import start_from
 from fimo.workers.trial import moved_state
 from tests.support.covering import covering
-from tests.workers.problems import classification, make, settings
+from tests.workers.problems import Encoder, classification, make, settings
 
 ADAMW = Optimizer("adamw", lr=0.01, weight_decay=0.1)
 LANES = [(), (3,), (4, 9, 20), (17,)]
@@ -171,6 +171,25 @@ def test_what_names_nothing_is_refused_in_one_line(part: dict[str, object], line
         make(classification(model=Net()), settings(**part))
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("targets", [("out_proj",), ("linear1", "out_proj")])
+def test_an_adapter_that_the_forward_passes_by_is_refused_in_one_line(targets: tuple[str, ...]) -> None:
+    """torch's attention takes its output projection's weight, and never calls the layer."""
+    pytest.importorskip("peft")
+    workload = classification(23, 6, Encoder(), 2, 4)
+    with pytest.raises(UsageError, match=r"past 'layer\.self_attn\.out_proj' itself") as caught:
+        make(workload, settings(lora=Lora(2, targets)))
+    assert "\n" not in str(caught.value)
+    make(workload, settings(lora=Lora(2, ("linear1",)), trainable=("*out_proj.weight",)))
+
+
+def test_an_adapter_on_a_layer_that_is_not_used_at_all_does_no_harm() -> None:
+    pytest.importorskip("peft")
+    model = Net()
+    model.pooler = nn.Linear(8, 2)
+    start = make(classification(model=model), settings(lora=Lora(2, ("classifier", "pooler"))))
+    assert [name.split(".")[0] for name in start.forward.used] == ["classifier", "classifier"]
 
 
 @pytest.mark.parametrize("part", [{"rank": 0, "targets": ("a",)}, {"rank": 2, "targets": ()}])
