@@ -20,7 +20,7 @@ from fimo.orchestrator.run.claims import Claims, SharedTasks
 from fimo.orchestrator.run.course import Course
 from fimo.orchestrator.run.failures import Failures
 from fimo.orchestrator.run.gather import gather
-from fimo.orchestrator.run.growing import ROUNDS, grown, reject, with_its_seeds
+from fimo.orchestrator.run.growing import ROUNDS, grown, reject, reject_records, with_its_seeds
 from fimo.orchestrator.run.heartbeat import Heartbeat
 from fimo.orchestrator.run.owed import cells_in, estimators_in, few_shards, owed_tasks, remaining, to_hand_over
 from fimo.orchestrator.run.places import Pool, Source
@@ -149,6 +149,7 @@ def _run(
 
     def compute(of: Manifest, tasks: list[Task], plan: Plan) -> None:
         note_sets(of, sweep, tasks)
+        reject_records(sweep, of.digest, listener.say)
         listener.start(plan, len(tasks))
         final_model, course = read_final(of.spec, Path(of.beside)), Course.of(plan.cells, plan.done, tasks)
         with Heartbeat(sweep) as heartbeat, where(sweep, of, final_model) as pool:

@@ -1,7 +1,8 @@
-"""A sweep that adds seeds until they are reliable, and parts that do not verify, which are set aside."""
+"""A sweep that adds seeds until they are reliable; parts and records that do not verify, which are set aside."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -85,6 +86,14 @@ def grown(
         if more is None:
             break
     return manifest
+
+
+def reject_records(sweep: Sweep, digest: str, say: Callable[[str], None]) -> None:
+    """Set verdicts on the engine and stack sizes that are none aside: workers may not, and make them anew."""
+    for key in sweep.bad_records(digest):
+        say(f"{key} is torn, or of another kind; set aside under {sweep.uri}/rejected and made anew")
+        with contextlib.suppress(StoreError):
+            sweep.reject(key)
 
 
 def reject(sweep: Sweep, gathered: Gathered, say: Callable[[str], None]) -> None:

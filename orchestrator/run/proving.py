@@ -130,9 +130,12 @@ def rehearsed(sweep: Sweep, resolved: Resolved, start: Start) -> tuple[Proven, f
     # A verdict, or a measured stack size, that the store has already is not made again.
     known = [entry.key for entry in sweep.store.list(keys.proof(sweep.name, manifest.digest))]
     together = seeds_together(manifest, len(manifest.removals))
-    for key in (*known, keys.replicas(sweep.name, manifest.digest, device_name(start.model.device), together)):
+    size = keys.replicas(sweep.name, manifest.digest, device_name(start.model.device), together)
+    bad = sweep.bad_records(manifest.digest)
+    for key in (*known, size):
         with contextlib.suppress(NotFound):
-            aside.store.put(key, sweep.store.get(key))
+            if key not in bad:
+                aside.store.put(key, sweep.store.get(key))
     engine = proven(aside, resolved, start, tuple(r.indices for r in manifest.removals))
     return engine, time.perf_counter() - began
 

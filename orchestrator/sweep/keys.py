@@ -136,13 +136,14 @@ def imported(sweep: str, name: str = "") -> str:
     return f"{sweep}/imported/{name}.parquet" if name else f"{sweep}/imported/"
 
 
-def replicas(sweep: str, result_digest: str, device: str, together: int = 1) -> str:
+def replicas(sweep: str, result_digest: str, device: str = "", together: int = 1) -> str:
     """The measured stack size on a device type (a name as ``fimo.workers.device.device_name`` gives it).
 
-    ``together``: shards that a stack may hold.
+    ``together``: shards that a stack may hold. Without a device the prefix of all.
     """
     slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")[:80]
-    return f"{sweep}/replicas/{result_digest[:32]}-{slug}{f'-{together}' if together > 1 else ''}.json"
+    own = f"{slug}{f'-{together}' if together > 1 else ''}.json" if device else ""
+    return f"{sweep}/replicas/{result_digest[:32]}-{own}"
 
 
 def proof(sweep: str, result_digest: str, device: str = "", about: str = "") -> str:

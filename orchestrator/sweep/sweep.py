@@ -201,6 +201,20 @@ class Sweep:
                     verdicts.append(found[1])
         return verdicts
 
+    def bad_records(self, digest: str) -> list[str]:
+        """The keys of verdicts on the engine and of measured stack sizes that are none; raises StoreError."""
+        kinds = (
+            (keys.proof(self.name, digest), records.Verdict),
+            (keys.replicas(self.name, digest), records.StackSize),
+        )
+        bad = []
+        for prefix, kind in kinds:
+            for entry in self.store.list(prefix):
+                with contextlib.suppress(NotFound):
+                    if records.read(kind, self.store.get(entry.key)) is None:
+                        bad.append(entry.key)
+        return bad
+
     def reject(self, key: str) -> None:
         """Move a bad object to ``rejected/``, so that it is computed again; raises StoreError."""
         self.store.put(keys.rejected(self.name, key), self.store.get(key))

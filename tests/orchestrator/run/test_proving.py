@@ -11,6 +11,7 @@ import torch
 
 from fimo.orchestrator.report.status import status_lines
 from fimo.orchestrator.resolve.at_hand import Own
+from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import prepared, proving, verification
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import MemoryStore
@@ -68,6 +69,27 @@ def test_a_resume_proves_nothing_again_and_other_software_does(beside, monkeypat
     prepared._engines.clear()
     run_here(make_spec(seeds=4), beside, store)
     assert len(proofs(store)) == 2
+
+
+@pytest.mark.parametrize("damage", ["torn", "of another kind"])
+def test_a_damaged_verdict_or_stack_size_is_set_aside_and_made_anew(beside, damage):
+    """It would stop every run of the sweep until somebody removes it; a stack size would be measured by each worker."""
+    auto = {"resources": {"replicas": "auto"}}
+    _, store, _ = run_here(make_spec(seeds=1, **auto), beside)
+    good = {
+        entry.key: store.get(entry.key) for kind in ("proofs", "replicas") for entry in store.list(f"flowers/{kind}/")
+    }
+    for key, whole in good.items():
+        store.put(key, whole[: len(whole) // 2] if damage == "torn" else b"[1]")
+    prepared._engines.clear()
+    again = resolve(make_spec(seeds=3, **auto), beside)
+    proving.rehearsed(Sweep(store, "flowers"), again, again.start(torch.device("cpu")))
+    report, _, heard = run_here(make_spec(seeds=3, **auto), beside, store)
+    assert report.exit_code == 0
+    assert sorted(line.split(" ")[0] for line in heard.lines if "made anew" in line) == sorted(good)
+    assert len(list(store.list("flowers/rejected/"))) == len(good) == 2
+    for key, whole in good.items():
+        assert json.loads(store.get(key)).keys() == json.loads(whole).keys()
 
 
 def test_an_engine_that_multiplies_otherwise_is_proven_anew(beside, monkeypatch):
