@@ -14,6 +14,7 @@ from fimo.orchestrator.report.figures import scores as of_scores
 from fimo.orchestrator.report.figures import trust as of_trust
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from matplotlib.axes import Axes
 
 __all__ = [
@@ -42,17 +43,17 @@ def scores(sweep: OpenSweep, metric: str = "cosine", adjust: str = "baseline", a
 
 def seeds(sweep: OpenSweep, step: int | None = None, adjust: str = "baseline", ax: Axes | None = None) -> Axes:
     """Scores against the number of seeds averaged, measured and by the law that extrapolates them."""
-    return of_scores.score_by_seeds(sweep.scores(), sweep.reliability(), step, adjust, ax)
+    return of_scores.score_by_seeds(*_both(sweep, "scores", "reliability"), step, adjust, ax)
 
 
 def evals(sweep: OpenSweep, step: int | None = None, ax: Axes | None = None) -> Axes:
     """Each evaluation example's cosine, for every estimator."""
-    return of_scores.score_by_example(sweep.attribution(), sweep.estimates(), step, ax)
+    return of_scores.score_by_example(*_both(sweep, "attribution", "estimates"), step, ax)
 
 
 def cost(sweep: OpenSweep, step: int | None = None, ax: Axes | None = None) -> Axes:
     """Scores against device-seconds."""
-    return of_scores.score_by_cost(sweep.scores(), sweep.costs(), step, ax)
+    return of_scores.score_by_cost(*_both(sweep, "scores", "costs"), step, ax)
 
 
 def similarity(sweep: OpenSweep, step: int | None = None, ax: Axes | None = None) -> Axes:
@@ -82,10 +83,16 @@ def drift(sweep: OpenSweep, ax: Axes | None = None) -> Axes:
 
 def effects(sweep: OpenSweep, eval: int = 0, step: int | None = None, ax: Axes | None = None) -> Axes:
     """One evaluation example's effects in order, with 95% intervals and the noise band."""
+    tables = sweep.tables("reliability", "attribution", "training_only", "removals")
     found = sweep.top(eval, step)
-    return of_effects.sorted_effects(found, of_effects.noise_floor(sweep.reliability(), found.step), ax)
+    return of_effects.sorted_effects(found, of_effects.noise_floor(tables["reliability"], found.step), ax)
 
 
 def histogram(sweep: OpenSweep, step: int | None = None, ax: Axes | None = None) -> Axes:
     """All effects of a step, with the noise band."""
-    return of_effects.effects_histogram(sweep.attribution(), sweep.reliability(), step, ax)
+    return of_effects.effects_histogram(*_both(sweep, "attribution", "reliability"), step, ax)
+
+
+def _both(sweep: OpenSweep, one: str, other: str) -> tuple[pa.Table, pa.Table]:
+    tables = sweep.tables(one, other)
+    return tables[one], tables[other]

@@ -90,13 +90,15 @@ def open_sweep(uri: str | os.PathLike[str]) -> OpenSweep:
 class OpenSweep:
     """A sweep in its store. Each table is read when it is first asked for, and kept.
 
-    A table is the store's own if that was made from what the store holds now, and is reduced anew otherwise. Every
+    A table is the store's own if that was made from what the store holds now, and is reduced anew otherwise. Those that
+    are kept are of one state of the sweep: if it has come further when another is asked for, all are read anew. Every
     method raises UsageError if there is no such sweep, and StoreError if its store cannot be read.
     """
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._tables: dict[str, pa.Table] = {}
+        self._stamp = ""
 
     def __repr__(self) -> str:
         return f"OpenSweep({self.uri!r})"
@@ -111,6 +113,28 @@ class OpenSweep:
         from fimo.orchestrator.run.status import sweep_status
 
         return sweep_status(self._sweep)
+
+    def tables(self, *names: str) -> dict[str, pa.Table]:
+        """Tables by their names, of one state of the sweep: in another, removals may have other numbers."""
+        from fimo.orchestrator.run.gather import gather
+        from fimo.orchestrator.run.written import current, read_table
+        from fimo.workers.errors import StoreError
+
+        if not set(names) <= set(self._tables):
+            manifest = self._sweep.read_manifest()
+            made = current(self._sweep, manifest)
+            if made is not None and made["stamp"] != self._stamp:
+                self._tables, self._stamp = {}, made["stamp"]
+            try:
+                # Not all of them: a table of estimates may be large.
+                for name in () if made is None else set(names) - set(self._tables):
+                    self._tables[name] = read_table(self._sweep, name, made)
+            except StoreError:
+                made = None
+            if made is None:
+                gathered = gather(self._sweep, manifest)
+                self._tables, self._stamp = gathered.tables, gathered.stamp
+        return {name: self._tables[name] for name in names}
 
     def attribution(self) -> pa.Table:
         """a*: removal, eval, step int32; effect, sem float64; seeds int32."""
@@ -170,7 +194,7 @@ class OpenSweep:
         """
         from fimo.orchestrator.tables.top import top
 
-        return top({name: self._table(name) for name in ("attribution", "training_only", "removals")}, eval, step)
+        return top(self.tables("attribution", "training_only", "removals"), eval, step)
 
     def report(
         self,
@@ -212,20 +236,4 @@ class OpenSweep:
         return controlled(self._sweep, by)
 
     def _table(self, name: str) -> pa.Table:
-        from fimo.orchestrator.run.gather import gather
-        from fimo.orchestrator.run.written import current, read_table
-        from fimo.workers.errors import StoreError
-
-        if name not in self._tables:
-            manifest = self._sweep.read_manifest()
-            try:
-                # Not all of them: a table of estimates may be large.
-                made = current(self._sweep, manifest)
-                kept = None if made is None else read_table(self._sweep, name, made)
-            except StoreError:
-                kept = None
-            if kept is None:
-                self._tables = gather(self._sweep, manifest).tables
-            else:
-                self._tables[name] = kept
-        return self._tables[name]
+        return self.tables(name)[name]

@@ -89,6 +89,18 @@ def test_tables_are_reduced_anew_if_parts_are_not_what_they_were_made_from(path,
     assert sweep.attribution().equals(whole), "what was read is kept"
 
 
+def test_tables_are_of_one_state_of_a_sweep_that_goes_on(beside, tmp_path):
+    """Removals in another order have other numbers: an effect must not get the name of another example."""
+    sweep = fimo.run(make_spec(), tmp_path, beside=beside)
+    before, costs = sweep.attribution(), sweep.costs()
+    grown = make_spec(removals={"indices": [22, 11, 0, 3, 5]}, seeds=6)
+    fimo.run(grown, tmp_path, beside=beside)
+    assert sweep.attribution().equals(before), "what was read is kept"
+    assert sweep.top(2) == fimo.open_sweep(sweep.uri).top(2)
+    assert set(sweep.attribution()["seeds"].to_pylist()) == {6}
+    assert sweep.costs().num_rows > costs.num_rows
+
+
 def test_what_is_no_sweep_is_told(tmp_path):
     with pytest.raises(UsageError, match="no sweep"):
         fimo.open_sweep(tmp_path / "none").scores()
