@@ -29,7 +29,7 @@ from fimo.workers.draws import Draws
 from fimo.workers.examples import Batch, Examples, to
 from fimo.workers.final_model import final_copy
 from fimo.workers.forward import Forward, observe
-from fimo.workers.functional import FunctionalModel
+from fimo.workers.functional import FunctionalModel, without_short_cut
 from fimo.workers.randomness import kept, seed_all, step_seed
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.workload import Workload
@@ -89,12 +89,12 @@ def train_cell(
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     origin = {name: p.detach().clone() for name, p in params.items()}
     optimizer = settings.optimizer.build(list(params.values()))
-    at_final = _evaluate(model, workload, examples, settings)
     pairs = amounts(n, removal, settings)
     deltas = torch.full((len(pairs), len(examples)), torch.nan, dtype=torch.float64)
     distances = torch.full((len(pairs),), torch.nan, dtype=torch.float64)
 
-    with kept(device), Draws():
+    with kept(device), Draws(), without_short_cut():
+        at_final = _evaluate(model, workload, examples, settings)
         for step, indices in enumerate(_batches(n, removal, settings, seed), start=1):
             optimizer.zero_grad()
             buffers = _backward(model, workload, settings, train, indices, removal, (seed, step), forward)

@@ -32,6 +32,20 @@ CHANGED_LATE = (
 )
 
 
+@contextmanager
+def without_short_cut() -> Iterator[None]:
+    """Let torch's transformer layers take no short cut in eval mode.
+
+    It rounds otherwise, leaves zeros where padding is, and is taken or not depending on who looks on.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 class _Outputs(nn.Module):
     """The workload's ``outputs`` as a module's forward, so that ``functional_call`` can substitute parameters."""
 
@@ -93,23 +107,17 @@ class FunctionalModel:
 
     @contextmanager
     def mode(self, mode: Literal["train", "eval"], norm: Literal["train", "eval"] | None = None) -> Iterator[None]:
-        """Run the body with the copy in train or eval mode; ``norm`` sets batch-norm modules apart.
-
-        torch's transformer layers take no short cut in eval mode: it rounds otherwise, and is taken or not depending on
-        who looks on.
-        """
+        """Run the body with the copy in train or eval mode; ``norm`` sets batch-norm modules apart."""
         was = {m: m.training for m in self._module.modules()}
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
         self._module.train(mode == "train")
         if norm is not None:
             for m in self._module.modules():
                 if isinstance(m, nn.modules.batchnorm._NormBase):
                     m.train(norm == "train")
         try:
-            yield
+            with without_short_cut():
+                yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
             for m, training in was.items():
                 m.training = training
 

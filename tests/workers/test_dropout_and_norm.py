@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fimo.workers.definition import train_cell
 from fimo.workers.errors import WorkloadError
 from fimo.workers.further_training import further_train
 from fimo.workers.randomness import kept, seed_all, step_seed
@@ -192,3 +193,25 @@ def test_the_gpu_that_is_trained_on_is_seeded_whichever_is_the_current_one(monke
         assert [g.initial_seed() == 17 for g in generators] == [False, True]
         seed_all(18, torch.device("cuda"))
     assert [g.initial_seed() for g in generators] == [18, 17]
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_padding_has_one_value_in_a_transformer_of_torchs_own_before_and_after_training(precision: str) -> None:
+    """Its short cut leaves zeros where padding is: g at θᶠ by it, and afterwards by the operations, makes no delta."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+            self.body, self.out = nn.TransformerEncoder(layer, 1), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            padding = torch.arange(5) > 2 + (x[:, 0, :1] > 0).long()
+            return self.out(self.body(x, src_key_padding_mask=padding).mean(1))
+
+    torch.manual_seed(0)
+    workload = classification(23, 6, Padded(), 5, 4)
+    chosen = settings(Optimizer("sgd", lr=1e-9), removal_mode="reweight", precision=precision, steps=2)
+    assert train_cell(workload, chosen, (3,)).deltas.abs().max() < 1e-6
+    hold(workload, settings(removal_mode="reweight", precision=precision, steps=6), [(), (3,)])
+    assert torch.backends.mha.get_fastpath_enabled()
