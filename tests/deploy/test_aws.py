@@ -270,7 +270,7 @@ def test_the_driver_writes_everything_sets_results_aside_and_never_replaces_one(
         assert not allows(DRIVER, "s3:PutObject", key, conditional=False)
     for key in (SPEC, TABLE, REJECTED, FAILED, HEARTBEAT):
         assert allows(DRIVER, "s3:PutObject", key, conditional=False)
-    for key in (PART, WITNESS, ESTIMATE, IMPORTED, FAILED, HEARTBEAT, PROBE):
+    for key in (PART, WITNESS, ESTIMATE, REPLICAS, PROOF, IMPORTED, FAILED, HEARTBEAT, PROBE):
         assert allows(DRIVER, "s3:DeleteObject", key)
     for key in (SPEC, TABLE, REJECTED):
         assert not allows(DRIVER, "s3:DeleteObject", key)
