@@ -61,6 +61,7 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
     Raises:
         ClusterError: one line.
         UsageError: the address is a dashboard's.
+        KeyboardInterrupt: SIGTERM came while Ray was starting.
     """
     # "local" is Ray's own word for a cluster of this process.
     address = None if address == "local" else address
@@ -89,6 +90,11 @@ def cluster(address: str | None, code: Path | None = None) -> Iterator[None]:
     try:
         with contextlib.nullcontext() if address is None else _without_stderr():
             ray.init(**options)
+    except SystemExit:
+        # While Ray starts, its own handler of SIGTERM ends the process, by the signal's number.
+        folder.close()
+        _put_back(handlers)
+        raise KeyboardInterrupt from None
     except Exception as error:
         folder.close()
         raise ClusterError(_unreachable(error, address)) from error

@@ -111,3 +111,38 @@ def test_a_signal_while_results_are_printed_is_the_callers_to_handle():
         check=False,
     )
     assert (done.returncode, done.stdout.split()) == (0, ["noted", "noted", "printed"]), done.stderr
+
+
+STARTING = """
+import os, signal, threading, time
+from fimo.orchestrator.run.connect import cluster
+
+def own(*about): print("noted", flush=True)
+
+def send():
+    while signal.getsignal(signal.SIGTERM) is own:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+signal.signal(signal.SIGTERM, own)
+threading.Thread(target=send, daemon=True).start()
+try:
+    with cluster("local"):
+        print("entered")
+except KeyboardInterrupt:
+    print("interrupted", signal.getsignal(signal.SIGTERM) is own)
+"""
+
+
+@pytest.mark.ray
+def test_a_signal_while_ray_starts_is_an_interruption():
+    """Ray's own handler ends the process with exit code 15, and says nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTING],
+        env={**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="f-", dir="/tmp"), "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["interrupted", "True"]), done.stderr
