@@ -9,6 +9,7 @@ from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import proving
 from fimo.orchestrator.spec.spec import parse
 from fimo.orchestrator.sweep.sweep import Sweep
+from fimo.workers.stacking.size import Stacks
 from tests.support.small_sweep import SPEC, make_spec, run_here
 
 
@@ -16,11 +17,11 @@ from tests.support.small_sweep import SPEC, make_spec, run_here
 def test_stacks_are_measured_up_to_the_size_that_shards_really_have(beside, monkeypatch, shard, cells):
     asked = []
 
-    def measure(start, largest):
+    def measure(start, largest, _each):
         asked.append(largest)
-        return 2, {2: 1e-3}
+        return Stacks(2)
 
-    monkeypatch.setattr(proving, "measure_stack_size", measure)
+    monkeypatch.setattr(proving, "measure_stacks", measure)
     run_here(make_spec(seeds=1, resources={"replicas": "auto", "shard": shard}), beside)
     assert asked == [cells]
 
@@ -29,7 +30,7 @@ def test_shards_that_are_cut_smaller_for_a_dear_model_measure_smaller_stacks(bes
     from fimo.orchestrator.run import plan
 
     asked = []
-    monkeypatch.setattr(proving, "measure_stack_size", lambda start, largest: asked.append(largest) or (2, {2: 1e-3}))
+    monkeypatch.setattr(proving, "measure_stacks", lambda _start, largest, _each: asked.append(largest) or Stacks(2))
     monkeypatch.setattr(plan, "SHARD_WORK", 1)
     run_here(make_spec(seeds=1, resources={"replicas": "auto", "shard": "auto"}), beside)
     assert asked == [plan.SMALLEST + 1]
