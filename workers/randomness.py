@@ -61,3 +61,12 @@ def kept(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def undrawn(device: torch.device) -> Iterator[None]:
+    """Refuse a body that draws from these generators, whatever it does with what it has drawn (RuntimeError)."""
+    before = torch_state(device), python_state()
+    yield
+    if not torch.equal(torch_state(device), before[0]) or python_state() != before[1]:
+        raise RuntimeError("random numbers are drawn")

@@ -226,6 +226,13 @@ def test_random_numbers_that_only_some_batches_draw_are_seeded_too(draw: Any, mo
     hold(classification(model=Forward(middle)), settings(removal_mode=mode, epochs=7))
 
 
+@pytest.mark.parametrize(("mode", "draw"), covering(MODES, [random.random, lambda: float(np.random.rand())]))
+def test_a_layer_that_some_batches_alone_skip_now_and_then_is_not_traced(draw: Any, mode: str) -> None:
+    """What is skipped once in eight times is skipped in none of the calls that a trace is made of and held against."""
+    middle = lambda m, x, h: h / 2 if m.training and len(x) == 3 and draw() < 1 / 8 else h  # noqa: E731
+    hold(classification(model=Forward(middle)), settings(removal_mode=mode, epochs=30, batch_size=5))
+
+
 def test_a_generator_of_the_forward_s_own_is_refused() -> None:
     generator = np.random.default_rng(0)
     middle = lambda m, x, h: h * float(generator.random()) if m.training else h  # noqa: E731

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fimo.workers.device import clock
-from fimo.workers.randomness import kept
+from fimo.workers.randomness import kept, undrawn
 from fimo.workers.stacking.layouts import layouts_of
 from fimo.workers.stacking.products import replaced
 from fimo.workers.stacking.reuse import reuse
@@ -72,7 +72,7 @@ class Replayed:
 
         Args:
             unless_replayed: called first where the function is, or is traced. A seed is for these: a graph draws
-                nothing. It is not set for each of two traces, which differ if the function draws.
+                nothing. A function that draws while it is traced is not replayed.
         """
         if self.graphs is None:
             unless_replayed()
@@ -152,8 +152,8 @@ def _trace_or_none(
 ) -> Graph | None:
     device = _device(leaves)
     try:
-        # A function that draws only at times is found out here; the call that follows must draw as if it had not been.
-        with kept(device):
+        # What draws now and then would be frozen as it went here. The call that follows draws as if nothing had been.
+        with kept(device), undrawn(device):
             return _trace(function, leaves, before, structure)
     except Exception as error:
         # Call the function itself, whatever the tracer objects to: that always works.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -152,7 +154,10 @@ def test_writes_and_draws_are_refused_by_the_tracer() -> None:
         torch.rand_like(x)
         return x * 2
 
-    for function in (writes, draws, draws_in_vain, reads_out):
+    def draws_in_python(x: Tensor) -> Tensor:
+        return x * (2 if random.random() < 1e-6 or np.random.rand() < 1e-6 else 3)
+
+    for function in (writes, draws, draws_in_vain, draws_in_python, reads_out):
         graphs = replay.Graphs()
         replayed = Replayed(function, "f", graphs)
         for _ in range(AFTER + 2):
