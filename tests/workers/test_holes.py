@@ -233,6 +233,12 @@ def test_a_layer_that_some_batches_alone_skip_now_and_then_is_not_traced(draw: A
     hold(classification(model=Forward(middle)), settings(removal_mode=mode, epochs=30, batch_size=5))
 
 
+def test_a_forward_that_draws_for_large_batches_alone_is_not_folded() -> None:
+    """Batches of 5 and of 7, in which dropout is looked for, draw nothing here."""
+    middle = lambda m, x, h: h * (0.5 + random.random()) if m.training and len(x) >= 8 else h  # noqa: E731
+    assert not hold(classification(model=Forward(middle)), settings(removal_mode="reweight", batch_size=8)).folds
+
+
 def test_a_generator_of_the_forward_s_own_is_refused() -> None:
     generator = np.random.default_rng(0)
     middle = lambda m, x, h: h * float(generator.random()) if m.training else h  # noqa: E731

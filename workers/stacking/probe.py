@@ -113,7 +113,8 @@ def dropout_calls(model: FunctionalModel, train: Examples, forward: Forward, set
         if full > 2:
             whole = Trimming(torch.full((n,), full), full)
             shaped.append((whole.cut(few, full - 1), 5, full - 1))
-        return learn(model, settings, shaped)
+        # What draws, and not by dropout, draws for other batches than these.
+        return learn(model, settings, shaped) or None
     except Exception:
         return None
 
