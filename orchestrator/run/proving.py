@@ -211,7 +211,8 @@ def _stacks(sweep: Sweep, resolved: Resolved, start: Start, removals: int) -> St
     for _ in range(2):
         with contextlib.suppress(NotFound):
             if (found := records.read(records.StackSize, sweep.store.get(key))) is not None:
-                return Stacks(found[0].replicas, found[0].abreast)
+                # It may have been measured where steps were recorded.
+                return Stacks(found[0].replicas, found[0].abreast and start.engine.replay)
         # A shard's removals and its baseline are the most that can be trained together, or those of several shards.
         several = start.joins and together > 1
         cells = together * each if several else size_of_shards(manifest) + 1

@@ -15,6 +15,7 @@ from fimo.orchestrator.resolve.resolved import resolve
 from fimo.orchestrator.run import prepared, proving, verification
 from fimo.orchestrator.run.status import sweep_status
 from fimo.orchestrator.store import MemoryStore
+from fimo.orchestrator.sweep.parts import Part
 from fimo.orchestrator.sweep.sweep import Sweep
 from fimo.workers import further_training
 from fimo.workers.stacking import products, replicas
@@ -35,10 +36,14 @@ def proofs(store: MemoryStore) -> list[dict[str, Any]]:
     return [json.loads(store.get(entry.key)) for entry in store.list("flowers/proofs/")]
 
 
-def provenances(store: MemoryStore) -> list[dict[str, Any]]:
+def parts(store: MemoryStore) -> list[Part]:
     sweep = Sweep(store, "flowers")
     manifest = sweep.read_manifest()
-    return [dict(sweep.read_part(p.key, manifest).provenance) for p in sweep.list_parts(manifest.digest)]
+    return [sweep.read_part(p.key, manifest) for p in sweep.list_parts(manifest.digest)]
+
+
+def provenances(store: MemoryStore) -> list[dict[str, Any]]:
+    return [dict(part.provenance) for part in parts(store)]
 
 
 def test_the_verdict_is_kept_named_in_every_part_and_shown(beside):
@@ -149,6 +154,19 @@ def test_stacks_on_streams_are_chosen_once_and_rerun_in_the_same_way(beside, mon
     assert all(proving.engine_of_part(sweep, manifest, p).abreast for p in provenances(store))
     found = verification.verify(sweep, rerun=2, own=Own(beside))
     assert [(r.exact, r.identical, r.ok) for r in found.reruns] == 2 * [(True, True, True)]
+
+
+def test_stacks_on_streams_are_none_where_no_step_is_recorded(beside, monkeypatch):
+    """Their kernels would be launched one by one: those of one replica at a time."""
+    monkeypatch.setattr(proving, "measure_stacks", lambda *_: Stacks(3, True, {3: 0.1}, {3: 0.05}))
+    spec = make_spec(seeds=1, resources={"proof": False, "replicas": "auto"})
+    _, store, _ = run_here(spec, beside)
+    prepared._engines.clear()
+    more = make_spec(seeds=2, resources={"proof": False, "replicas": "auto", "replay": False})
+    report, _, _ = run_here(more, beside, store)
+    assert report.exit_code == 0
+    by_seed = {part.seed: dict(part.provenance) for part in parts(store)}
+    assert [by_seed[seed]["engine"].get("abreast") for seed in sorted(by_seed)] == [True, None]
 
 
 def wrong_in_a_stack(monkeypatch: pytest.MonkeyPatch, lane: int = 1) -> None:

@@ -15,7 +15,7 @@ from fimo.workers.amounts import Removal
 from fimo.workers.definition import train_cell
 from fimo.workers.further_training import further_train
 from fimo.workers.joined import run_shards
-from fimo.workers.proof import prove
+from fimo.workers.proof import LEVELS, prove
 from fimo.workers.settings import Evaluate, FurtherTraining, Optimizer
 from fimo.workers.shard import run_shard
 from fimo.workers.stacking import abreast, size
@@ -298,3 +298,8 @@ def test_the_proof_holds_it_against_the_definition_and_gives_it_up(monkeypatch: 
     verdict = prove(_case(workload, start), start)
     assert (verdict.path, verdict.engine.abreast) == ("stacked", False)
     assert "stacked on streams: the effect" in verdict.lines[0]
+
+
+def test_a_proof_that_gives_up_recorded_steps_gives_up_streams() -> None:
+    """Launched one by one, replicas by themselves are as slow as one at a time."""
+    assert not any(level.abreast and not level.replay for level in LEVELS)
