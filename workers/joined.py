@@ -153,11 +153,24 @@ def _floors(start: Start, baselines: Sequence[_Lane], size: int) -> list[Deltas]
     """Each group's second baseline, as in ``run_shard`` in a stack of another size than the first's."""
     if len({lane.seed for lane in baselines}) == 1:
         alone = 2 if start.engine.stack and (size == 1 or start.abreast) else 1
-        return [_trained(start.by_vmap, [lane] * alone) for lane in baselines]
+        return [_second(start, [lane] * alone) for lane in baselines]
     # Those of several seeds make a smaller stack of their own: each has removals beside it in the first.
-    every = _trained(start.by_vmap, baselines)
+    every = _second(start, baselines)
     rows = zip(every.deltas, every.distances, strict=True)
     return [replace(every, deltas=delta[None], distances=distance[None]) for delta, distance in rows]
+
+
+def _second(start: Start, lanes: Sequence[_Lane]) -> Deltas:
+    """Second baselines, by ``vmap``; abreast as the first ones if it refuses the model, or does not fit in memory."""
+    try:
+        return _trained(start.by_vmap, lanes)
+    except FimoError:
+        raise
+    except Exception:
+        if not start.abreast:
+            raise
+    release()
+    return _trained(start, lanes)
 
 
 def _in_order(rows: Tensor, second: Tensor) -> Tensor:

@@ -74,6 +74,22 @@ def test_several_seeds_and_a_last_smaller_stack() -> None:
             torch.testing.assert_close(result.deltas[row], cell.deltas, rtol=1e-9, atol=1e-9)
 
 
+class WritesIntoZeros(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(x.shape, dtype=x.dtype)
+        out += x
+        return out
+
+
+def test_second_baselines_of_a_model_that_vmap_refuses_are_trained_abreast() -> None:
+    shards = [([(3,), (4,)], 0), ([(3,), (4,)], 1)]
+    start = side_by_side(images(WritesIntoZeros()), settings(SGD, removal_mode="drop", epochs=2))
+    [(places, results)] = run_shards(start, shards, 6)
+    assert places == range(2)
+    for (removals, seed), result in zip(shards, results, strict=True):
+        torch.testing.assert_close(result.deltas, run_shard(start, removals, seed, 3).deltas, rtol=1e-9, atol=1e-9)
+
+
 def test_a_replica_has_the_bits_of_one_that_is_alone_whatever_the_stack() -> None:
     chosen = settings(SGD, removal_mode="drop", precision="float32", epochs=3, evaluate=Evaluate(every_epochs=1))
     start = replace(side_by_side(images(), chosen), graphs=None)
