@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,9 +16,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Part = Literal["batch", "removed"]
 """Which forward of a step: the batch's, or that of the removed examples in reweight mode."""
+
+
+class _Here(threading.local):
+    records = False
+
+
+_here = _Here()
 
 
 def step_seed(seed: int, step: int, part: Part) -> int:
@@ -28,6 +37,8 @@ def step_seed(seed: int, step: int, part: Part) -> int:
 
 def seed_all(value: int, device: torch.device) -> None:
     """Seed torch's generators of the CPU and of ``device``, and Python's and numpy's global ones."""
+    if _here.records:
+        return
     # Not torch.manual_seed, which walks over every kind of device at every step.
     torch.default_generator.manual_seed(value)
     # A generator takes no seed while kernels are recorded: what draws is not recorded.
@@ -64,9 +75,31 @@ def kept(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def unseeded() -> Iterator[None]:
+    """Inside it ``seed_all`` does nothing, in this thread: for a body that is recorded, which must draw nothing."""
+    _here.records = True
+    try:
+        yield
+    finally:
+        _here.records = False
+
+
+@contextmanager
 def undrawn(device: torch.device) -> Iterator[None]:
-    """Refuse a body that draws from these generators, whatever it does with what it has drawn (RuntimeError)."""
-    before = torch_state(device), python_state()
+    """Refuse a body that draws from these generators, whatever it does with what it has drawn (RuntimeError).
+
+    Inside ``unseeded`` nothing is looked at: there it is whoever records that refuses.
+    """
+    if _here.records:
+        yield
+        return
+
+    def states() -> object:
+        # Past whatever looks at kernels here: these are none of the body's.
+        with _disable_current_modes():
+            return torch_state(device).numpy().tobytes(), python_state()
+
+    before = states()
     yield
-    if not torch.equal(torch_state(device), before[0]) or python_state() != before[1]:
+    if states() != before:
         raise RuntimeError("random numbers are drawn")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fimo.workers.batches import Block
 from fimo.workers.forward import close, largest
+from fimo.workers.randomness import undrawn, unseeded
 from fimo.workers.stacking.read import Read
 from fimo.workers.stacking.replay import AFTER
 
@@ -173,7 +174,9 @@ class Captured:
                 self.body(static)
 
         try:
-            launch = record(reading)
+            # A decision that is drawn on the host would be frozen as it went here.
+            with undrawn(torch.device("cpu")), unseeded():
+                launch = record(reading)
         except Exception as error:
             # Run it, whatever the device objects to: that always works.
             log.debug("not recorded: %s: %s", type(error).__name__, error)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import itertools
+import random
 import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -159,6 +161,27 @@ def test_a_forward_that_reads_a_number_is_run() -> None:
     got, expected = (further_train(with_recorder(start, r), [(3,)], 5) for r in (record, None))
     assert_same(got, expected)
     assert Counted.launched == 0
+
+
+class Skips(nn.Module):
+    """Skips a layer once in eight times, in ragged batches alone."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.first, self.last, self.draw = nn.Linear(4, 4), nn.Linear(4, 3), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = self.training and len(x) == 3 and self.draw() < 1 / 8
+        return self.last(x if skips else self.first(x))
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.rand()), lambda: torch.rand(()).item()])
+def test_a_step_that_draws_now_and_then_is_run(draw: Callable[[], float]) -> None:
+    """A launch is held against a step that most often goes as the recorded one did."""
+    chosen = settings(SGD, removal_mode="mask", epochs=30)
+    start = make(classification(model=Skips(draw)), chosen)
+    assert_same(*(further_train(with_recorder(start, r), [(), (3,)], 5) for r in (record, None)))
+    assert Counted.launched > 0, "whole batches draw nothing"
 
 
 def test_a_step_that_counts_its_calls_is_run() -> None:
@@ -318,6 +341,15 @@ def test_what_brings_a_value_from_the_device_is_refused_before_torch_prepares_fo
         torch.ones(3).sum().item()
         with pytest.raises(RuntimeError, match="brings a value to the host"):
             reads(torch.empty(3, device="meta"))
+
+
+def test_random_numbers_are_refused_but_not_layers_that_could_draw() -> None:
+    x = torch.empty(2, 3, 4, 8, device="meta")
+    with Read():
+        for draws in (torch.rand_like, lambda t: t.bernoulli_(0.5), lambda t: torch.native_dropout(t, 0.5, True)):
+            with pytest.raises(RuntimeError, match="draws random numbers"):
+                draws(x)
+        torch.ops.aten._scaled_dot_product_flash_attention(x, x, x)
 
 
 def test_indices_and_writes_that_need_no_value_are_recorded() -> None:
