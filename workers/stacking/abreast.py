@@ -12,6 +12,7 @@ first. Elsewhere they run one after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fimo.workers.draws import Order
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel, PerExample, Tensors
+from fimo.workers.randomness import undrawn
 from fimo.workers.stacking import replicas
 from fimo.workers.stacking.replicas import Gradients
 from fimo.workers.stacking.stacked import CannotStackError, Masks
@@ -48,6 +50,7 @@ def gradients(
 
     Raises:
         CannotStackError: the losses of some replicas alone depend on a parameter.
+        RuntimeError: several replicas' forwards draw.
     """
 
     def alone(lane: int) -> tuple[Gradients, Tensors]:
@@ -55,7 +58,10 @@ def gradients(
         own = weights if weights.dim() == 1 else _row(weights, lane)
         return replicas.gradients(model, _row(params, lane), _row(buffers, lane), some, own, shared, masks, orders, of)
 
-    grads, after = zip(*side_by_side(alone, _count(params), model.device), strict=True)
+    count = _count(params)
+    # Each would draw other numbers than the first.
+    with undrawn(model.device) if count > 1 else nullcontext():
+        grads, after = zip(*side_by_side(alone, count, model.device), strict=True)
     return _stacked(grads), {name: torch.cat([one[name] for one in after]) for name in buffers}
 
 

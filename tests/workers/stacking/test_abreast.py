@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -257,6 +258,21 @@ def test_a_backward_is_looked_at_too() -> None:
 
     with pytest.raises(RuntimeError, match="reads what another replica has made"):
         lanes_of([one, one])
+
+
+def test_a_forward_that_draws_for_some_batches_alone_is_not_computed_abreast_there() -> None:
+    """Each replica would draw what comes after the numbers of the one before."""
+
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * random.random() if self.training and len(x) == 3 else x
+
+    chosen = settings(SGD, removal_mode="mask", epochs=2)
+    shard = run_shard(side_by_side(images(Noisy()), chosen), LANES[1:], 5, 4)
+    assert shard.replicas == 1
+    for row, removal in enumerate([*LANES[1:], ()]):
+        cell = train_cell(images(Noisy()), chosen, removal, 5)
+        torch.testing.assert_close(shard.deltas[row], cell.deltas, rtol=1e-9, atol=1e-9)
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
