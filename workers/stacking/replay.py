@@ -260,10 +260,12 @@ def _refuse_impure(graph: torch.fx.Graph) -> None:
             tags = node.target.tags
             if torch.Tag.nondeterministic_seeded in tags:
                 raise _Untraceable(f"{node.target} draws random numbers")
-            if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
+            if node.target is aten.index.Tensor:
+                # torch marks it for the one kind of index by which its shape depends on data.
+                if any(_is_mask(index) for index in node.args[1]):
+                    raise _Untraceable("an index is a mask: its shape depends on data")
+            elif torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
                 raise _Untraceable(f"{node.target} has a shape or a value that depends on data")
-            if node.target is aten.index.Tensor and any(_is_mask(index) for index in node.args[1]):
-                raise _Untraceable("an index is a mask: its shape depends on data")
             if node.target._schema.is_mutable:
                 raise _Untraceable(f"{node.target} writes to a tensor")
 

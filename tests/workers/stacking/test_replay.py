@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,24 @@ def partly_frozen() -> Workload:
     return workload
 
 
+def indexed() -> Workload:
+    """The label's probability is picked by an index, and rows of a table are."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.layer = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x + self.table[(x[:, 0] > 0).long()])
+
+    def loss(out: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return -out.log_softmax(-1)[torch.arange(len(out)), batch["label"]]
+
+    return replace(classification(model=Rows()), loss=loss)
+
+
 def with_an_unused_parameter() -> Workload:
     workload = regression()
     workload.model.register_parameter("unused", nn.Parameter(torch.ones(3)))
@@ -65,7 +84,7 @@ def with_an_unused_parameter() -> Workload:
 @pytest.mark.parametrize(
     ("workload", "mode", "precision"),
     covering(
-        [regression, classification, convolutions, wide, partly_frozen, with_an_unused_parameter],
+        [regression, classification, convolutions, wide, partly_frozen, with_an_unused_parameter, indexed],
         MODES,
         ["float32", "float64"],
     ),
@@ -157,7 +176,10 @@ def test_writes_and_draws_are_refused_by_the_tracer() -> None:
     def draws_in_python(x: Tensor) -> Tensor:
         return x * (2 if random.random() < 1e-6 or np.random.rand() < 1e-6 else 3)
 
-    for function in (writes, draws, draws_in_vain, draws_in_python, reads_out):
+    def picks(x: Tensor) -> Tensor:
+        return x[x > 0].sum()
+
+    for function in (writes, draws, draws_in_vain, draws_in_python, reads_out, picks):
         graphs = replay.Graphs()
         replayed = Replayed(function, "f", graphs)
         for _ in range(AFTER + 2):
