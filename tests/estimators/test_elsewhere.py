@@ -19,7 +19,7 @@ from fimo.workers.shard import run_shard
 from fimo.workers.workload import Workload
 from tests.estimators import problems
 from tests.estimators.test_determined import SMALL, TRAINING
-from tests.support import numbered_gpu
+from tests.support import numbered_gpu, pretend_gpu
 from tests.workers.problems import regression, sentences, settings
 from tests.workers.stacking import test_text
 
@@ -122,7 +122,7 @@ def test_what_is_waited_for_is_seen() -> None:
             lambda: x[x > 0],
             lambda: x[torch.tensor([0, 2])],
         ):
-            with pytest.raises(numbered_gpu.Waits):
+            with pytest.raises(pretend_gpu.Waits):
                 wait()
 
 

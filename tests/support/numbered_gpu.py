@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.support import pretend_gpu
+
 DEVICE = torch.device("meta")
 READS = ("aten::_local_scalar_dense", "aten::equal")
 INDEXED = ("aten::index", "aten::_unsafe_index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
@@ -90,30 +92,21 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, _there(out)) if writes else _there(out)
 
 
-class Waits(RuntimeError):
-    """The host would wait for the device."""
+class NoWaits(pretend_gpu.NoWaits):
+    """Refuses what the host would wait for: a number that it reads and a shape that depends on one too."""
 
-
-class NoWaits(TorchDispatchMode):
-    """Refuses what the host would wait for: a number that it reads, a shape that depends on one, a copy that blocks."""
+    def __init__(self) -> None:
+        super().__init__(DEVICE.type)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name, tensors = func._schema.name, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        comes = any(isinstance(t, _There) for t in tensors)
-        if name in ("aten::_to_copy", "aten::copy_"):
-            goes = torch.device(kwargs.get("device") or args[0].device) == DEVICE
-            if name == "aten::copy_":
-                goes, comes = isinstance(args[0], _There), isinstance(args[1], _There)
-            if goes != comes and not (goes and (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))):
-                raise Waits(f"{func} to {'the device' if goes else 'the CPU'}")
-        elif comes and name in INDEXED:
-            indices = [t for t in tree_leaves(args[1]) if isinstance(t, Tensor)]
-            if any(t.dtype is torch.bool or not isinstance(t, _There) for t in indices):
-                raise Waits(f"{func} with a mask, or an index from the CPU")
-        elif comes and not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags):
-            raise Waits(str(func))
-        return func(*args, **kwargs)
+        comes = any(isinstance(t, _There) for t in tree_leaves((args, kwargs)))
+        waits = not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags)
+        if func._schema.name in INDEXED:
+            # torch marks every index, of which a mask alone is waited for.
+            waits = any(isinstance(t, Tensor) and t.dtype is torch.bool for t in tree_leaves(args[1]))
+        if comes and waits:
+            raise pretend_gpu.Waits(str(func))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Kernels(TorchDispatchMode):

@@ -32,16 +32,20 @@ class Waits(RuntimeError):
 
 
 class NoWaits(TorchDispatchMode):
-    """Refuses what the host would wait for."""
+    """Refuses what the host would wait for; ``name``: of the device."""
+
+    def __init__(self, name: str = NAME) -> None:
+        super().__init__()
+        self._name = name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, tensors = func._schema.name, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        there = any(t.device.type == NAME for t in tensors)
+        there = any(t.device.type == self._name for t in tensors)
         if name in ("aten::_to_copy", "aten::copy_"):
             own = args[0].device.type
             other = args[1].device.type if name == "aten::copy_" else torch.device(kwargs.get("device") or own).type
-            if {own, other} == {"cpu", NAME} and not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
+            if {own, other} == {"cpu", self._name} and not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
                 raise Waits(f"{func} between {own} and {other}")
         elif there and any(t.device.type == "cpu" and t.dim() > 0 for t in tensors):
             raise Waits(f"{func} takes a tensor from the CPU")

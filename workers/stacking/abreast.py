@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fimo.workers.draws import Order
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel, PerExample, Tensors
 from fimo.workers.randomness import undrawn
 from fimo.workers.stacking import replicas
 from fimo.workers.stacking.replicas import Gradients
-from fimo.workers.stacking.stacked import CannotStackError, Masks
+from fimo.workers.stacking.stacked import CannotStackError
 
 STREAMS = 8
 """On which replicas take turns: as many queues as a GPU serves at once unless its host is told otherwise."""
@@ -42,11 +41,10 @@ def gradients(
     batch: Batch,
     weights: Tensor,
     shared: bool,
-    masks: Masks | None = None,
-    orders: Sequence[Order] = (),
-    of: PerExample | None = None,
+    *more: Any,
+    **named: Any,
 ) -> tuple[Gradients, Tensors]:
-    """What ``replicas.gradients`` gives, of a forward that draws nothing.
+    """What ``replicas.gradients`` gives, of a forward that draws nothing; ``more`` and ``named``: the rest it takes.
 
     Raises:
         CannotStackError: the losses of some replicas alone depend on a parameter.
@@ -56,7 +54,7 @@ def gradients(
     def alone(lane: int) -> tuple[Gradients, Tensors]:
         some = batch if shared else _row(batch, lane)
         own = weights if weights.dim() == 1 else _row(weights, lane)
-        return replicas.gradients(model, _row(params, lane), _row(buffers, lane), some, own, shared, masks, orders, of)
+        return replicas.gradients(model, _row(params, lane), _row(buffers, lane), some, own, shared, *more, **named)
 
     count = _count(params)
     # Each would draw other numbers than the first.

@@ -88,6 +88,18 @@ def test_an_embedded_ray_leaves_another_rays_folder_alone_and_listens_on_loopbac
     assert list(theirs.parent.iterdir()) == [theirs]
 
 
+def ended(program: str) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, whose Ray has a folder of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="f-", dir="/tmp"), "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 SIGNALLED = """
 import os, signal
 from fimo.orchestrator.run.connect import cluster
@@ -102,14 +114,7 @@ print("printed")
 @pytest.mark.ray
 def test_a_signal_while_results_are_printed_is_the_callers_to_handle():
     """Ray's native code leaves SIGTERM to kill the process when it is shut down, and Python does not notice."""
-    done = subprocess.run(
-        [sys.executable, "-c", SIGNALLED],
-        env={**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="f-", dir="/tmp"), "RAY_USAGE_STATS_ENABLED": "0"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = ended(SIGNALLED)
     assert (done.returncode, done.stdout.split()) == (0, ["noted", "noted", "printed"]), done.stderr
 
 
@@ -137,12 +142,5 @@ except KeyboardInterrupt:
 @pytest.mark.ray
 def test_a_signal_while_ray_starts_is_an_interruption():
     """Ray's own handler ends the process with exit code 15, and says nothing."""
-    done = subprocess.run(
-        [sys.executable, "-c", STARTING],
-        env={**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="f-", dir="/tmp"), "RAY_USAGE_STATS_ENABLED": "0"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = ended(STARTING)
     assert (done.returncode, done.stdout.split()) == (0, ["interrupted", "True"]), done.stderr
