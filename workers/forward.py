@@ -19,7 +19,7 @@ from fimo.workers.draws import Draw, Draws
 from fimo.workers.errors import UsageError, WorkloadError, in_a_line, of_labels
 from fimo.workers.examples import Batch, Examples, shapes, to
 from fimo.workers.functional import FunctionalModel, Tensors
-from fimo.workers.randomness import kept, python_state, seed_all, torch_state
+from fimo.workers.randomness import kept, seed_all, states
 from fimo.workers.settings import FurtherTraining
 
 SOME = 16
@@ -108,7 +108,7 @@ def _look(model: FunctionalModel, batch: Batch) -> tuple[Tensor, tuple[str, ...]
     buffers = {name: tensor.clone() for name, tensor in model.fixed.items()}
     given, versions = dict(buffers), {name: tensor._version for name, tensor in buffers.items()}
     seed_all(0, model.device)
-    before = torch_state(model.device), python_state()
+    before = states(model.device)
     with torch.no_grad():
         losses = model.loss(model.params, batch, buffers)
     # A buffer that is given the value that it had will be given another one later. Batch norm bumps no version.
@@ -118,7 +118,7 @@ def _look(model: FunctionalModel, batch: Batch) -> tuple[Tensor, tuple[str, ...]
         if tensor is not given[name] or tensor._version != versions[name] or not torch.equal(tensor, model.fixed[name])
     )
     # A draw that changed nothing this time (stochastic depth) is a draw.
-    drew = not torch.equal(torch_state(model.device), before[0]) or python_state() != before[1]
+    drew = states(model.device) != before
     return losses, written, drew
 
 

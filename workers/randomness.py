@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 Part = Literal["batch", "removed"]
@@ -50,16 +49,15 @@ def seed_all(value: int, device: torch.device) -> None:
     np.random.seed(value % 2**32)
 
 
-def torch_state(device: torch.device) -> Tensor:
-    """The states of torch's generators of the CPU and of ``device``, as one tensor of bytes."""
-    cpu = torch.random.get_rng_state()
-    return torch.cat([cpu, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else cpu
-
-
-def python_state() -> object:
-    """The states of Python's and numpy's global generators, comparable by ``==``."""
+def states(device: torch.device) -> object:
+    """The states of all generators that ``seed_all`` seeds, comparable by ``==``."""
     numpy: Any = np.random.get_state()
-    return random.getstate(), numpy[1].tobytes(), numpy[2:]
+    # Past whatever looks at kernels here: these are none of its.
+    with _disable_current_modes():
+        torchs = [torch.random.get_rng_state()]
+        if device.type == "cuda":
+            torchs.append(torch.cuda.get_rng_state(device))
+        return [state.numpy().tobytes() for state in torchs], random.getstate(), numpy[1].tobytes(), numpy[2:]
 
 
 @contextmanager
@@ -94,12 +92,7 @@ def undrawn(device: torch.device) -> Iterator[None]:
         yield
         return
 
-    def states() -> object:
-        # Past whatever looks at kernels here: these are none of the body's.
-        with _disable_current_modes():
-            return torch_state(device).numpy().tobytes(), python_state()
-
-    before = states()
+    before = states(device)
     yield
-    if states() != before:
+    if states(device) != before:
         raise RuntimeError("random numbers are drawn")

@@ -20,7 +20,7 @@ from fimo.workers.errors import DivergedError, UsageError, WorkloadError
 from fimo.workers.examples import Examples
 from fimo.workers.forward import Forward, close, largest, moved, observe, refuse_mixing
 from fimo.workers.functional import FunctionalModel, PerExample
-from fimo.workers.randomness import kept, python_state, seed_all, torch_state
+from fimo.workers.randomness import kept, seed_all, states
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.stacking import probe
 from fimo.workers.stacking.captured import Recorder, recorder_of
@@ -284,9 +284,9 @@ def _at_final(model: FunctionalModel, evals: Evals, engine: Engine) -> Tensor:
 
     with torch.no_grad(), model.mode("eval"), kept(model.device), multiplied(model, engine.replay):
         seed_all(0, model.device)
-        before = torch_state(model.device), python_state()
+        before = states(model.device)
         at_final = measured(0)
-        drew = not torch.equal(torch_state(model.device), before[0]) or python_state() != before[1]
+        drew = states(model.device) != before
         # A forward that drew may have drawn in the last block alone.
         again = measured(1, None if drew else 1)
     if not torch.equal(at_final[: len(again)].nan_to_num(), again.nan_to_num()):

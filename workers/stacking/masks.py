@@ -20,7 +20,7 @@ from torch import Tensor
 from fimo.workers.draws import Draw, Draws, Order, drawn
 from fimo.workers.examples import Batch
 from fimo.workers.functional import FunctionalModel
-from fimo.workers.randomness import kept, python_state, seed_all, torch_state
+from fimo.workers.randomness import kept, seed_all, states
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.stacking.stacked import CannotStackError
 
@@ -97,11 +97,11 @@ def _accounts_for_all(model: FunctionalModel, calls: Calls, shaped: tuple[Batch,
     """Whether drawing the masks alone leaves the generators as the forward leaves them."""
     batch, rows, tokens = shaped
     _record(model, batch)
-    after = torch_state(model.device), python_state()
+    after = states(model.device)
     seed_all(0, model.device)
     for call in calls:
         call.draw(rows, tokens, model.dtype, model.device)
-    return torch.equal(after[0], torch_state(model.device)) and after[1] == python_state()
+    return states(model.device) == after
 
 
 class StepMasks:

@@ -19,7 +19,7 @@ from fimo.workers.draws import Draws
 from fimo.workers.examples import Batch, Examples
 from fimo.workers.forward import SOME, Forward, agree, is_large, losses_and_gradient, moved
 from fimo.workers.functional import FunctionalModel, Tensors
-from fimo.workers.randomness import kept, python_state, seed_all, torch_state
+from fimo.workers.randomness import kept, seed_all, states
 from fimo.workers.settings import FurtherTraining
 from fimo.workers.stacking.masks import Calls, StepMasks, learn
 from fimo.workers.stacking.stacked import Stacked
@@ -223,9 +223,9 @@ def _at_every_size(model: FunctionalModel, train: Examples, batch_size: int, n: 
     losses = []
     for size in sizes:
         seed_all(0, model.device)
-        before = torch_state(model.device), python_state()
+        before = states(model.device)
         losses.append(model.loss(model.params, train.batch([i % len(train) for i in range(size)]), dict(model.fixed)))
-        if not torch.equal(torch_state(model.device), before[0]) or python_state() != before[1]:
+        if states(model.device) != before:
             return False
     return all(torch.allclose(losses[-1][: len(some)], some, rtol=1e-4, atol=1e-6, equal_nan=True) for some in losses)
 
